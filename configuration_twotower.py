@@ -1,0 +1,139 @@
+"""Configuration of a TwoTower model: a NemotronH backbone, used twice, plus what block diffusion adds."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, NemotronHConfig
+
+
+LAYER_LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+
+
+@strict
+class TwoTowerConfig(NemotronHConfig):
+    r"""
+    Geometry of both towers (they share it) and of the denoiser's block.
+
+    Every field of [`NemotronHConfig`] applies to each tower; NVIDIA's published config is read as it is
+    (`hybrid_override_pattern`, `model_type: nemotron_h`, a literal `Infinity`). An `auto_map` that points at other
+    code than ours is dropped, so it is never saved again.
+
+    Args:
+        block_size (`int`, defaults to 16):
+            Tokens per block the denoiser was trained on. Absent from NVIDIA's config.
+        mask_token_id (`int`, defaults to 3):
+            Id of the [MASK] token. Absent from NVIDIA's config.
+        timestep_features (`int`, defaults to 256):
+            Sinusoidal features of the timestep, half cosines and half sines: even.
+        timestep_max_period (`float`, defaults to 10000.0):
+            Longest period of those features.
+        timestep_scale (`float`, defaults to 1000.0):
+            Factor applied to the masked fraction before the features are taken.
+
+    Raises:
+        ValueError: for a value outside its range, an unknown layer letter, or dimensions that do not divide; the
+            message names the value.
+    """
+
+    model_type = "twotower"
+
+    block_size: int = 16
+    mask_token_id: int = 3
+    timestep_features: int = 256
+    timestep_max_period: float = 10000.0
+    timestep_scale: float = 1000.0
+
+    def __post_init__(self, **kwargs: Any):
+        kwargs.pop("model_type", None)
+        auto_map = kwargs.pop("auto_map", None)
+        declared_layers = kwargs.get("num_hidden_layers")
+        super().__post_init__(**kwargs)
+        if auto_map and _is_own_code(auto_map):
+            self.auto_map = auto_map
+        self.time_step_limit = tuple(float(limit) for limit in self.time_step_limit)
+        self._check_layers(declared_layers)
+        self._check_sizes()
+        self._check_divisions()
+        self._check_tokens()
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config as transformers does, taking NVIDIA's `nemotron_h` for the TwoTower it describes."""
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == NemotronHConfig.model_type:
+            config_dict = {**config_dict, "model_type": cls.model_type, "architectures": ["TwoTowerForBlockDiffusion"]}
+        return config_dict, unused
+
+    def _check_layers(self, declared_layers: int | None) -> None:
+        kinds = set(LAYER_LETTERS.values())
+        if not self.layers_block_type:
+            raise ValueError("`layers_block_type` is empty; give at least one layer, e.g. hybrid_override_pattern='M*'")
+        if unknown := sorted(set(self.layers_block_type) - kinds):
+            raise ValueError(f"`layers_block_type` holds unknown layer kinds {unknown}; use {sorted(kinds)}")
+        if declared_layers is not None and declared_layers != len(self.layers_block_type):
+            raise ValueError(
+                f"num_hidden_layers is {declared_layers}, but the layer pattern has {len(self.layers_block_type)} "
+                "layers; make them agree or drop num_hidden_layers"
+            )
+        if self.num_nextn_predict_layers:
+            raise ValueError(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; a TwoTower has no multi-token "
+                "prediction layers, set it to 0"
+            )
+
+    def _check_sizes(self) -> None:
+        sizes = (
+            "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size "
+            "ssm_state_size mamba_num_heads mamba_head_dim n_groups conv_kernel chunk_size n_routed_experts "
+            "moe_intermediate_size moe_shared_expert_intermediate_size num_experts_per_tok n_group topk_group "
+            "block_size timestep_features timestep_max_period timestep_scale layer_norm_epsilon"
+        )
+        for name in sizes.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        low, high = self.time_step_limit
+        if not 0 <= low < high:
+            raise ValueError(f"time_step_limit is {self.time_step_limit}; expected 0 <= low < high")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, more than n_routed_experts {self.n_routed_experts}"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}, more than n_group {self.n_group}")
+
+    def _check_divisions(self) -> None:
+        divisions = (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("mamba_num_heads", "n_groups"),
+            ("n_routed_experts", "n_group"),
+        )
+        for whole, part in divisions:
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}")
+        if self.timestep_features % 2:
+            raise ValueError(f"timestep_features is {self.timestep_features}; it must be even (cosines and sines)")
+
+    def _check_tokens(self) -> None:
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id is {self.mask_token_id}, outside the vocabulary of {self.vocab_size}")
+
+    @staticmethod
+    def _pattern_to_list(pattern: str) -> list[str]:
+        if unknown := sorted(set(pattern) - set(LAYER_LETTERS)):
+            raise ValueError(
+                f"hybrid_override_pattern {pattern!r} holds unknown letters {unknown}; use M (Mamba-2), * (attention), "
+                "E (mixture of experts) and - (MLP)"
+            )
+        return [LAYER_LETTERS[letter] for letter in pattern]
+
+
+def _is_own_code(auto_map: dict[str, str]) -> bool:
+    """Whether a config's `auto_map` points at this model's exported code (`repo--module.Class` or `module.Class`)."""
+    return all(reference.split("--")[-1].split(".")[0].endswith("_twotower") for reference in auto_map.values()) and (
+        auto_map.get("AutoConfig", "").endswith(TwoTowerConfig.__name__)
+    )
+
+
+AutoConfig.register(TwoTowerConfig.model_type, TwoTowerConfig, exist_ok=True)
+
+__all__ = ["TwoTowerConfig"]

@@ -1,0 +1,67 @@
+"""Causal depthwise convolution over a short chunk, with state in and state out.
+
+    y[t] = act( sum_k weight[:, k] * x[t - K + 1 + k] + bias ),     x[t < 0] taken from the state
+
+Shapes: B batch, T tokens, C channels, K kernel width.
+"""
+
+import torch
+from transformers.activations import ACT2FN
+
+
+def causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Convolve each channel with its own causal filter.
+
+    Args:
+        x: (B, T, C) inputs; columns that hold no token must be zero.
+        weight: (C, K) filters, the last tap meets the newest input.
+        bias: (C,), default none.
+        state: (B, K - 1, C) the inputs before `x`, default zeros.
+        ends: (B,) for each row the column after its last token; default T for all. The new state ends there.
+        activation: name in transformers' `ACT2FN`.
+
+    Returns:
+        y (B, T, C) in x's dtype (the sum is taken in float32), and the new state (B, K - 1, C) in x's dtype.
+    """
+    batch, tokens, channels = x.shape
+    taps = weight.shape[1]
+    if state is None:
+        state = x.new_zeros(batch, taps - 1, channels)
+    padded = torch.cat([state.to(x.dtype), x], dim=1)
+    return causal_conv_reference(padded, weight, bias, tokens, activation), _last_inputs(padded, taps - 1, ends)
+
+
+def causal_conv_reference(
+    padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int, activation: str
+) -> torch.Tensor:
+    """The equation above in float32, one shifted product per tap; `padded` is (B, K - 1 + T, C)."""
+    inputs, weight = padded.float(), weight.float()
+    y = inputs[:, :tokens] * weight[:, 0]
+    for tap in range(1, weight.shape[1]):
+        y = torch.addcmul(y, inputs[:, tap : tap + tokens], weight[:, tap])
+    if bias is not None:
+        y = y + bias.float()
+    return ACT2FN[activation](y).to(padded.dtype)
+
+
+def inputs_before_blocks(x: torch.Tensor, taps: int, block_size: int) -> torch.Tensor:
+    """The convolution state at each block's start, zeros before the first: (B, T, C) -> (B, T / S, K - 1, C)."""
+    padded = torch.cat([x.new_zeros(x.shape[0], taps - 1, x.shape[2]), x], dim=1)[:, : x.shape[1]]
+    columns = torch.arange(0, x.shape[1], block_size, device=x.device)[:, None] + torch.arange(taps - 1, device=x.device)
+    return padded[:, columns.clamp(max=x.shape[1] - 1)] if x.shape[1] >= taps - 1 else padded[:, columns]
+
+
+def _last_inputs(padded: torch.Tensor, count: int, ends: torch.Tensor | None) -> torch.Tensor:
+    """The `count` inputs before each row's end: (B, K - 1 + T, C) -> (B, count, C)."""
+    if ends is None:
+        return padded[:, padded.shape[1] - count :]
+    columns = ends[:, None] + torch.arange(count, device=padded.device)
+    return padded.gather(1, columns[..., None].expand(-1, -1, padded.shape[2]))

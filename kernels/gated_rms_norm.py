@@ -1,0 +1,31 @@
+"""Gated RMS norm over groups of channels, as Mamba-2 applies it to a scan's output.
+
+    g = x * silu(gate);     y = weight * g / sqrt(mean_group(g^2) + eps)
+
+Shapes: B batch, T tokens, C channels, in C / group_size groups.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def gated_rms_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group_size: int, eps: float
+) -> torch.Tensor:
+    """
+    Gate, then normalise each group of channels.
+
+    Args:
+        x: (B, T, C) scan output.
+        gate: (B, T, C).
+        weight: (C,).
+        group_size: channels per group; divides C.
+        eps: added to the mean square.
+
+    Returns:
+        (B, T, C) in x's dtype. Normalised in float32, rounded to x's dtype before the weight, as NVIDIA's code does.
+    """
+    gated = x.float() * F.silu(gate.float())
+    grouped = gated.unflatten(-1, (-1, group_size))
+    normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.flatten(-2).to(x.dtype)

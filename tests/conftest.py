@@ -1,0 +1,41 @@
+"""Fixtures and rules for every test."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Beside the repository, not in it: see shared/goldens/README.md.
+GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+
+
+def pytest_configure(config):
+    # Before any test module imports transformers, which reads it at import.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # A busy machine must not fail a property for being slow, nor CI for drawing other examples than the last run.
+    settings.register_profile("twotower", deadline=None, derandomize="CI" in os.environ)
+    settings.load_profile("twotower")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny models are up to ten times slower on many threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of numbers produced by NVIDIA's implementation; skips the test where it is absent."""
+    if not GOLDENS.is_dir():
+        pytest.skip(f"NVIDIA's numbers are not at {GOLDENS}")
+    return GOLDENS

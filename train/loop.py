@@ -1,0 +1,223 @@
+"""Training of the demonstration model: the context tower autoregressively, then, frozen, a denoiser on top of it."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..configuration_twotower import TwoTowerConfig
+from ..modeling_twotower import TwoTowerForBlockDiffusion
+from .batches import IGNORED, Batch, training_batches
+from .optimizer import ExpertBalancer, MatrixOptimizer
+from .problems import training_problems
+from .tokenizer import train_tokenizer
+
+
+TOKENIZER_PROBLEMS = 20_000
+STATE_FILE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One stage of training.
+
+    Args:
+        name: "context" or "denoiser".
+        steps: optimiser steps.
+        batch_size: problems per step.
+        matrix_lr, other_lr: peak learning rates of Muon and AdamW.
+        weight_decay: on matrices.
+        warmup: steps of linear warmup.
+        decay: share of the steps, at the end, over which the learning rate falls linearly to zero.
+        aligned: share of rows whose first block starts where the prompt ends.
+    """
+
+    name: str
+    steps: int
+    batch_size: int = 32
+    matrix_lr: float = 4e-3
+    other_lr: float = 2e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    decay: float = 0.4
+    aligned: float = 0.6
+
+    def lr_factor(self, step: int) -> float:
+        """Warmup-stable-decay."""
+        left = (self.steps - step) / max(1, self.decay * self.steps)
+        return min(1.0, (step + 1) / self.warmup, left)
+
+
+CONTEXT = Stage("context", steps=3600)
+DENOISER = Stage("denoiser", steps=9000, matrix_lr=3e-3, other_lr=1.5e-3)
+
+
+def demo_config() -> TwoTowerConfig:
+    """Geometry of the demonstration model: ten layers of all three kinds, 1.9 M parameters per tower."""
+    return TwoTowerConfig(
+        vocab_size=512,
+        hidden_size=128,
+        hybrid_override_pattern="MEM*EMEM*E",
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=32,
+        n_groups=1,
+        chunk_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        moe_shared_expert_intermediate_size=256,
+        max_position_embeddings=2048,
+    )
+
+
+def context_loss(model: TwoTowerForBlockDiffusion, batch: Batch, _: torch.Generator) -> torch.Tensor:
+    """Next-token cross-entropy over the answers, mean over tokens."""
+    rows = torch.arange(len(batch.input_ids))[:, None]
+    # Tokens first: behind them, padding needs no mask in a causal tower.
+    order = (torch.arange(batch.input_ids.shape[1]) + (batch.attention_mask == 0).sum(1, keepdim=True)) % batch.input_ids.shape[1]
+    ids, labels, mask = (part[rows, order] for part in (batch.input_ids, batch.labels, batch.attention_mask))
+    labels = labels.masked_fill(mask == 0, IGNORED)
+    hidden_states = model.context_tower(ids[:, :-1])
+    wanted = labels[:, 1:] != IGNORED
+    return F.cross_entropy(model.context_lm_head(hidden_states[wanted]).float(), labels[:, 1:][wanted])
+
+
+def denoiser_loss(model: TwoTowerForBlockDiffusion, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """The masked-diffusion objective over the answers, every block counting alike."""
+    return model(**batch._asdict(), generator=generator, loss_weighting="inverse_timestep").loss
+
+
+LOSSES: dict[str, Callable[[TwoTowerForBlockDiffusion, Batch, torch.Generator], torch.Tensor]] = {
+    "context": context_loss,
+    "denoiser": denoiser_loss,
+}
+
+
+def train_demo(
+    folder: Path, stages: tuple[Stage, ...] = (CONTEXT, DENOISER), seed: int = 0, save_every: int = 200
+) -> None:
+    """
+    Train tokenizer and model into `folder`, continuing where an earlier call with the same folder stopped.
+
+    Args:
+        folder: gets the tokenizer and the float32 model, `log.jsonl` (one line per ten steps), and while training
+            `last/`, the newest saved state.
+        stages: in order; a finished one is not run again.
+        seed: of weights, problems, batches and masks.
+        save_every: steps between saves.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    last = folder / "last"
+    state = torch.load(last / STATE_FILE, weights_only=True) if last.exists() else {"done": []}
+    if last.exists():
+        tokenizer = AutoTokenizer.from_pretrained(last)
+        model = TwoTowerForBlockDiffusion.from_pretrained(last)
+    else:
+        tokenizer = train_tokenizer(islice(training_problems(seed), TOKENIZER_PROBLEMS), demo_config().vocab_size)
+        model = TwoTowerForBlockDiffusion(demo_config())
+    for stage in stages:
+        if stage.name not in state["done"]:
+            state = run_stage(model, tokenizer, stage, state, folder, seed, save_every)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run_stage(
+    model: TwoTowerForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Stage,
+    state: dict,
+    folder: Path,
+    seed: int,
+    save_every: int,
+) -> dict:
+    """Run one stage to its end, from the saved state where that is of the same stage; returns the state after it."""
+    resumed = state.get("stage") == stage.name
+    if stage.name == "denoiser" and not resumed:
+        model.reset_denoiser()
+    freeze_all_but(model, stage.name)
+    optimizer = MatrixOptimizer(model, stage.matrix_lr, stage.other_lr, stage.weight_decay)
+    balancer = ExpertBalancer((model.context_tower if stage.name == "context" else model.denoiser_tower).modules())
+    first, seconds = (state["step"], state["seconds"]) if resumed else (0, 0.0)
+    if resumed:
+        optimizer.load_state_dict(state["optimizer"])
+    generator = torch.Generator().manual_seed(seed + first)
+    batches = training_batches(tokenizer, stage.batch_size, model.config.block_size, stage.aligned, seed + 1 + first)
+    started = time.monotonic() - seconds
+    with open(folder / "log.jsonl", "a") as log, _progress_bar() as progress:
+        task = progress.add_task(stage.name, total=stage.steps, completed=first, loss="")
+        for step in range(first, stage.steps):
+            record = _train_step(model, next(batches), stage, step, optimizer, balancer, generator)
+            record["seconds"] = round(time.monotonic() - started, 1)
+            progress.update(task, advance=1, loss=f"{record['loss']:.4f}")
+            if step % 10 == 0 or step + 1 == stage.steps:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+            state = {**state, "stage": stage.name, "step": step + 1, "seconds": record["seconds"]}
+            if (step + 1) % save_every == 0:
+                _save(model, tokenizer, {**state, "optimizer": optimizer.state_dict()}, folder)
+    state = {"done": [*state["done"], stage.name]}
+    _save(model, tokenizer, state, folder)
+    return state
+
+
+def _train_step(
+    model: TwoTowerForBlockDiffusion,
+    batch: Batch,
+    stage: Stage,
+    step: int,
+    optimizer: MatrixOptimizer,
+    balancer: ExpertBalancer,
+    generator: torch.Generator,
+) -> dict:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LOSSES[stage.name](model, batch, generator)
+    loss.backward()
+    norm = optimizer.step(stage.lr_factor(step))
+    balancer.update()
+    return {
+        "stage": stage.name,
+        "step": step,
+        "loss": round(loss.item(), 5),
+        "grad_norm": round(norm, 4),
+        "answer_tokens": int((batch.labels != IGNORED).sum()),
+    }
+
+
+def freeze_all_but(model: TwoTowerForBlockDiffusion, stage: str) -> None:
+    """The context stage trains the context tower and its head, the denoiser stage everything else."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith("context_") == (stage == "context"))
+
+
+def _save(model: TwoTowerForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, state: dict, folder: Path) -> None:
+    """Replace `last/` as a whole, so that an interrupted save loses nothing."""
+    new, last, old = folder / "last.new", folder / "last", folder / "last.old"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    torch.save(state, new / STATE_FILE)
+    shutil.rmtree(old, ignore_errors=True)
+    if last.exists():
+        last.rename(old)
+    new.rename(last)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
