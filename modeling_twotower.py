@@ -38,7 +38,9 @@ from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.ssd import ssd_scan
+from .generation_twotower import TwoTowerGenerationMixin
 from .objective_twotower import LossWeighting, masked_cross_entropy, sample_masked
+from .padding_twotower import check_attention_mask, pack_tokens
 
 
 @dataclass
@@ -103,7 +105,7 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
             module.reset_time_conditioning()
 
 
-class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel):
+class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin):
     """
     Context tower, denoiser tower, their heads and the time conditioning, under the released checkpoint's names.
 
@@ -218,7 +220,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel):
         layout: ChunkLayout,
         modulations: list[torch.Tensor | None],
     ) -> torch.Tensor:
-        pasts = (past_key_values.view(idx) for idx in range(self.config.num_hidden_layers))
+        pasts = [past_key_values.view(idx) for idx in range(self.config.num_hidden_layers)]
         return self.denoiser_tower(block_ids, pasts, layout, modulations)
 
     def _modulations(self, timestep: torch.Tensor) -> list[torch.Tensor]:
@@ -567,62 +569,6 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
         angles = (timestep.to(dtype) * self.scale).float()[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
-
-
-class PackedTokens(NamedTuple):
-    """Rows with their tokens first: `ids` (B, T); `counts` (B,) and `columns` (B, T), their origin, unless trivial."""
-
-    ids: torch.Tensor
-    counts: torch.Tensor | None = None
-    columns: torch.Tensor | None = None
-
-    def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, H) back to the columns the tokens came from."""
-        if self.columns is None:
-            return hidden_states
-        return torch.zeros_like(hidden_states).scatter(1, self.columns[..., None].expand_as(hidden_states), hidden_states)
-
-
-def pack_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedTokens:
-    """
-    Move each row's tokens to the front.
-
-    Args:
-        input_ids: (B, T).
-        attention_mask: (B, >= T), its last T columns 1 on tokens and 0 on padding at either side; default all ones.
-
-    Raises:
-        ValueError: for a mask of another shape, with a hole, or with a row without tokens.
-    """
-    mask = check_attention_mask(input_ids, attention_mask)
-    if mask is None:
-        return PackedTokens(input_ids)
-    counts = mask.sum(1)
-    starts = mask.int().argmax(1)
-    columns = (torch.arange(mask.shape[1], device=mask.device) + starts[:, None]) % mask.shape[1]
-    return PackedTokens(input_ids.gather(1, columns), counts, columns)
-
-
-def check_attention_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask of the chunk's own columns, (B, T) bool, or None when all of them hold tokens."""
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or len(attention_mask) != len(input_ids) or attention_mask.shape[1] < input_ids.shape[1]:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; input_ids of shape {tuple(input_ids.shape)} "
-            "need a mask of that shape, or wider by the cached columns"
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :].bool()
-    if mask.all():
-        return None
-    runs = mask.int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1).int()).eq(1).sum(1)
-    if (runs != 1).any():
-        row = int((runs != 1).nonzero()[0])
-        problem = "masks all of its tokens" if runs[row] == 0 else f"has holes: {mask[row].int().tolist()}"
-        raise ValueError(f"row {row} of attention_mask {problem}; mask padding at the ends of a row only")
-    return mask
 
 
 def _whole_blocks(
