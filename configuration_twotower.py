@@ -3,8 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, NemotronHConfig
-
+from transformers import NemotronHConfig
 
 LAYER_LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 
@@ -67,7 +66,9 @@ class TwoTowerConfig(NemotronHConfig):
     def _check_layers(self, declared_layers: int | None) -> None:
         kinds = set(LAYER_LETTERS.values())
         if not self.layers_block_type:
-            raise ValueError("`layers_block_type` is empty; give at least one layer, e.g. hybrid_override_pattern='M*'")
+            raise ValueError(
+                "`layers_block_type` is empty; give at least one layer, e.g. hybrid_override_pattern='M*'"
+            )
         if unknown := sorted(set(self.layers_block_type) - kinds):
             raise ValueError(f"`layers_block_type` holds unknown layer kinds {unknown}; use {sorted(kinds)}")
         if declared_layers is not None and declared_layers != len(self.layers_block_type):
@@ -91,15 +92,11 @@ class TwoTowerConfig(NemotronHConfig):
         for name in sizes.split():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        low, high = self.time_step_limit
-        if not 0 <= low < high:
-            raise ValueError(f"time_step_limit is {self.time_step_limit}; expected 0 <= low < high")
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}, more than n_routed_experts {self.n_routed_experts}"
-            )
-        if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group is {self.topk_group}, more than n_group {self.n_group}")
+        if self.moe_latent_size is not None and self.moe_latent_size <= 0:
+            raise ValueError(f"moe_latent_size is {self.moe_latent_size}; it must be positive, or None")
+        limit = self.time_step_limit
+        if len(limit) != 2 or not 0 <= limit[0] < limit[1]:
+            raise ValueError(f"time_step_limit is {limit}; expected 0 <= low < high")
 
     def _check_divisions(self) -> None:
         divisions = (
@@ -110,6 +107,16 @@ class TwoTowerConfig(NemotronHConfig):
         for whole, part in divisions:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}, more than n_group {self.n_group}")
+        group = self.n_routed_experts // self.n_group
+        if self.num_experts_per_tok > group * self.topk_group:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, more than the {group * self.topk_group} experts "
+                f"of a token's groups: {group} in each of topk_group {self.topk_group}"
+            )
+        if group == 1 and self.topk_group < self.n_group:
+            raise ValueError(f"n_group is {self.n_group}, of one expert each; groups are ranked by their best two")
         if self.timestep_features % 2:
             raise ValueError(f"timestep_features is {self.timestep_features}; it must be even (cosines and sines)")
 
@@ -121,8 +128,8 @@ class TwoTowerConfig(NemotronHConfig):
     def _pattern_to_list(pattern: str) -> list[str]:
         if unknown := sorted(set(pattern) - set(LAYER_LETTERS)):
             raise ValueError(
-                f"hybrid_override_pattern {pattern!r} holds unknown letters {unknown}; use M (Mamba-2), * (attention), "
-                "E (mixture of experts) and - (MLP)"
+                f"hybrid_override_pattern {pattern!r} holds unknown letters {unknown}; use M (Mamba-2), "
+                "* (attention), E (mixture of experts) and - (MLP)"
             )
         return [LAYER_LETTERS[letter] for letter in pattern]
 
@@ -133,7 +140,5 @@ def _is_own_code(auto_map: dict[str, str]) -> bool:
         auto_map.get("AutoConfig", "").endswith(TwoTowerConfig.__name__)
     )
 
-
-AutoConfig.register(TwoTowerConfig.model_type, TwoTowerConfig, exist_ok=True)
 
 __all__ = ["TwoTowerConfig"]

@@ -63,7 +63,9 @@ class TwoTowerGenerationConfig(GenerationConfig):
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
         """The generation flags of a model config; the strategy's own knobs are not among them."""
-        return cls(**GenerationConfig.from_model_config(model_config).to_dict())
+        flags = GenerationConfig.from_model_config(model_config).to_dict()
+        flags.pop("_from_model_config", None)  # with it, transformers drops flags it does not know when loading
+        return cls(**flags)
 
 
 def check_strategy(config: GenerationConfig) -> None:
@@ -101,7 +103,9 @@ def check_supported(config: GenerationConfig, use_cache: bool | None) -> None:
     }
     for name, is_set in refused.items():
         if is_set:
-            raise ValueError(f"{name}={getattr(config, name)!r} is not supported by TwoTower's generate; leave it unset")
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not supported by TwoTower's generate; leave it unset"
+            )
     if config.do_sample and config.temperature is not None and config.temperature <= 0:
         raise ValueError(f"temperature is {config.temperature!r}; sampling needs it above 0 (or do_sample=False)")
 
@@ -200,8 +204,6 @@ class Decoding:
 class TwoTowerGenerationMixin(GenerationMixin):
     """Selects the decoding method by the generation config's `mode`."""
 
-    generation_config_class = TwoTowerGenerationConfig
-
     @torch.no_grad()
     def generate(
         self,
@@ -224,7 +226,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             return super().generate(None, generation_config, **kwargs)
-        input_ids, attention_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), generation_config)
+        input_ids, attention_mask = self._check_prompt(
+            input_ids, kwargs.pop("attention_mask", None), generation_config
+        )
         if attention_mask is None:
             return super().generate(input_ids, generation_config, **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
@@ -242,7 +246,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
         if input_ids.shape[1] == 0:
             bos = next((c.bos_token_id for c in (generation_config, self.generation_config) if c is not None), None)
             if bos is None:
-                raise ValueError("the prompt is empty and there is no bos_token_id to begin with; set one or give a token")
+                raise ValueError(
+                    "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
+                )
             return input_ids.new_full((len(input_ids), 1), bos), None
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= self.config.vocab_size:
@@ -252,7 +258,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         super().adjust_generation_fn(*args, **kwargs)
-        self.generation_config = TwoTowerGenerationConfig.from_dict(self.generation_config.to_dict())
+        flags = self.generation_config.to_dict()
+        flags.pop("_from_model_config", None)  # as in `from_model_config`
+        self.generation_config = TwoTowerGenerationConfig.from_dict(flags)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -277,7 +285,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         if model_kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values is not supported by TwoTower's generate yet; give the whole text as prompt")
+            raise ValueError(
+                "past_key_values is not supported by TwoTower's generate yet; give the whole text as prompt"
+            )
         model_kwargs["past_key_values"] = TwoTowerCache(self.config)
 
     def _sample(
@@ -292,7 +302,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
     ) -> TwoTowerGenerateOutput | torch.LongTensor:
         """The decoding method transformers' `generate` calls; runs the one of the config's mode."""
         if synced_gpus:
-            raise ValueError("synced_gpus=True is not supported: rows of different ranks take different numbers of passes")
+            raise ValueError(
+                "synced_gpus=True is not supported: rows of different ranks take different numbers of passes"
+            )
         input_ids = input_ids.to(self.context_tower.embeddings.weight.device)
         pad = generation_config._pad_token_tensor
         run = Decoding(
@@ -375,7 +387,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
 
     def _read(self, run: Decoding, chunk: PackedTokens) -> torch.Tensor:
         """Let the context tower read a chunk into the cache; (R, H) hidden states of each row's last token."""
-        run.text.context_forwards[run.text.rows] += 1
+        run.text.context_forwards[run.text.rows] += 1 if chunk.counts is None else chunk.counts.sign()
         hidden_states = self.context_tower(chunk.ids, run.cache, chunk.counts)
         if chunk.counts is None:
             return hidden_states[:, -1]

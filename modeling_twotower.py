@@ -7,17 +7,15 @@ cache layer by layer and turns a partly masked block into logits for all of its 
 Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocabulary, R = B x blocks denoised at once.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
-from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers import PreTrainedModel
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
@@ -34,12 +32,20 @@ from transformers.utils import ModelOutput
 
 from .cache_twotower import KeyValues, MambaState, TwoTowerCache
 from .configuration_twotower import TwoTowerConfig
+from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.ssd import ssd_scan
-from .generation_twotower import TwoTowerGenerationMixin
-from .objective_twotower import LossWeighting, masked_cross_entropy, sample_masked
+from .loading_twotower import (
+    check_complete,
+    check_parts,
+    check_safetensors,
+    config_of_backbone,
+    load_backbone,
+    register_checkpoint_layout,
+)
+from .objective_twotower import LossWeighting, check_objective, masked_cross_entropy, sample_masked
 from .padding_twotower import check_attention_mask, pack_tokens
 
 
@@ -98,11 +104,26 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for its decorator in this file; it stands on the experts we import
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TwoTowerForBlockDiffusion):
-            module.reset_time_conditioning()
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """torch's grouped product wants rows of whole 16 bytes; experts of other sizes fall back to "eager"."""
+        rows = (self.config.moe_latent_size or self.config.hidden_size, self.config.moe_intermediate_size)
+        if "moe" in self.config.layers_block_type and any(size % 8 for size in rows):
+            raise ValueError(
+                f'experts_implementation="grouped_mm" needs expert sizes that are multiples of 8, not {rows}; '
+                'use "eager" or "batched_mm"'
+            )
+        return super()._grouped_mm_can_dispatch()
+
+
+TWOTOWER_PARTS = (
+    "context_tower",
+    "context_lm_head",
+    "denoiser_tower",
+    "lm_head",
+    "t_embedder",
+    "t_block",
+    "scale_shift_tables",
+)
 
 
 class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin):
@@ -111,7 +132,12 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
 
     Calling the model runs the context tower (next-token logits and cache), or with `labels` the training objective;
     [`~TwoTowerForBlockDiffusion.denoise`] runs the denoiser.
+
+    `save_pretrained` writes NVIDIA's layout, a matrix per expert under the released checkpoint's names, or with
+    `save_original_format=False` this class's own tensors, all experts of a layer in one; `from_pretrained` takes both.
     """
+
+    generation_config_class = TwoTowerGenerationConfig
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__(config)
@@ -126,6 +152,68 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         )
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # By the modules that hold the parameters: of custom code, transformers initialises no others.
+        if module in (self.t_block[1], self.scale_shift_tables):
+            self.reset_time_conditioning()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> "TwoTowerForBlockDiffusion":
+        """
+        Load a checkpoint in NVIDIA's layout or ours; takes every argument of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: for a local folder without safetensors, or with a missing or truncated file, before anything
+                is built; for a checkpoint that lacks tensors of a TwoTower.
+        """
+        names = check_safetensors(pretrained_model_name_or_path, kwargs)
+        renamed = bool(kwargs.get("key_mapping"))
+        if names is not None and not renamed:
+            check_parts(names, TWOTOWER_PARTS, pretrained_model_name_or_path)
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.update(use_safetensors=True, output_loading_info=True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        check_complete(info["missing_keys"], pretrained_model_name_or_path)
+        if not renamed:
+            # What save_pretrained writes is to depend on its arguments, not on the layout this model was loaded from.
+            model._weight_conversions = None
+        return (model, info) if with_info else model
+
+    @classmethod
+    def from_backbone(
+        cls, path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: Any
+    ) -> "TwoTowerForBlockDiffusion":
+        """
+        Put a denoiser to train on a NemotronH backbone.
+
+        Context tower and denoiser, and their heads, are separate copies of the backbone; time conditioning is the
+        identity, so that the untrained denoiser's layers compute what the backbone's do.
+
+        Args:
+            path_or_model: folder or Hub id of any NemotronH checkpoint, or a loaded [`NemotronHForCausalLM`].
+            kwargs: `block_size`, `mask_token_id` and what else [`TwoTowerConfig`] adds to the backbone's config; with
+                a path also arguments of `from_pretrained`, such as `dtype`.
+        """
+        added = {name: kwargs.pop(name) for name in TwoTowerConfig.__annotations__ if name in kwargs}
+        backbone = load_backbone(path_or_model, **kwargs)
+        with torch.device("meta"):
+            model = cls(config_of_backbone(backbone, **added)).to(backbone.dtype)
+        for tower, head in (
+            (model.context_tower, model.context_lm_head),
+            (model.denoiser_tower, model.lm_head),
+        ):
+            for part, source in ((tower, backbone.model), (head, backbone.lm_head)):
+                part.load_state_dict({name: t.clone() for name, t in source.state_dict().items()}, assign=True)
+        for part in (model.t_embedder, model.t_block, model.scale_shift_tables):
+            part.to_empty(device=backbone.device)
+        model.t_embedder.apply(model._init_weights)
+        model.reset_time_conditioning()
+        return model.eval()
+
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -136,13 +224,14 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         labels: torch.LongTensor | None = None,
         generator: torch.Generator | None = None,
         loss_weighting: LossWeighting = "mean",
+        corruptions: int = 1,
     ) -> TwoTowerOutput:
         """
         Read a chunk with the context tower, or compute the training loss.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T), or (B, L + T) after a cache of L columns: 1 on tokens, 0 on padding at either
+            attention_mask: (B, T), or after a cache (B, earlier columns + T): 1 on tokens, 0 on padding at either
                 side. Default all ones.
             past_key_values: cache to continue from and extend in place.
             use_cache: return a cache; default `config.use_cache`. Not with `labels`.
@@ -151,15 +240,17 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
                 the targets. Blocks are counted from the first column, padding included.
             generator: of the masking, with `labels`.
             loss_weighting: see [`masked_cross_entropy`], with `labels`.
+            corruptions: how often each block is masked and denoised per pass of the context tower, with `labels`.
 
         Returns:
             [`TwoTowerOutput`]; logits float32.
         """
+        self._check_ids("input_ids", input_ids, past_key_values)
         if labels is not None:
             if past_key_values is not None:
                 raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
-            return self._diffusion_loss(input_ids, attention_mask, labels, generator, loss_weighting)
-        packed = pack_tokens(input_ids, attention_mask)
+            return self._diffusion_loss(input_ids, attention_mask, labels, generator, loss_weighting, corruptions)
+        packed = pack_tokens(input_ids, attention_mask, None if past_key_values is None else past_key_values.width)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache:
             past_key_values = TwoTowerCache(self.config)
@@ -183,19 +274,22 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
             block_ids: (B, S), S >= 1, with `config.mask_token_id` where a token is wanted.
             past_key_values: the context tower's cache.
             timestep: (B,) or a number in [0, 1]; default each row's masked fraction.
-            attention_mask: (B, L + S), 1 on tokens; its last S columns may hide columns of the block. Default all.
+            attention_mask: (B, S) or (B, earlier columns + S), of which the last S columns count: 1 on tokens, 0 on
+                padding at either end of the block. Default all ones.
 
         Returns:
-            (B, S, V) float32 logits for the same positions.
+            (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
-        self._check_block(block_ids, past_key_values)
-        block_mask = None if attention_mask is None else self._block_mask(attention_mask, block_ids, past_key_values)
+        self._check_ids("block_ids", block_ids, past_key_values)
+        packed = pack_tokens(block_ids, attention_mask, past_key_values.width)
+        mask = packed.mask()
         if timestep is None:
-            timestep = (block_ids == self.config.mask_token_id).float().mean(-1)
+            timestep = _masked_fraction(packed.ids == self.config.mask_token_id, mask)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=block_ids.device).expand(len(block_ids))
-        layout = ChunkLayout(context_mask=past_key_values.context_mask(), block_mask=block_mask)
-        hidden_states = self._denoise(block_ids, past_key_values, layout, self._modulations(timestep))
-        return self.lm_head(hidden_states).float()
+        block_mask = None if mask is None else _visible_tokens(mask)
+        layout = ChunkLayout(mask, context_mask=past_key_values.context_mask(), block_mask=block_mask)
+        hidden_states = self._denoise(packed.ids, past_key_values, layout, self._modulations(timestep))
+        return self.lm_head(packed.unpack(hidden_states)).float()
 
     def predict_next(self, input_ids: torch.LongTensor, past_key_values: TwoTowerCache) -> torch.Tensor:
         """
@@ -208,7 +302,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         Returns:
             (B, V) float32 logits of the token after it.
         """
-        self._check_block(input_ids, past_key_values)
+        self._check_ids("input_ids", input_ids, past_key_values)
         layout = ChunkLayout(context_mask=past_key_values.context_mask())
         plain = [None] * self.config.num_hidden_layers
         return self.lm_head(self._denoise(input_ids, past_key_values, layout, plain)[:, -1]).float()
@@ -223,6 +317,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         pasts = [past_key_values.view(idx) for idx in range(self.config.num_hidden_layers)]
         return self.denoiser_tower(block_ids, pasts, layout, modulations)
 
+    @force_accelerate_hooks("scale_shift_tables")  # which are no module to call
     def _modulations(self, timestep: torch.Tensor) -> list[torch.Tensor]:
         """(R,) -> per layer (R, 3, H): shift, scale, gate."""
         offsets = self.t_block(self.t_embedder(timestep)).unflatten(-1, (3, -1))
@@ -235,14 +330,19 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         labels: torch.LongTensor,
         generator: torch.Generator | None,
         weighting: LossWeighting,
+        corruptions: int,
     ) -> TwoTowerOutput:
         """All blocks from the first one with a label on, denoised at once from one frozen context pass."""
+        check_objective(weighting, corruptions)
         # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
         size = self.config.block_size
         ids, mask, trainable = _whole_blocks(input_ids, attention_mask, labels, size)
         # 2. What each block finds in the context tower's cache.
         with torch.no_grad():
             presents = self.context_tower.read_blocks(ids, mask, size)
+        ids, mask, trainable = (
+            None if part is None else part.repeat_interleave(corruptions, dim=0) for part in (ids, mask, trainable)
+        )
         # 3. Corrupt, and drop the leading blocks in which no row has a label.
         masked = sample_masked(trainable, size, generator)
         blocks = ids.shape[1] // size
@@ -250,7 +350,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         block_ids = torch.where(masked, self.config.mask_token_id, ids).unflatten(1, (blocks, size))[:, first:]
         masked = masked.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
         targets = ids.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
-        pasts = [_blocks_from(present, first, blocks) for present in presents]
+        pasts = [_blocks_from(present, first, blocks, corruptions) for present in presents]
         # 4. Denoise (R, S) and average over the masked positions.
         layout, tokens = _training_layout(mask, first, blocks, size, len(ids), ids.device)
         timestep = masked.sum(-1) / tokens.clamp(min=1)
@@ -263,40 +363,28 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         )
         return TwoTowerOutput(loss=loss, masked_tokens=masked.sum())
 
-    def _block_mask(
-        self, attention_mask: torch.Tensor, block_ids: torch.Tensor, past_key_values: TwoTowerCache
-    ) -> torch.Tensor:
-        batch, length = block_ids.shape
-        expected = (batch, past_key_values.width + length)
-        if attention_mask.shape != expected:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; a block of {length} after a context of "
-                f"{past_key_values.width} columns needs {expected}"
-            )
-        visible = attention_mask[:, None, None, -length:].bool()
-        return visible | torch.eye(length, dtype=torch.bool, device=block_ids.device)
+    def _check_ids(self, name: str, ids: torch.Tensor, past_key_values: TwoTowerCache | None) -> None:
+        if ids.ndim != 2 or ids.shape[1] < 1:
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
+        if past_key_values is not None and past_key_values.batch_size not in (-1, len(ids)):
+            raise ValueError(f"{name} has {len(ids)} rows, but past_key_values holds {past_key_values.batch_size}")
 
-    def _check_block(self, block_ids: torch.Tensor, past_key_values: TwoTowerCache) -> None:
-        if block_ids.ndim != 2 or block_ids.shape[1] < 1:
-            raise ValueError(f"block_ids has shape {tuple(block_ids.shape)}; expected (batch, block) with block >= 1")
-        if past_key_values.lengths is not None and past_key_values.batch_size != len(block_ids):
-            raise ValueError(
-                f"block_ids has {len(block_ids)} rows, but past_key_values holds {past_key_values.batch_size}"
-            )
-
+    @torch.no_grad()
     def reset_denoiser(self) -> None:
         """Copy the context tower and its head to the denoiser, and make time conditioning the identity."""
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
-        with torch.no_grad():
-            self.reset_time_conditioning()
+        self.reset_time_conditioning()
 
+    @torch.no_grad()
     def reset_time_conditioning(self) -> None:
         """Make time conditioning the identity (gate 1, shift and scale 0): layers compute what the backbone's do."""
-        init.zeros_(self.t_block[1].weight)
-        init.zeros_(self.t_block[1].bias)
+        # Not with transformers' initialisers, which leave alone what was loaded from a checkpoint.
+        self.t_block[1].weight.zero_()
+        self.t_block[1].bias.zero_()
         for table in self.scale_shift_tables:
-            init.copy_(table, torch.tensor([0.0, 0.0, 1.0])[:, None].expand_as(table))
+            table.zero_()
+            table[2] = 1.0
 
 
 class TwoTowerBackbone(TwoTowerPreTrainedModel):
@@ -405,7 +493,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
         super().__init__(config, layer_idx)
         self.time_step_limit = config.time_step_limit
 
-    @force_accelerate_hooks("conv1d")
+    @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, MambaState]:
@@ -432,9 +520,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             layout.state_every or self.chunk_size,
             return_chunk_states=layout.state_every is not None,
         )
-        y = gated_rms_norm(
-            scan.y.flatten(2), gate, self.norm.weight, self.norm.group_size, self.norm.variance_epsilon
-        )
+        y = gated_rms_norm(scan.y.flatten(2), gate, self.norm.weight, self.norm.group_size, self.norm.variance_epsilon)
         after = MambaState(conv_after, scan.state)
         if layout.state_every is not None:
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)
@@ -444,6 +530,12 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
 
 class TwoTowerAttention(NemotronHAttention):
     """Attention of a chunk over the context and itself; there are no position embeddings."""
+
+    def __init__(self, config: TwoTowerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.attention_bias:  # NVIDIA's code honours it, transformers' does not
+            for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+                projection.bias = nn.Parameter(torch.zeros(projection.out_features))
 
     def forward(
         self, hidden_states: torch.Tensor, past: KeyValues | None, layout: ChunkLayout
@@ -468,7 +560,7 @@ class TwoTowerAttention(NemotronHAttention):
 
 
 class TwoTowerRouter(NemotronHTopkRouter):
-    """Expert choice in float64, as the TwoTower release computes it; the correction bias decides, but does not weigh."""
+    """Expert choice in float64, as NVIDIA's code computes it; the correction bias decides, but does not weigh."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
@@ -576,7 +668,9 @@ def _whole_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Pad on the right to a multiple of `size`: ids, mask of tokens (None when all are), and trainable positions."""
     if labels.shape != input_ids.shape:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; make them equal")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; make them equal"
+        )
     mask = check_attention_mask(input_ids, attention_mask)
     trainable = labels != -100 if mask is None else (labels != -100) & mask
     padding = -input_ids.shape[1] % size
@@ -587,12 +681,13 @@ def _whole_blocks(
 
 
 def _blocks_from(
-    present: KeyValues | MambaState | None, first: int, blocks: int
+    present: KeyValues | MambaState | None, first: int, blocks: int, corruptions: int
 ) -> KeyValues | MambaState | None:
-    """What blocks `first` and later need of a layer: states of those blocks, keys and values of all columns."""
+    """What blocks `first` and later need of a layer: states once per corruption, keys and values for all to share."""
     if not isinstance(present, MambaState):
         return present
-    return MambaState(*(part.unflatten(0, (-1, blocks))[:, first:].flatten(0, 1) for part in present))
+    states = (part.unflatten(0, (-1, blocks))[:, first:] for part in present)
+    return MambaState(*(part.repeat_interleave(corruptions, dim=0).flatten(0, 1) for part in states))
 
 
 def _training_layout(
@@ -605,8 +700,19 @@ def _training_layout(
     before = torch.arange(blocks * size, device=device) < starts[:, None]
     context_mask = (before & mask[:, None]).flatten(0, 1)[:, None, None]
     tokens = mask.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
-    block_mask = tokens[:, None, None] | torch.eye(size, dtype=torch.bool, device=device)
-    return ChunkLayout(tokens, None, context_mask, block_mask), tokens.sum(-1)
+    return ChunkLayout(tokens, None, context_mask, _visible_tokens(tokens)), tokens.sum(-1)
+
+
+def _visible_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """(R, S) -> (R, 1, S, S): all of a block's tokens and, so that no column sees nothing, itself."""
+    return mask[:, None, None] | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+
+
+def _masked_fraction(masked: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(R, S) -> (R,): masked share of a block's tokens."""
+    if mask is None:
+        return masked.float().mean(-1)
+    return (masked & mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def _causal_over_tokens(mask: torch.Tensor) -> torch.Tensor:
@@ -616,18 +722,6 @@ def _causal_over_tokens(mask: torch.Tensor) -> torch.Tensor:
     return (earlier & mask[:, None]).logical_or_(columns == columns[:, None])[:, None]
 
 
-def _register_checkpoint_layout() -> None:
-    """NVIDIA stores one matrix per expert, transformers one tensor per layer: convert on load, and back on save."""
-    merge_experts = [
-        conversion
-        for conversion in get_checkpoint_conversion_mapping("nemotron_h")
-        if isinstance(conversion, WeightConverter)
-    ]
-    register_checkpoint_conversion_mapping(TwoTowerConfig.model_type, merge_experts, overwrite=True)
-
-
-_register_checkpoint_layout()
-AutoModel.register(TwoTowerConfig, TwoTowerForBlockDiffusion, exist_ok=True)
-AutoModelForCausalLM.register(TwoTowerConfig, TwoTowerForBlockDiffusion, exist_ok=True)
+register_checkpoint_layout()
 
 __all__ = ["ContextTower", "DenoiserTower", "TwoTowerForBlockDiffusion", "TwoTowerOutput", "TwoTowerPreTrainedModel"]

@@ -11,9 +11,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-
 MIN_TIMESTEP = 1e-3
 LossWeighting = Literal["mean", "inverse_timestep"]
+
+
+def check_objective(weighting: str, corruptions: int) -> None:
+    """Raise a ValueError for an unknown weighting or a number of corruptions below 1."""
+    if weighting not in LossWeighting.__args__:
+        raise ValueError(f"loss_weighting is {weighting!r}; use one of {', '.join(LossWeighting.__args__)}")
+    if corruptions < 1:
+        raise ValueError(f"corruptions is {corruptions}; it must be at least 1")
 
 
 def sample_masked(trainable: torch.Tensor, block_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -52,11 +59,9 @@ def masked_cross_entropy(
     Returns:
         Scalar float32; 0 (with gradient 0) where nothing is masked.
     """
-    if weighting not in LossWeighting.__args__:
-        raise ValueError(f"loss weighting is {weighting!r}; use one of {LossWeighting.__args__}")
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     weights = torch.ones_like(losses) if weighting == "mean" else 1 / timestep.float()
     return (losses * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-__all__ = ["LossWeighting", "masked_cross_entropy", "sample_masked"]
+__all__ = ["LossWeighting", "check_objective", "masked_cross_entropy", "sample_masked"]

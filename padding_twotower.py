@@ -15,25 +15,38 @@ class PackedTokens(NamedTuple):
     counts: torch.Tensor | None = None
     columns: torch.Tensor | None = None
 
+    def mask(self) -> torch.Tensor | None:
+        """(B, T) bool, True on tokens; None when all columns hold one."""
+        if self.counts is None:
+            return None
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.counts[:, None]
+
     def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, H) back to the columns the tokens came from."""
         if self.columns is None:
             return hidden_states
-        return torch.zeros_like(hidden_states).scatter(1, self.columns[..., None].expand_as(hidden_states), hidden_states)
+        return torch.zeros_like(hidden_states).scatter(
+            1, self.columns[..., None].expand_as(hidden_states), hidden_states
+        )
 
 
-def pack_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedTokens:
+def pack_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int | None = None
+) -> PackedTokens:
     """
     Move each row's tokens to the front.
 
     Args:
         input_ids: (B, T).
-        attention_mask: (B, >= T), its last T columns 1 on tokens and 0 on padding at either side; default all ones.
+        attention_mask: (B, T), or (B, T + at least `cached`) of which the last T columns count: 1 on tokens, 0 on
+            padding at either side. Default all ones.
+        cached: tokens of the longest row of the cache the chunk continues; default no cache. With a cache, a row may
+            have no token in this chunk.
 
     Raises:
-        ValueError: for a mask of another shape, with a hole, or with a row without tokens.
+        ValueError: for a mask of another shape, with a hole, or without a cache with a row without tokens.
     """
-    mask = check_attention_mask(input_ids, attention_mask)
+    mask = check_attention_mask(input_ids, attention_mask, cached)
     if mask is None:
         return PackedTokens(input_ids)
     counts = mask.sum(1)
@@ -42,23 +55,28 @@ def pack_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
     return PackedTokens(input_ids.gather(1, columns), counts, columns)
 
 
-def check_attention_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask of the chunk's own columns, (B, T) bool, or None when all of them hold tokens."""
+def check_attention_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int | None = None
+) -> torch.Tensor | None:
+    """The mask of the chunk's own columns, (B, T) bool, or None when all of them hold tokens; see [`pack_tokens`]."""
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
     if attention_mask is None:
         return None
-    if attention_mask.ndim != 2 or len(attention_mask) != len(input_ids) or attention_mask.shape[1] < input_ids.shape[1]:
+    length, width = input_ids.shape[1], attention_mask.shape[-1]
+    fits = width == length or (bool(cached) and width >= length + cached)
+    if attention_mask.shape != (len(input_ids), width) or not fits:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; input_ids of shape {tuple(input_ids.shape)} "
-            "need a mask of that shape, or wider by the cached columns"
+            f"need a mask of that shape{f', or wider by the {cached} cached columns or more' if cached else ''}"
         )
-    mask = attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :].bool()
+    mask = attention_mask[:, width - length :].bool()
     if mask.all():
         return None
     runs = mask.int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1).int()).eq(1).sum(1)
-    if (runs != 1).any():
-        row = int((runs != 1).nonzero()[0])
+    refused = runs > 1 if cached is not None else runs != 1
+    if refused.any():
+        row = int(refused.nonzero()[0])
         problem = "masks all of its tokens" if runs[row] == 0 else f"has holes: {mask[row].int().tolist()}"
         raise ValueError(f"row {row} of attention_mask {problem}; mask padding at the ends of a row only")
     return mask

@@ -49,9 +49,7 @@ def block_attention(
         if causal and query.shape[2] > 1:
             block_mask = _lower_triangle(query.shape[2], query.device)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        out = block_attention_reference(
-            query, key, value, context_key, context_value, context_mask, block_mask, scale
-        )
+        out = block_attention_reference(query, key, value, context_key, context_value, context_mask, block_mask, scale)
     return out.transpose(1, 2).flatten(2)
 
 

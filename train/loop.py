@@ -87,7 +87,9 @@ def context_loss(model: TwoTowerForBlockDiffusion, batch: Batch, _: torch.Genera
     """Next-token cross-entropy over the answers, mean over tokens."""
     rows = torch.arange(len(batch.input_ids))[:, None]
     # Tokens first: behind them, padding needs no mask in a causal tower.
-    order = (torch.arange(batch.input_ids.shape[1]) + (batch.attention_mask == 0).sum(1, keepdim=True)) % batch.input_ids.shape[1]
+    order = (
+        torch.arange(batch.input_ids.shape[1]) + (batch.attention_mask == 0).sum(1, keepdim=True)
+    ) % batch.input_ids.shape[1]
     ids, labels, mask = (part[rows, order] for part in (batch.input_ids, batch.labels, batch.attention_mask))
     labels = labels.masked_fill(mask == 0, IGNORED)
     hidden_states = model.context_tower(ids[:, :-1])
@@ -96,8 +98,8 @@ def context_loss(model: TwoTowerForBlockDiffusion, batch: Batch, _: torch.Genera
 
 
 def denoiser_loss(model: TwoTowerForBlockDiffusion, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """The masked-diffusion objective over the answers, every block counting alike."""
-    return model(**batch._asdict(), generator=generator, loss_weighting="inverse_timestep").loss
+    """The masked-diffusion objective over the answers, every block counting alike, masked twice per context pass."""
+    return model(**batch._asdict(), generator=generator, loss_weighting="inverse_timestep", corruptions=2).loss
 
 
 LOSSES: dict[str, Callable[[TwoTowerForBlockDiffusion, Batch, torch.Generator], torch.Tensor]] = {
@@ -219,5 +221,10 @@ def _save(model: TwoTowerForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())

@@ -25,7 +25,10 @@ class MatrixOptimizer:
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         hidden = [param for name, param in named if _is_hidden_matrix(name, param)]
         self.views = [
-            (param, idx, nn.Parameter(param.detach()[idx])) for param in hidden if param.ndim == 3 for idx in range(len(param))
+            (param, idx, nn.Parameter(param.detach()[idx]))
+            for param in hidden
+            if param.ndim == 3
+            for idx in range(len(param))
         ]
         matrices = [param for param in hidden if param.ndim == 2] + [view for _, _, view in self.views]
         others = [param for name, param in named if not _is_hidden_matrix(name, param)]

@@ -1,0 +1,266 @@
+"""The `twotower` command. What takes long to import is imported by the command that needs it."""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+    from .modeling_twotower import TwoTowerForBlockDiffusion
+
+
+class OneLineErrors(TyperGroup):
+    """Shows what is wrong with the input in one line: exit code 2 for values, 1 for files and network."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Block-diffusion text generation with two NemotronH towers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; default the demonstration checkpoint.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="A question, or with --raw the beginning of a text.")],
+    model: Model = None,
+    mode: Annotated[
+        str | None, typer.Option(help="mask_diffusion, mock_ar or ar; default the checkpoint's, else mask_diffusion.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block; default as trained.")] = None,
+    steps_per_block: Annotated[int | None, typer.Option(help="Most denoiser passes per block; default 16.")] = None,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(help="Commit predictions surer than this at once, in (0, 1]; default 0.8.")
+    ] = None,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option(help="Draw tokens, not the likeliest; default the checkpoint's, else no."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="With --do-sample: below 1 for likelier tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --do-sample: among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --do-sample: among the likeliest, p in all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --do-sample: the same seed gives the same text.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+) -> None:
+    """Answer PROMPT: the text on standard output, a line about its cost on standard error."""
+    import torch
+
+    from .evaluation import cut_after_end, end_ids
+    from .generation_twotower import TwoTowerGenerationConfig
+    from .terminal import DraftStreamer, output_console
+
+    options: dict[str, Any] = {
+        "mode": mode,
+        "max_new_tokens": max_new_tokens,
+        "block_size": block_size,
+        "steps_per_block": steps_per_block,
+        "confidence_threshold": confidence_threshold,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    # Loading may take minutes; what is wrong with the options is known before.
+    TwoTowerGenerationConfig(**options).validate()
+    two_towers, tokenizer = _load(model)
+    _check_sampling({**options, "seed": seed}, two_towers.generation_config.do_sample)
+    if seed is not None:
+        torch.manual_seed(seed)
+    inputs = _encode(prompt, tokenizer, raw).to(two_towers.device)
+    console = output_console()
+    show = DraftStreamer(tokenizer, two_towers.config.mask_token_id, console) if console.is_terminal else None
+    with show or nullcontext():
+        started = time.perf_counter()
+        output: Any = two_towers.generate(**inputs, **options, streamer=show, return_dict_in_generate=True)
+        seconds = time.perf_counter() - started
+    tokens = cut_after_end(output.sequences[0, inputs.input_ids.shape[1] :].tolist(), end_ids(two_towers))
+    if show is None:
+        typer.echo(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    typer.echo(_cost(len(tokens), int(output.denoiser_forwards), int(output.context_forwards), seconds), err=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="What to write.")],
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder; default the demonstration's.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, NAME or OWNER/NAME.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Visibility of a new repository; default yours.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a self-contained Hub folder, which loads with trust_remote_code=True where twotower is not installed."""
+    from . import demo_checkpoint
+    from .export import export as export_model
+
+    _quiet_unless_watched(model)
+    typer.echo(export_model(model or demo_checkpoint(), folder, push_to_hub, private, overwrite=overwrite))
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, config.json or Hub repository; default the demonstration checkpoint.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="For the bytes, e.g. bfloat16; default the config's.")] = None,
+) -> None:
+    """Show a model's geometry, parameters and memory; its config is enough."""
+    from . import inspection
+    from .configuration_twotower import TwoTowerConfig
+    from .terminal import output_console, show_table
+
+    _quiet_unless_watched(model)
+    config = TwoTowerConfig.from_pretrained(_origin(model))
+    name = dtype or str(config.dtype or "bfloat16").removeprefix("torch.")
+    size, memory_dtype = inspection.model_size(config), inspection.dtype_named(name)
+    console = output_console()
+    show_table(console, "Geometry", ("", ""), inspection.geometry(config), left_columns=2)
+    show_table(console, "Parameters, and those active for one token", *inspection.parameter_table(size))
+    show_table(console, f"Memory in {name}", *inspection.memory_table(config, size, memory_dtype))
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="Gets tokenizer, model and log; continues what it holds.")],
+    seed: Annotated[int, typer.Option(help="Of weights, problems and masks.")] = 0,
+    context_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the context tower.")] = None,
+    denoiser_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the denoiser.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Train the demonstration model, the context tower first, then the denoiser; resumable."""
+    import torch
+
+    from .train.loop import CONTEXT, DENOISER, train_demo
+
+    torch.set_num_threads(threads)
+    stages = (
+        replace(CONTEXT, steps=context_steps or CONTEXT.steps),
+        replace(DENOISER, steps=denoiser_steps or DENOISER.steps),
+    )
+    train_demo(folder, stages, seed)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = None,
+    problems: Annotated[int, typer.Option(help="Held-out word problems to ask.")] = 208,
+    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated; accuracy is that of the first.")] = "1,16",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Measure accuracy, passes and speed of every mode on held-out problems, next to transformers' own NemotronH."""
+    import torch
+    from transformers.utils import logging
+
+    from . import evaluation
+    from .terminal import output_console, show_table, track
+
+    sizes = _whole_numbers(batch_sizes, "--batch-sizes")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        # A file that cannot be written is reported now rather than after the work.
+        json_file.open("a").close()
+    two_towers, tokenizer = _load(model)
+    torch.set_num_threads(threads)
+    # transformers' NemotronH says once per kernel that this machine has none.
+    logging.set_verbosity_error()
+    report = evaluation.evaluate(two_towers, tokenizer, problems, seed, sizes, track)
+    report = {"model": model or "demonstration checkpoint", **report}
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    console = output_console()
+    show_table(console, evaluation.title(report), *evaluation.table(report))
+    console.print(evaluation.footnote(report), soft_wrap=True)
+
+
+def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":
+    """Model and tokenizer: the demonstration checkpoint as it is fastest on a CPU, any other as it is stored."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from .modeling_twotower import TwoTowerForBlockDiffusion
+
+    _quiet_unless_watched(model)
+    origin = _origin(model)
+    if model is None:
+        # So small that more threads, and conversions from bfloat16, only cost time.
+        torch.set_num_threads(1)
+        options: dict[str, Any] = {"dtype": torch.float32}
+    else:
+        options = {"dtype": "auto", "device_map": "auto" if torch.cuda.is_available() else None}
+    two_towers = TwoTowerForBlockDiffusion.from_pretrained(origin, **options)
+    return two_towers, AutoTokenizer.from_pretrained(origin)
+
+
+def _origin(model: str | None) -> str:
+    """What to load from; a path that is not there is not taken for a repository's name."""
+    from . import demo_checkpoint
+
+    if model is None:
+        return str(demo_checkpoint())
+    path = Path(model).expanduser()
+    if model.startswith(("/", ".", "~")) and not path.exists():
+        raise FileNotFoundError(f"{model} does not exist; give a checkpoint's folder or a Hub repository")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{model} holds no config.json; give a checkpoint's folder or a Hub repository")
+    return str(path) if path.exists() else model
+
+
+def _quiet_unless_watched(model: str | Path | None) -> None:
+    """Bars for loading and downloading only on a terminal, and not for the small checkpoint."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    if model is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
+
+
+def _check_sampling(options: dict[str, Any], sampling_is_default: bool | None) -> None:
+    given = [name for name in ("temperature", "top_k", "top_p", "seed") if options.get(name) is not None]
+    if given and not options.get("do_sample", sampling_is_default):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names} given without sampling, where it has no effect; add --do-sample or leave it out")
+
+
+def _encode(prompt: str, tokenizer: Any, raw: bool) -> "BatchEncoding":
+    if raw or tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _cost(tokens: int, denoiser_passes: int, context_passes: int, seconds: float) -> str:
+    parts = [f"{tokens} tokens", f"{denoiser_passes} denoiser passes", f"{context_passes} context passes"]
+    if denoiser_passes:
+        parts.append(f"{tokens / denoiser_passes:.2f} tokens per denoiser pass")
+    return ", ".join([*parts, f"{tokens / seconds:.1f} tokens/s"])
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}; give whole numbers separated by commas, e.g. 1,16") from None

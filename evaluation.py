@@ -1,0 +1,376 @@
+"""Figures of a checkpoint on held-out word problems: exact match, passes and speed of every mode, side by side.
+
+Every batch of problems goes through all variants before the next batch does, so that a busy machine slows all of them
+alike. The yardstick is transformers' own NemotronH with the same context tower's weights.
+
+Shapes: B batch, P prompt columns, N new columns.
+"""
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import BatchEncoding, NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerBase
+
+from .configuration_twotower import TwoTowerConfig
+from .modeling_twotower import TwoTowerForBlockDiffusion
+from .train.problems import Problem, extract_result, held_out_problems
+
+# The longest answer has under 70 tokens.
+MAX_NEW_TOKENS = 96
+BASELINE = "transformers NemotronH"
+
+
+class Generated(NamedTuple):
+    """`sequences` (B, P + N), padded after a row's end, and `denoiser_forwards` (B,), None without a denoiser."""
+
+    sequences: torch.Tensor
+    denoiser_forwards: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    One way to answer.
+
+    Args:
+        name: as reported.
+        options: of `generate`, as reported.
+        generate: tokenized prompts and the most new tokens -> [`Generated`].
+    """
+
+    name: str
+    options: dict[str, Any]
+    generate: Callable[[BatchEncoding, int], Generated]
+
+
+@dataclass
+class Run:
+    """
+    What one variant answered at one batch size.
+
+    Args:
+        answers: per problem, its new tokens up to and including end-of-text.
+        denoiser_forwards: per problem; empty without a denoiser.
+        seconds: wall time of all its `generate` calls.
+    """
+
+    answers: list[list[int]] = field(default_factory=list)
+    denoiser_forwards: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.answers))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def evaluate(
+    model: TwoTowerForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: int = 208,
+    seed: int = 0,
+    batch_sizes: Sequence[int] = (1, 16),
+    track: Callable[[list[BatchEncoding], str], Iterable[BatchEncoding]] = lambda batches, _: batches,
+) -> dict[str, Any]:
+    """
+    Answer held-out problems in every mode, and by transformers, at every batch size.
+
+    Args:
+        model: on its device and in its dtype.
+        tokenizer: with a padding token; batches are padded on the left.
+        problems: how many, at least 1.
+        seed: of the problems.
+        batch_sizes: accuracy and passes are those of the first one.
+        track: wraps the batches of one batch size and a description, to show progress; default shows none.
+
+    Returns:
+        A report that json can write: settings, one row per variant, and where it ran.
+    """
+    if problems < 1:
+        raise ValueError(f"problems is {problems}; give at least 1")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes is {list(batch_sizes)}; give whole numbers of at least 1")
+    asked = held_out_problems(problems, seed)
+    variants = [*twotower_variants(model), baseline_variant(model)]
+    runs: dict[int, dict[str, Run]] = {}
+    for batch_size in batch_sizes:
+        batches = [tokenizer(prompts, **_TOKENIZED).to(model.device) for prompts in _prompts(asked, batch_size)]
+        tracked = track(batches, f"batch {batch_size}")
+        runs[batch_size] = answer(variants, batches[0], tracked, end_ids(model))
+    settings = {
+        "problems": problems,
+        "seed": seed,
+        "batch_sizes": list(batch_sizes),
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
+    return settings | summarize(variants, runs, asked, tokenizer) | environment()
+
+
+_TOKENIZED: dict[str, Any] = {
+    "return_tensors": "pt",
+    "padding": True,
+    "padding_side": "left",
+    "return_token_type_ids": False,
+}
+
+
+def twotower_variants(model: TwoTowerForBlockDiffusion) -> list[Variant]:
+    """The three modes, mask diffusion at two operating points; "ar" comes first: retention is against it."""
+    settings: dict[str, dict[str, Any]] = {
+        "ar": {"mode": "ar"},
+        "mask_diffusion, threshold 0.8": {"mode": "mask_diffusion", "confidence_threshold": 0.8},
+        "mask_diffusion, threshold 0.95": {"mode": "mask_diffusion", "confidence_threshold": 0.95},
+        "mock_ar": {"mode": "mock_ar"},
+    }
+
+    def with_options(options: dict[str, Any]) -> Callable[[BatchEncoding, int], Generated]:
+        def generate(inputs: BatchEncoding, max_new_tokens: int) -> Generated:
+            output: Any = model.generate(
+                **inputs, **options, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
+            )
+            return Generated(output.sequences, None if options["mode"] == "ar" else output.denoiser_forwards)
+
+        return generate
+
+    return [Variant(name, options, with_options(options)) for name, options in settings.items()]
+
+
+def baseline_variant(model: TwoTowerForBlockDiffusion) -> Variant:
+    """The context tower run by transformers' own model and `generate`."""
+    baseline: Any = context_tower_in_transformers(model)
+
+    def generate(inputs: BatchEncoding, max_new_tokens: int) -> Generated:
+        return Generated(baseline.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False))
+
+    return Variant(BASELINE, {}, generate)
+
+
+def context_tower_in_transformers(model: TwoTowerForBlockDiffusion) -> NemotronHForCausalLM:
+    """transformers' NemotronH over the context tower's own tensors, with the Mamba step clamped as the config says."""
+    with torch.device("meta"):
+        baseline = NemotronHForCausalLM(nemotron_config(model.config))
+    state = {f"model.{name}": tensor for name, tensor in model.context_tower.state_dict().items()}
+    state |= {f"lm_head.{name}": tensor for name, tensor in model.context_lm_head.state_dict().items()}
+    baseline.load_state_dict(state, assign=True)
+    for layer in baseline.model.layers:
+        if layer.block_type == "linear_attention":
+            layer.mixer.time_step_limit = model.config.time_step_limit
+    # `generate` would warn about a padding id that differs from the model's own.
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(baseline.generation_config, name, getattr(model.generation_config, name))
+    return baseline.eval()
+
+
+def nemotron_config(config: TwoTowerConfig) -> NemotronHConfig:
+    """The fields of a TwoTower's config that describe one tower."""
+    own = {"model_type", "architectures", "auto_map", *(TwoTowerConfig.__annotations__)}
+    return NemotronHConfig(**{name: value for name, value in config.to_dict().items() if name not in own})
+
+
+def end_ids(model: TwoTowerForBlockDiffusion) -> set[int]:
+    ids = model.generation_config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def answer(
+    variants: Sequence[Variant], warm_up: BatchEncoding, batches: Iterable[BatchEncoding], ends: set[int]
+) -> dict[str, Run]:
+    """Let every variant answer every batch, batch after batch; before the clock runs, a few tokens of `warm_up`."""
+    for variant in variants:
+        variant.generate(warm_up, 8)
+    runs = {variant.name: Run() for variant in variants}
+    for batch in batches:
+        for variant in variants:
+            run = runs[variant.name]
+            started = time.perf_counter()
+            generated = variant.generate(batch, MAX_NEW_TOKENS)
+            # Fetching the tokens waits for the device.
+            rows = generated.sequences[:, batch.input_ids.shape[1] :].tolist()
+            run.seconds += time.perf_counter() - started
+            run.answers += [cut_after_end(row, ends) for row in rows]
+            if generated.denoiser_forwards is not None:
+                run.denoiser_forwards += generated.denoiser_forwards.tolist()
+    return runs
+
+
+def cut_after_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to and including the first end-of-text."""
+    first = next((idx for idx, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
+
+
+def summarize(
+    variants: Sequence[Variant], runs: dict[int, dict[str, Run]], problems: list[Problem], tokenizer: Any
+) -> dict[str, Any]:
+    """
+    Turn runs into figures.
+
+    Args:
+        variants: the first is what retention is against.
+        runs: per batch size and variant name; accuracy and passes are taken from the first batch size.
+        problems: in the order of the answers.
+        tokenizer: to read the answers.
+
+    Returns:
+        `rows`, one per variant, and `baseline_same_answers`, how many answers of the first variant the last one
+        (transformers) gave token for token.
+    """
+    first = next(iter(runs.values()))
+    correct = {variant.name: are_correct(first[variant.name].answers, problems, tokenizer) for variant in variants}
+    reference = variants[0].name
+    rows = [
+        {"name": variant.name, **variant.options}
+        | accuracy_figures(correct[variant.name], correct[reference])
+        | pass_figures(first[variant.name])
+        | speed_figures({size: runs[size][variant.name] for size in runs})
+        for variant in variants
+    ]
+    same = same_answers([first[reference], first[variants[-1].name]])
+    return {"rows": rows, "baseline_same_answers": same}
+
+
+def are_correct(answers: list[list[int]], problems: list[Problem], tokenizer: Any) -> list[bool]:
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [extract_result(text) == problem.result for text, problem in zip(texts, problems, strict=True)]
+
+
+def accuracy_figures(correct: list[bool], reference: list[bool]) -> dict[str, Any]:
+    """Accuracy and its ratio to the reference's on the same problems, each with its standard error (delta method)."""
+    count, accuracy, base = len(correct), sum(correct) / len(correct), sum(reference) / len(reference)
+    figures: dict[str, Any] = {
+        "correct": sum(correct),
+        "accuracy": accuracy,
+        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / count),
+        "retention": None,
+        "retention_stderr": None,
+    }
+    if base > 0:
+        ratio = accuracy / base
+        residuals = (ours - ratio * theirs for ours, theirs in zip(correct, reference, strict=True))
+        figures["retention"] = ratio
+        figures["retention_stderr"] = math.sqrt(sum(residual**2 for residual in residuals)) / count / base
+    return figures
+
+
+def pass_figures(run: Run) -> dict[str, Any]:
+    passes = sum(run.denoiser_forwards) if run.denoiser_forwards else None
+    return {
+        "tokens": run.tokens,
+        "denoiser_passes": passes,
+        "tokens_per_denoiser_pass": run.tokens / passes if passes else None,
+    }
+
+
+def speed_figures(runs: dict[int, Run]) -> dict[str, Any]:
+    """Of one variant's runs by batch size."""
+    return {
+        "tokens_per_second": {str(size): run.tokens_per_second for size, run in runs.items()},
+        "seconds": {str(size): run.seconds for size, run in runs.items()},
+        "same_answers_at_every_batch_size": same_answers(runs.values()),
+    }
+
+
+def same_answers(runs: Iterable[Run]) -> int:
+    """How many problems got the same answer, token for token, in all of the runs."""
+    answers = zip(*(run.answers for run in runs), strict=True)
+    return sum(all(answer == first for answer in others) for first, *others in answers)
+
+
+def environment() -> dict[str, Any]:
+    """Where and when: machine, versions, commit of the code, date."""
+    return {
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": _git_commit(Path(__file__).resolve().parent),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def title(report: dict[str, Any]) -> str:
+    return f"{report['problems']} held-out problems (seed {report['seed']}), greedy, {report['model']}"
+
+
+def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a report."""
+    sizes = [str(size) for size in report["batch_sizes"]]
+    header = ["mode", "exact match", "of AR's", "tokens/denoiser pass", *(f"tokens/s, batch {size}" for size in sizes)]
+    rows = [
+        [
+            row["name"],
+            _percent(row["accuracy"], row["accuracy_stderr"]),
+            _percent(row["retention"], row["retention_stderr"]),
+            "-" if row["tokens_per_denoiser_pass"] is None else f"{row['tokens_per_denoiser_pass']:.2f}",
+            *(f"{row['tokens_per_second'][size]:.1f}" for size in sizes),
+        ]
+        for row in report["rows"]
+    ]
+    return header, rows
+
+
+def footnote(report: dict[str, Any]) -> str:
+    """What the figures of a report are of."""
+    machine, versions = report["machine"], report["versions"]
+    first = report["batch_sizes"][0]
+    processor = machine["gpu"] if report["device"].startswith("cuda") else machine["cpu"]
+    return (
+        f"± is one standard error; accuracy and passes at batch {first}. transformers' NemotronH is the same context "
+        f"tower; {report['baseline_same_answers']} of its {report['problems']} answers are AR's token for token. "
+        f"tokens/s counts tokens up to end-of-text, all problems at every batch size.\n"
+        f"{report['dtype']} on {report['device']}, {processor}, {machine['threads']} of "
+        f"{machine['cores']} cores; torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"{report['date']}"
+    )
+
+
+def _percent(value: float | None, stderr: float | None) -> str:
+    return "-" if value is None or stderr is None else f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+
+
+def _prompts(problems: list[Problem], batch_size: int) -> Iterator[list[str]]:
+    for start in range(0, len(problems), batch_size):
+        yield [problem.prompt for problem in problems[start : start + batch_size]]
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit(folder: Path) -> str | None:
+    """The checkout's commit, "-dirty" with changes; None for an installed copy or without git."""
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

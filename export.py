@@ -1,0 +1,284 @@
+"""Exporting a model: a folder for the Hugging Face Hub that loads with `trust_remote_code=True`, without this package.
+
+transformers downloads the files a modelling file imports by name, one folder deep. So the code is written flat
+(`kernels/ssd.py` becomes `kernels_ssd.py`), next to weights, tokenizer, configs and a model card.
+"""
+
+import ast
+import json
+import re
+import shutil
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import logging
+
+from .configuration_twotower import LAYER_LETTERS, TwoTowerConfig
+from .modeling_twotower import TwoTowerForBlockDiffusion
+
+logger = logging.get_logger(__name__)
+
+CODE_ROOT = Path(__file__).resolve().parent
+MODELING_FILE = CODE_ROOT / f"{TwoTowerForBlockDiffusion.__module__.split('.')[-1]}.py"
+AUTO_MAP = {
+    "AutoConfig": f"configuration_twotower.{TwoTowerConfig.__name__}",
+    "AutoModel": f"{MODELING_FILE.stem}.{TwoTowerForBlockDiffusion.__name__}",
+    "AutoModelForCausalLM": f"{MODELING_FILE.stem}.{TwoTowerForBlockDiffusion.__name__}",
+}
+WEIGHT_FILES = "model*.safetensors*"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+NOTICE_FILES = ("LICENSE*", "NOTICE*")
+EXPORTED_FILES = (WEIGHT_FILES, "*.json", "*.py", "*.jinja", "*.model", "*.txt", "README.md", *NOTICE_FILES)
+
+
+def export(
+    source: str | Path | PreTrainedModel,
+    folder: str | Path,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> Path:
+    """
+    Write a self-contained Hub folder: all of it, or nothing.
+
+    Args:
+        source: folder of a TwoTower checkpoint in any layout, or a loaded model. A folder's model card and licence
+            files are copied; otherwise a card is generated from the config.
+        folder: what to write; must not hold anything yet, but see `overwrite`.
+        push_to_hub: repository, `name` or `owner/name`, to upload the folder to; created when absent.
+        private: visibility of a repository created here; default the owner's setting.
+        tokenizer: default the one in the source folder, if there is one.
+        overwrite: replace `folder` when it is an earlier export.
+        max_shard_size: largest weight file, as in `save_pretrained`.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ValueError: for a source that is no folder and no TwoTower, a target that holds something else than an earlier
+            export, or an impossible repository name; before any work.
+    """
+    # 1. Refuse before loading anything.
+    folder = Path(folder).expanduser().absolute()
+    _check_target(folder, overwrite)
+    if push_to_hub is not None:
+        validate_repo_id(push_to_hub)
+    origin = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
+    _check_source(source, origin)
+    # 2. Load.
+    model = (
+        source
+        if isinstance(source, PreTrainedModel)
+        else TwoTowerForBlockDiffusion.from_pretrained(origin, dtype="auto")
+    )
+    if tokenizer is None and origin is not None:
+        tokenizer = _load_tokenizer(origin)
+    # 3. Write beside the target, then move into place.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        staged = Path(scratch) / "export"
+        model.save_pretrained(staged, max_shard_size=max_shard_size, save_original_format=False)
+        _set_auto_map(staged / "config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        write_code(staged)
+        _write_notices(origin, staged)
+        (staged / "README.md").write_text(_model_card(origin, model, push_to_hub or folder.name), encoding="utf-8")
+        _replace(folder, staged, Path(scratch) / "replaced")
+    # 4. Upload. Weight files of an earlier upload go: with other shards they would be loaded in place of the new ones.
+    if push_to_hub is not None:
+        repo_id = create_repo(push_to_hub, private=private, exist_ok=True).repo_id
+        upload_folder(
+            repo_id=repo_id, folder_path=folder, delete_patterns=WEIGHT_FILES, commit_message="Upload TwoTower model"
+        )
+    return folder
+
+
+def write_code(folder: Path) -> None:
+    """Write the modelling file and every file it imports, directly or not, flat into `folder`."""
+    pending, written = [MODELING_FILE], set()
+    while pending:
+        source = pending.pop()
+        if source in written:
+            continue
+        written.add(source)
+        target = folder / f"{_flat_name(source)}.py"
+        imported = _relative_imports(source)
+        target.write_text(_with_flat_imports(source, imported), encoding="utf-8")
+        # transformers copies and downloads what its regular expression finds, comments and docstrings included.
+        found, expected = set(get_relative_imports(target)), {_flat_name(path) for path in imported.values()}
+        assert found == expected, f"transformers reads the imports of {source} as {found}, but they are {expected}"
+        pending.extend(imported.values())
+
+
+def _relative_imports(source: Path) -> dict[int, Path]:
+    """Line of each relative import -> the file it imports from."""
+    imports = {}
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            where = f"{source}, line {node.lineno}"
+            assert node.module is not None, f"{where}: transformers cannot follow `from . import`; name the module"
+            imported = source.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+            assert imported.is_file(), f"{where}: {imported} is not a file, and only files can be exported"
+            imports[node.lineno] = imported
+    return imports
+
+
+def _with_flat_imports(source: Path, imports: dict[int, Path]) -> str:
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line_number, imported in imports.items():
+        line = lines[line_number - 1]
+        lines[line_number - 1] = re.sub(r"from\s+\.[\w.]+", f"from .{_flat_name(imported)}", line, count=1)
+    return "".join(lines)
+
+
+def _flat_name(source: Path) -> str:
+    return "_".join(source.relative_to(CODE_ROOT).with_suffix("").parts)
+
+
+def _check_source(source: str | Path | PreTrainedModel, origin: Path | None) -> None:
+    # Not isinstance of our class: a model that was itself loaded as remote code is of another one.
+    if isinstance(source, PreTrainedModel) and source.config.model_type != TwoTowerConfig.model_type:
+        raise ValueError(f"the model is a {type(source).__name__}; only TwoTower models can be exported")
+    if origin is not None and not origin.is_dir():
+        raise ValueError(f"{source} is not a folder; give the folder of a TwoTower checkpoint, or a loaded model")
+
+
+def _load_tokenizer(origin: Path) -> PreTrainedTokenizerBase | None:
+    if not any((origin / name).is_file() for name in TOKENIZER_FILES):
+        logger.warning(f"{origin} holds no tokenizer, so neither will the export")
+        return None
+    return AutoTokenizer.from_pretrained(origin, trust_remote_code=False)
+
+
+def _set_auto_map(config_file: Path) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config_file.write_text(
+        json.dumps({**config, "auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def _write_notices(origin: Path | None, staged: Path) -> None:
+    """The source's licence files, which are about its weights, and ours, which is about the code."""
+    for notice in [] if origin is None else [path for pattern in NOTICE_FILES for path in origin.glob(pattern)]:
+        shutil.copyfile(notice, staged / notice.name)
+    ours = CODE_ROOT / "LICENSE"
+    taken = (staged / "LICENSE").is_file() and (staged / "LICENSE").read_bytes() != ours.read_bytes()
+    shutil.copyfile(ours, staged / ("LICENSE.code" if taken else "LICENSE"))
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder that does not exist yet")
+    if not any(folder.iterdir()):
+        return
+    foreign = _foreign_files(folder)
+    if foreign:
+        raise ValueError(f"{folder} is not empty and no earlier export ({foreign}); give another folder")
+    if not overwrite:
+        raise ValueError(f"{folder} holds an earlier export; give another folder, or overwrite=True to replace it")
+
+
+def _foreign_files(folder: Path) -> str | None:
+    """What keeps a folder from being an export of ours, and nothing else."""
+    if not _names_our_code(folder / "config.json"):
+        return "its config.json does not name our code"
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or not any(fnmatch(path.name, pattern) for pattern in EXPORTED_FILES):
+            return f"it holds {path.name}"
+    return None
+
+
+def _names_our_code(config_file: Path) -> bool:
+    try:
+        return json.loads(config_file.read_text(encoding="utf-8")).get("auto_map") == AUTO_MAP
+    except (OSError, ValueError):
+        return False
+
+
+def _replace(folder: Path, staged: Path, replaced: Path) -> None:
+    """Move `staged` to `folder`; what was there goes to `replaced`, or back when the move fails."""
+    if not folder.exists():
+        staged.rename(folder)
+        return
+    folder.rename(replaced)
+    try:
+        staged.rename(folder)
+    except OSError:
+        replaced.rename(folder)
+        raise
+
+
+def _model_card(origin: Path | None, model: PreTrainedModel, name: str) -> str:
+    """The source's model card, or one made from the config's facts, with the metadata the Hub needs."""
+    if origin is not None and (origin / "README.md").is_file():
+        text = (origin / "README.md").read_text(encoding="utf-8")
+    else:
+        text = _generated_card(model, name)
+    metadata = ModelCardData(
+        library_name="transformers",
+        license="unknown",
+        pipeline_tag="text-generation",
+        tags=["twotower", "diffusion", "custom_code"],
+    )
+    if not text.startswith("---\n"):
+        return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
+    card = ModelCard(text)
+    missing = {key: value for key, value in metadata.to_dict().items() if card.data.get(key) is None}
+    for key, value in missing.items():
+        setattr(card.data, key, value)
+    return str(card) if missing else text
+
+
+def _generated_card(model: PreTrainedModel, name: str) -> str:
+    config, dtype = model.config, str(model.dtype).removeprefix("torch.")
+    letters = {kind: letter for letter, kind in LAYER_LETTERS.items()}
+    pattern = "".join(letters[kind] for kind in config.layers_block_type)
+    parts = {
+        "context tower": ("context_tower", "context_lm_head"),
+        "denoiser": ("denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables"),
+    }
+    sizes = {
+        part: sum(parameter.numel() for name in names for parameter in model.get_submodule(name).parameters())
+        for part, names in parts.items()
+    }
+    return f"""# {name}
+
+A TwoTower block-diffusion language model: a context tower reads the text and a denoiser fills the next
+{config.block_size} tokens at once, in as many passes as it needs. No card came with the weights, so nothing is stated
+here about their training data, quality, intended use or licence.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer("What is 2 + 2?", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)  # or mode="ar", the context tower alone
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+| | |
+|---|---|
+| Parameters | {sum(sizes.values()):,}: {", ".join(f"{part} {size:,}" for part, size in sizes.items())} |
+| Weights | {dtype}, safetensors |
+| Layers of each tower | {len(pattern)}: `{pattern}` (M Mamba-2, * attention, E mixture of experts, - MLP) |
+| Hidden size | {config.hidden_size} |
+| Vocabulary | {config.vocab_size}, of which token {config.mask_token_id} is the mask |
+| Block size | {config.block_size} |
+
+The Python files are those of the `twotower` package, under the Apache License 2.0. Where that package is installed,
+`import twotower` makes `trust_remote_code` unnecessary.
+"""
+
+
+__all__ = ["export"]

@@ -1,0 +1,141 @@
+"""Checkpoints: the layouts that are read, and refusing what cannot be loaded before any work is done.
+
+NVIDIA's layout has a matrix per expert, transformers' modules a tensor per layer. transformers converts between them
+on loading and on saving.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import NemotronHForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.modeling_utils import _add_variant
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .configuration_twotower import TwoTowerConfig
+
+PICKLED_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+EXPERT_MATRIX = re.compile(r"(.+\.mixer\.experts\.)(\d+)(\..+)")
+BACKBONE_ONLY_FIELDS = (
+    "model_type architectures auto_map transformers_version num_nextn_predict_layers mtp_layers_block_type"
+)
+
+
+def register_checkpoint_layout() -> None:
+    """Make transformers merge NVIDIA's experts on loading, and split them again on saving."""
+    merge_experts = [
+        conversion
+        for conversion in get_checkpoint_conversion_mapping("nemotron_h")
+        if isinstance(conversion, WeightConverter)
+    ]
+    register_checkpoint_conversion_mapping(TwoTowerConfig.model_type, merge_experts, overwrite=True)
+
+
+def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[str] | None:
+    """
+    Look at the files `from_pretrained(path, **kwargs)` would load, before it does.
+
+    Returns:
+        Names of the tensors of a local folder; None for anything else.
+
+    Raises:
+        ValueError: without weights, with pickled ones only, or where a file is missing, truncated or lacks a tensor.
+    """
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("use_safetensors is False, but only safetensors are loaded; leave it unset")
+    if path is None or not os.path.isdir(path):
+        return None
+    folder = Path(path, kwargs.get("subfolder", ""))
+    single, index = (
+        folder / _add_variant(name, kwargs.get("variant")) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if single.is_file():
+        return _tensor_names(single)
+    if index.is_file():
+        return _sharded_tensor_names(index)
+    pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise ValueError(
+            f"{folder} holds pickled weights ({', '.join(pickled)}); convert them, only safetensors are loaded"
+        )
+    raise ValueError(f"{folder} holds no weights: neither {single.name} nor {index.name}")
+
+
+def _sharded_tensor_names(index: Path) -> set[str]:
+    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    held = {shard: _tensor_names(index.parent / shard) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise ValueError(
+                f"{index.parent / shard} lacks the tensor {name} that {index.name} promises; download it again"
+            )
+    return set(weight_map)
+
+
+def _tensor_names(file: Path) -> set[str]:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; download it again")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return set(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+
+
+def check_parts(names: set[str], parts: tuple[str, ...], path: str | os.PathLike) -> None:
+    """Raise a ValueError if a checkpoint has no tensor at all of one of a TwoTower's parts, or not all experts."""
+    absent = [part for part in parts if not any(name.startswith(f"{part}.") for name in names)]
+    if absent:
+        raise ValueError(
+            f"{path} holds no {', '.join(absent)}: it is no TwoTower checkpoint. From the checkpoint of a NemotronH "
+            "backbone, TwoTowerForBlockDiffusion.from_backbone makes one"
+        )
+    experts = [match.groups() for match in map(EXPERT_MATRIX.fullmatch, names) if match]
+    numbers = {expert for _, expert, _ in experts}
+    layers = {(before, after) for before, _, after in experts}
+    check_complete({f"{a}{number}{b}" for a, b in layers for number in numbers} - names, path)
+
+
+def check_complete(missing: set[str], path: str | os.PathLike) -> None:
+    """Raise a ValueError that names tensors a checkpoint did not have, rather than leave them random."""
+    if missing:
+        shown = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"{path} lacks {shown}")
+
+
+def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> NemotronHForCausalLM:
+    """A NemotronH with its head, as given or loaded as strictly as a TwoTower."""
+    if isinstance(path_or_model, NemotronHForCausalLM):
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: meant for loading a backbone, but a loaded one was given")
+        return path_or_model
+    if isinstance(path_or_model, PreTrainedModel):
+        raise ValueError(f"the backbone is a {type(path_or_model).__name__}; give a NemotronHForCausalLM, or its path")
+    check_safetensors(path_or_model, kwargs)
+    kwargs["use_safetensors"] = True
+    backbone, info = NemotronHForCausalLM.from_pretrained(path_or_model, output_loading_info=True, **kwargs)
+    check_complete(info["missing_keys"], path_or_model)
+    return backbone
+
+
+def config_of_backbone(backbone: NemotronHForCausalLM, **fields: Any) -> TwoTowerConfig:
+    """The config of a TwoTower on a backbone; `fields` are those that TwoTowerConfig adds."""
+    config = backbone.config.to_dict()
+    for name in BACKBONE_ONLY_FIELDS.split():
+        config.pop(name, None)
+    return TwoTowerConfig(**{**config, **fields})
+
+
+__all__ = [
+    "check_complete",
+    "check_parts",
+    "check_safetensors",
+    "config_of_backbone",
+    "load_backbone",
+    "register_checkpoint_layout",
+]

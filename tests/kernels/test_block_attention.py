@@ -1,0 +1,140 @@
+"""block_attention against the equation written out in float64, and against transformers' eager attention."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tolerances import assert_close
+from transformers.models.nemotron_h.modeling_nemotron_h import eager_attention_forward
+
+from twotower.kernels.block_attention import block_attention
+
+HEADS, HEAD_DIM = 4, 7
+
+
+def draw(batch=3, length=5, context=11, kv_heads=2, context_rows=None, dtype=torch.float32):
+    """Query, key, value, context key and context value."""
+    torch.manual_seed(batch + length + context)
+    rows = batch if context_rows is None else context_rows
+    shapes = [(batch, HEADS, length)] + [(batch, kv_heads, length)] * 2 + [(rows, kv_heads, context)] * 2
+    return [torch.randn(*shape, HEAD_DIM).to(dtype) for shape in shapes]
+
+
+def written_out(query, key, value, context_key=None, context_value=None, visible=None, scale=HEAD_DIM**-0.5):
+    """softmax(Q K^T scale) V over context and block, head by head; `visible` (B, S, L + S)."""
+    batch, length = query.shape[0], query.shape[2]
+    out = torch.empty(batch, length, HEADS, HEAD_DIM, dtype=torch.float64)
+    for row in range(batch):
+        for head in range(HEADS):
+            group = head // (HEADS // key.shape[1])
+            keys, values = key[row, group], value[row, group]
+            if context_key is not None:
+                shared = row // (batch // len(context_key))
+                keys = torch.cat([context_key[shared, group], keys])
+                values = torch.cat([context_value[shared, group], values])
+            scores = query[row, head].double() @ keys.double().T * scale
+            if visible is not None:
+                scores = scores.masked_fill(~visible[row], -torch.inf)
+            out[row, :, head] = scores.softmax(-1) @ values.double()
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+@pytest.mark.parametrize("context", [1, 11, 64])
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_every_query_sees_context_and_block(length, context, kv_heads, dtype):
+    tensors = draw(2, length, context, kv_heads, dtype=dtype)
+    out = block_attention(*tensors)
+    assert out.dtype == dtype
+    assert_close(out, written_out(*tensors), dtype)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_without_context(length):
+    query, key, value, _, _ = draw(length=length)
+    expected = written_out(query, key, value)
+    assert_close(block_attention(query, key, value), expected, torch.float32)
+    empty = key[:, :, :0]
+    assert_close(block_attention(query, key, value, empty, empty), expected, torch.float32)
+
+
+@pytest.mark.parametrize("context", [0, 11])
+@pytest.mark.parametrize("length", [1, 5])
+def test_causal(length, context):
+    tensors = draw(length=length, context=context)
+    triangle = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = torch.cat([torch.ones(length, context, dtype=torch.bool), triangle], dim=1).expand(3, -1, -1)
+    assert_close(block_attention(*tensors, causal=True), written_out(*tensors, visible), torch.float32)
+
+
+@pytest.mark.parametrize("context", [0, 11])
+def test_masks(context):
+    tensors = draw(context=context)
+    torch.manual_seed(0)
+    context_mask = torch.rand(3, 1, 1, context) < 0.5
+    block_mask = torch.rand(3, 1, 5, 5) < 0.5
+    block_mask |= torch.eye(5, dtype=torch.bool)
+    visible = torch.cat([context_mask.expand(-1, -1, 5, -1), block_mask], dim=-1)[:, 0]
+    out = block_attention(*tensors, context_mask=context_mask, block_mask=block_mask)
+    assert_close(out, written_out(*tensors, visible), torch.float32)
+
+
+def test_a_row_may_see_no_context_at_all():
+    tensors = draw()
+    context_mask = torch.ones(3, 1, 1, 11, dtype=torch.bool)
+    context_mask[1] = False
+    out = block_attention(*tensors, context_mask=context_mask)
+    assert_close(out[1:2], written_out(*(tensor[1:2] for tensor in tensors[:3])), torch.float32)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shared_by", [2, 3])
+def test_consecutive_rows_share_a_context_row(shared_by, masked):
+    tensors = draw(batch=2 * shared_by, context_rows=2)
+    repeated = [*tensors[:3], *(tensor.repeat_interleave(shared_by, dim=0) for tensor in tensors[3:])]
+    context_mask = None
+    if masked:
+        context_mask = torch.arange(11) < torch.arange(1, 2 * shared_by + 1)[:, None, None, None]
+    out = block_attention(*tensors, context_mask=context_mask)
+    assert_close(out, block_attention(*repeated, context_mask=context_mask))
+    if not masked:
+        assert_close(out, written_out(*tensors), torch.float32)
+
+
+def test_the_scale_is_an_argument():
+    tensors = draw()
+    assert_close(block_attention(*tensors, scale=0.9), written_out(*tensors, scale=0.9), torch.float32)
+    query, key, value, _, _ = tensors
+    assert_close(
+        block_attention(query, key, value, scale=0.9), written_out(query, key, value, scale=0.9), torch.float32
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_transformers(dtype):
+    query, key, value, context_key, context_value = tensors = draw(dtype=dtype)
+    module = SimpleNamespace(num_key_value_groups=HEADS // 2, training=False)
+    keys, values = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
+    expected, _ = eager_attention_forward(module, query, keys, values, None, HEAD_DIM**-0.5)
+    assert_close(block_attention(*tensors), expected.flatten(2))
+
+
+def test_large_scores_stay_finite():
+    query, *rest = draw()
+    tensors = [query * 1e4, *rest]
+    assert_close(block_attention(*tensors), written_out(*tensors), torch.bfloat16)
+
+
+def test_gradients_equal_those_of_the_equation():
+    tensors = [tensor.requires_grad_() for tensor in draw(batch=4, context_rows=2)]
+    gradients = torch.autograd.grad(block_attention(*tensors).square().sum(), tensors)
+    expected = torch.autograd.grad(written_out(*tensors).square().sum(), tensors)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        assert_close(gradient, expected_gradient, torch.float32)
+
+
+def test_causal_and_a_block_mask_are_refused_together():
+    tensors = draw()
+    with pytest.raises(ValueError, match=r"causal=True and a block_mask"):
+        block_attention(*tensors, block_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool), causal=True)

@@ -1,0 +1,147 @@
+"""ssd_scan against the recurrence token by token in float64, and against transformers' own scan."""
+
+import pytest
+import torch
+from tolerances import assert_close
+from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
+
+from twotower.kernels.ssd import ssd_scan
+
+BATCH, HEADS, HEAD_DIM, STATE, CHUNK = 2, 4, 5, 6, 8
+RAGGED = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+
+
+def draw(tokens, groups=2, state=True, dtype=torch.float32):
+    torch.manual_seed(tokens * 10 + groups)
+    arguments = {
+        "x": torch.randn(BATCH, tokens, HEADS, HEAD_DIM).to(dtype),
+        "dt": torch.rand(BATCH, tokens, HEADS) + 0.01,
+        "A": -torch.rand(HEADS) * 2 - 0.1,
+        "B": torch.randn(BATCH, tokens, groups, STATE).to(dtype),
+        "C": torch.randn(BATCH, tokens, groups, STATE).to(dtype),
+        "D": torch.randn(HEADS),
+    }
+    return {**arguments, "state": torch.randn(BATCH, HEADS, HEAD_DIM, STATE) if state else None}
+
+
+def token_by_token(x, dt, A, B, C, D, state):
+    """h = exp(dt A) h + dt x B^T, y = h C + D x, one token after the other."""
+    x, dt, A, B, C, D = (tensor.double() for tensor in (x, dt, A, B, C, D))
+    B, C = (tensor.repeat_interleave(HEADS // B.shape[2], dim=2) for tensor in (B, C))
+    h = torch.zeros(BATCH, HEADS, HEAD_DIM, STATE, dtype=torch.float64) if state is None else state.double()
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        outputs.append((h * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(outputs, dim=1), h
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+@pytest.mark.parametrize("tokens", RAGGED)
+def test_equals_the_recurrence(tokens, groups, state, dtype):
+    arguments = draw(tokens, groups, state, dtype)
+    y, after, chunk_states = ssd_scan(**arguments, chunk_size=CHUNK)
+    expected, expected_after = token_by_token(**arguments)
+    assert y.dtype == dtype
+    assert after.dtype == torch.float32
+    assert chunk_states is None
+    assert_close(y, expected, dtype)
+    assert_close(after, expected_after, torch.float32)
+
+
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("tokens", RAGGED)
+def test_equals_transformers(tokens, state):
+    arguments = draw(tokens, state=state)
+    initial = arguments.pop("state")
+    x, dt, A, B, C, D = arguments.values()
+    expected, expected_after = mamba2_chunk_scan(
+        x, dt, A, B, C, chunk_size=CHUNK, D=D, initial_states=initial, return_final_states=True
+    )
+    y, after, _ = ssd_scan(**arguments, state=initial, chunk_size=CHUNK)
+    assert_close(y, expected)
+    assert_close(after, expected_after)
+
+
+@pytest.mark.parametrize("split", [1, 7, 8, 9, 20, 28])
+def test_a_split_anywhere_changes_nothing(split):
+    arguments = draw(29)
+    whole = ssd_scan(**arguments, chunk_size=CHUNK)
+    state = arguments.pop("state")
+    outputs = []
+    for columns in (slice(split), slice(split, None)):
+        part = {name: tensor[:, columns] if tensor.ndim > 1 else tensor for name, tensor in arguments.items()}
+        y, state, _ = ssd_scan(**part, state=state, chunk_size=CHUNK)
+        outputs.append(y)
+    assert_close(torch.cat(outputs, dim=1), whole.y)
+    assert_close(state, whole.state)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 29, 128])
+def test_the_chunk_size_changes_nothing(chunk_size):
+    arguments = draw(29)
+    expected, actual = ssd_scan(**arguments, chunk_size=CHUNK), ssd_scan(**arguments, chunk_size=chunk_size)
+    assert_close(actual.y, expected.y)
+    assert_close(actual.state, expected.state)
+
+
+def test_columns_with_dt_0_leave_the_state():
+    arguments = draw(12)
+    hole = torch.tensor([0, 4, 5, 11])
+    tokens = torch.ones(12, dtype=torch.bool).index_fill(0, hole, False)
+    arguments["dt"] = arguments["dt"] * tokens[:, None]
+    y, after, _ = ssd_scan(**arguments, chunk_size=CHUNK)
+    only_tokens = {
+        name: tensor[:, tokens] if name in ("x", "dt", "B", "C") else tensor for name, tensor in arguments.items()
+    }
+    expected, expected_after = token_by_token(**only_tokens)
+    assert_close(y[:, tokens], expected, torch.float32)
+    assert_close(after, expected_after, torch.float32)
+    nothing = {**arguments, "dt": torch.zeros_like(arguments["dt"])}
+    assert torch.equal(ssd_scan(**nothing, chunk_size=CHUNK).state, arguments["state"])
+
+
+def test_chunk_states_are_those_before_each_chunk():
+    arguments = draw(3 * CHUNK)
+    _, _, chunk_states = ssd_scan(**arguments, chunk_size=CHUNK, return_chunk_states=True)
+    assert chunk_states.shape == (BATCH, 3, HEADS, HEAD_DIM, STATE)
+    assert torch.equal(chunk_states[:, 0], arguments["state"])
+    for chunk in (1, 2):
+        prefix = {
+            name: tensor[:, : chunk * CHUNK] if name in ("x", "dt", "B", "C") else tensor
+            for name, tensor in arguments.items()
+        }
+        assert_close(chunk_states[:, chunk], token_by_token(**prefix)[1], torch.float32)
+
+
+def test_a_large_state_survives_bfloat16_inputs():
+    arguments = draw(16, dtype=torch.bfloat16)
+    arguments["state"] = arguments["state"] * 1e3
+    y, after, _ = ssd_scan(**arguments, chunk_size=CHUNK)
+    expected, expected_after = token_by_token(**arguments)
+    assert_close(y, expected, torch.bfloat16)
+    assert_close(after, expected_after, torch.float32)
+
+
+def test_strong_decay_stays_finite():
+    arguments = draw(2 * CHUNK)
+    arguments["A"] = torch.tensor([-1e-4, -1.0, -50.0, -500.0])
+    arguments["dt"] = arguments["dt"] * 10
+    y, after, _ = ssd_scan(**arguments, chunk_size=CHUNK)
+    expected, expected_after = token_by_token(**arguments)
+    assert_close(y, expected, torch.float32)
+    assert_close(after, expected_after, torch.float32)
+
+
+def test_gradients_equal_those_of_the_recurrence():
+    arguments = draw(CHUNK + 3)
+    inputs = [tensor.requires_grad_() for tensor in arguments.values()]
+    y, after, _ = ssd_scan(**arguments, chunk_size=CHUNK)
+    gradients = torch.autograd.grad(y.square().sum() + after.sum(), inputs)
+    expected, expected_after = token_by_token(**arguments)
+    expected_gradients = torch.autograd.grad(expected.square().sum() + expected_after.sum(), inputs)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, expected_gradient, torch.float32)

@@ -1,0 +1,158 @@
+"""TwoTowerCache: what it holds, that reading it copies nothing, ragged rows, and the choice of rows."""
+
+import pytest
+import torch
+from tiny import random_ids, tiny_config, tiny_model
+
+from twotower.cache_twotower import KeyValues, MambaState, TwoTowerCache
+
+HEADS, HEAD_DIM = 2, 3
+
+
+def key_values(batch: int, tokens: int, first: float = 0.0) -> KeyValues:
+    """Keys that count the columns from `first`, row r's 100 r higher; values are their negatives."""
+    columns = first + torch.arange(tokens) + 100.0 * torch.arange(batch)[:, None]
+    key = columns[:, None, :, None].expand(batch, HEADS, tokens, HEAD_DIM).clone()
+    return KeyValues(key, -key)
+
+
+def keys(cache: TwoTowerCache, layer: int = 0) -> torch.Tensor:
+    """(B, L) the counted columns a key/value layer holds."""
+    held = cache.view(layer)
+    assert torch.equal(held.value, -held.key)
+    assert torch.equal(held.key, held.key[:, :1, :, :1].expand_as(held.key))
+    return held.key[:, 0, :, 0]
+
+
+def attention_cache() -> TwoTowerCache:
+    return TwoTowerCache(tiny_config("only *"))
+
+
+def read(cache: TwoTowerCache, present: KeyValues, counts: list[int] | None = None) -> None:
+    batch, tokens = present.key.shape[0], present.key.shape[2]
+    cache.write(0, present)
+    cache.advance(batch, tokens, None if counts is None else torch.tensor(counts), torch.device("cpu"))
+
+
+def test_an_empty_cache():
+    cache = TwoTowerCache(tiny_config("all kinds"))
+    assert len(cache.layers) == 7
+    assert [cache.view(layer) for layer in range(7)] == [None] * 7
+    assert cache.get_seq_length() == cache.width == 0
+    assert cache.lengths is None
+    assert cache.batch_size == -1
+    assert cache.context_mask() is None
+
+
+def test_every_kind_of_layer_holds_its_own_state():
+    model = tiny_model("all kinds")
+    cache = model(random_ids(2, 9), use_cache=True).past_key_values
+    config = model.config
+    for layer, kind in enumerate(config.layers_block_type):
+        held = cache.view(layer)
+        if kind == "linear_attention":
+            assert isinstance(held, MambaState)
+            assert held.conv.shape == (2, config.conv_kernel - 1, 32 + 2 * 2 * 8)
+            assert held.ssm.shape == (2, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        elif kind == "full_attention":
+            assert isinstance(held, KeyValues)
+            assert held.key.shape == held.value.shape == (2, config.num_key_value_heads, 9, config.head_dim)
+        else:
+            assert held is None
+    assert cache.get_seq_length() == 9
+    assert cache.lengths.tolist() == [9, 9]
+    assert cache.batch_size == 2
+
+
+def test_states_are_float32_in_a_bfloat16_model():
+    cache = tiny_model().to(torch.bfloat16)(random_ids(1, 5)).past_key_values
+    assert cache.view(0).ssm.dtype == torch.float32
+    assert cache.view(0).conv.dtype == torch.bfloat16
+
+
+def test_chunks_are_appended():
+    cache = attention_cache()
+    read(cache, key_values(2, 3))
+    read(cache, key_values(2, 1, first=3))
+    read(cache, key_values(2, 2, first=4))
+    assert keys(cache).tolist() == [[0, 1, 2, 3, 4, 5], [100, 101, 102, 103, 104, 105]]
+    assert cache.context_mask() is None
+
+
+def test_a_view_is_no_copy():
+    cache = attention_cache()
+    read(cache, key_values(1, 3))
+    first, second = cache.view(0), cache.view(0)
+    assert first.key.data_ptr() == second.key.data_ptr() == cache.layers[0].buffers.key.data_ptr()
+
+
+def test_growing_is_rare():
+    cache = attention_cache()
+    buffers = set()
+    for column in range(1000):
+        read(cache, key_values(1, 1, first=column))
+        buffers.add(cache.layers[0].buffers.key.data_ptr())
+    assert keys(cache).tolist() == [list(range(1000))]
+    assert len(buffers) < 15
+
+
+def test_a_chunk_counts_only_once_it_has_advanced():
+    cache = attention_cache()
+    read(cache, key_values(1, 2))
+    cache.write(0, key_values(1, 2, first=2))
+    assert keys(cache).tolist() == [[0, 1]]
+
+
+def test_ragged_rows_are_packed():
+    cache = attention_cache()
+    read(cache, key_values(2, 4), counts=[4, 1])
+    assert cache.lengths.tolist() == [4, 1]
+    assert cache.width == 4
+    assert cache.context_mask()[:, 0, 0].tolist() == [[True] * 4, [True, False, False, False]]
+    read(cache, key_values(2, 3, first=4), counts=[1, 3])
+    assert keys(cache)[0].tolist() == [0, 1, 2, 3, 4]
+    assert keys(cache)[1, :4].tolist() == [100, 104, 105, 106]
+    assert cache.context_mask()[:, 0, 0].sum(-1).tolist() == [5, 4]
+
+
+def test_rows_that_become_equally_long_need_no_mask():
+    cache = attention_cache()
+    read(cache, key_values(2, 3), counts=[3, 1])
+    read(cache, key_values(2, 2, first=3), counts=[0, 2])
+    assert cache.context_mask() is None
+    assert keys(cache).tolist() == [[0, 1, 2], [100, 103, 104]]
+
+
+def test_a_whole_chunk_after_ragged_ones():
+    cache = attention_cache()
+    read(cache, key_values(2, 3), counts=[1, 3])
+    read(cache, key_values(2, 2, first=3))
+    assert cache.lengths.tolist() == [3, 5]
+    assert keys(cache)[0, :3].tolist() == [0, 3, 4]
+    assert keys(cache)[1].tolist() == [100, 101, 102, 103, 104]
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 0], [0, 0, 1]])
+def test_select_rows(rows):
+    model = tiny_model()
+    ids = random_ids(3, 6)
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [0] * 2 + [1] * 4])
+    cache = model(ids, attention_mask=mask).past_key_values
+    before = [cache.view(layer) for layer in range(5)]
+    cache.select_rows(torch.tensor(rows))
+    assert cache.lengths.tolist() == [[6, 3, 4][row] for row in rows]
+    assert cache.width == max(cache.lengths)
+    assert (cache.context_mask() is None) == (len(set(cache.lengths.tolist())) == 1)
+    assert cache.batch_size == len(rows)
+    for layer, held in enumerate(before):
+        for part, expected in zip(cache.view(layer) or (), held or (), strict=True):
+            expected = expected[rows]
+            if isinstance(held, KeyValues):
+                expected = expected[:, :, : cache.width]
+            assert torch.equal(part, expected)
+
+
+def test_select_rows_of_an_empty_cache():
+    cache = TwoTowerCache(tiny_config())
+    cache.select_rows(torch.tensor([0]))
+    assert cache.batch_size == -1

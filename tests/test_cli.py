@@ -1,0 +1,209 @@
+"""The `twotower` command, on a tiny random model: what it prints where, what reaches the model, how it fails."""
+
+import io
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import twotower
+from twotower import TwoTowerForBlockDiffusion, cli, evaluation
+from twotower.cli import app
+from twotower.train import loop
+from twotower.train.problems import training_problems
+from twotower.train.tokenizer import train_tokenizer
+
+QUESTION = "Tom has 3 apples. How many apples does Tom have?"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model(vocab_size=280, block_size=8).save_pretrained(folder)
+    train_tokenizer(islice(training_problems(0), 50), 280).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def answer(checkpoint, prompt, seed=None, **options):
+    """What the library generates for the same request: text, number of tokens, output."""
+    model, tokenizer = TwoTowerForBlockDiffusion.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    if seed is not None:
+        torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    new = output.sequences[0, inputs.input_ids.shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), output
+
+
+def test_generate_prints_the_text_and_its_cost(checkpoint):
+    result = run("generate", QUESTION, "--model", checkpoint, "--max-new-tokens", 12)
+    text, tokens, output = answer(checkpoint, f"Question: {QUESTION}\nAnswer:", max_new_tokens=12)
+    assert result.stdout == text + "\n"
+    passes, reads = int(output.denoiser_forwards), int(output.context_forwards)
+    assert result.stderr.startswith(f"{tokens} tokens, {passes} denoiser passes, {reads} context passes, ")
+    assert f"{tokens / passes:.2f} tokens per denoiser pass, " in result.stderr
+    assert result.stderr.endswith(" tokens/s\n")
+
+
+@pytest.mark.parametrize("mode, denoiser_passes", [("ar", 0), ("mock_ar", 6)])
+def test_generate_in_other_modes(checkpoint, mode, denoiser_passes):
+    result = run("generate", QUESTION, "--model", checkpoint, "--mode", mode, "--max-new-tokens", 6)
+    text, *_ = answer(checkpoint, f"Question: {QUESTION}\nAnswer:", mode=mode, max_new_tokens=6)
+    assert result.stdout == text + "\n"
+    assert result.stderr.startswith(f"6 tokens, {denoiser_passes} denoiser passes, 6 context passes")
+    assert ("per denoiser pass" in result.stderr) == (mode == "mock_ar")
+
+
+def test_generate_hands_the_knobs_on(checkpoint):
+    knobs = {"block_size": 4, "steps_per_block": 2, "confidence_threshold": 0.05, "max_new_tokens": 8}
+    arguments = [part for name, value in knobs.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = run("generate", "ab", "--raw", "--model", checkpoint, *arguments)
+    text, tokens, output = answer(checkpoint, "ab", **knobs)
+    assert result.stdout == text + "\n"
+    assert result.stderr.startswith(f"{tokens} tokens, {int(output.denoiser_forwards)} denoiser passes")
+
+
+def test_generate_samples_reproducibly(checkpoint):
+    arguments = ("--model", checkpoint, "--do-sample", "--temperature", 2, "--top-k", 50, "--top-p", 0.9, "--seed", 7)
+    first, second = (run("generate", "ab", "--raw", *arguments, "--max-new-tokens", 16).stdout for _ in range(2))
+    sampling = {"do_sample": True, "temperature": 2.0, "top_k": 50, "top_p": 0.9}
+    assert first == second
+    assert first == answer(checkpoint, "ab", seed=7, **sampling, max_new_tokens=16)[0] + "\n"
+
+
+def test_generate_on_a_terminal_streams(checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    cli.generate("ab", model=str(checkpoint), raw=True, max_new_tokens=8)
+    assert "░" in screen.getvalue()
+    assert answer(checkpoint, "ab", max_new_tokens=8)[0] in screen.getvalue()
+
+
+def test_output_elsewhere_has_no_escape_codes(checkpoint, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for arguments in (("generate", "ab", "--model", checkpoint, "--max-new-tokens", 8), ("info", checkpoint)):
+        result = run(*arguments)
+        assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (("--mode", "parallel"), 2, "mode is 'parallel'; use one of"),
+        (("--block-size", 0), 2, "block_size is 0"),
+        (("--steps-per-block", 0), 2, "steps_per_block is 0"),
+        (("--confidence-threshold", 1.5), 2, "confidence_threshold is 1.5"),
+        (("--temperature", 0.5), 2, "--temperature given without sampling"),
+        (("--top-k", 5, "--seed", 1), 2, "--top-k, --seed given without sampling"),
+        (("--do-sample", "--temperature", 0), 2, "temperature"),
+    ],
+)
+def test_bad_values_are_one_line(checkpoint, arguments, code, message):
+    result = run("generate", "ab", "--model", checkpoint, *arguments, code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", [("generate", "ab", "--model"), ("info",), ("eval", "--model")])
+def test_missing_checkpoints_are_one_line(tmp_path, command):
+    result = run(*command, tmp_path / "absent", code=1)
+    assert result.stderr.startswith(f"error: {tmp_path / 'absent'} does not exist; give a checkpoint's folder")
+    assert result.stderr.count("\n") == 1
+    assert "holds no config.json" in run(*command, tmp_path, code=1).stderr
+
+
+def test_demonstration_checkpoint_is_the_default(checkpoint, monkeypatch):
+    monkeypatch.setattr(twotower, "demo_checkpoint", lambda: checkpoint)
+    assert run("generate", "ab", "--max-new-tokens", 4).stdout
+    assert "hidden size       32\n" in strip_lines(run("info").stdout)
+
+
+def test_demo_checkpoint_is_complete_or_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(twotower, "files", lambda _: tmp_path)
+    with pytest.raises(FileNotFoundError, match="demonstration checkpoint is not at"):
+        twotower.demo_checkpoint()
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    assert twotower.demo_checkpoint() == tmp_path / "checkpoint"
+
+
+def test_info_needs_a_config_only(tmp_path, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder, file = run("info", tmp_path).stdout, run("info", tmp_path / "config.json").stdout
+    assert folder == file
+    assert "Memory in float32" in folder
+    assert "Memory in bfloat16" in run("info", tmp_path, "--dtype", "bfloat16").stdout
+    assert "dtype is 'float33'" in run("info", tmp_path, "--dtype", "float33", code=2).stderr
+
+
+def test_info_on_nvidias_config(goldens):
+    shown = run("info", goldens.parent / "nvidia_30b").stdout
+    total = next(line for line in shown.splitlines() if line.startswith("total"))
+    assert "63.19 B" in total
+    assert "6144" in shown
+
+
+def test_eval_writes_and_prints_its_figures(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 8)
+    target = tmp_path / "new" / "figures.json"
+    arguments = ("--problems", 2, "--seed", 3, "--batch-sizes", "1,2", "--json", target)
+    result = run("eval", "--model", checkpoint, *arguments)
+    report = json.loads(target.read_text())
+    assert (report["model"], report["problems"], report["seed"]) == (str(checkpoint), 2, 3)
+    assert result.stdout.startswith(f"2 held-out problems (seed 3), greedy, {checkpoint}\n")
+    for row in report["rows"]:
+        assert row["name"] in result.stdout
+        assert f"{row['tokens_per_second']['2']:.1f}" in result.stdout
+    assert result.stderr == ""
+    assert run("eval", "--model", checkpoint, *arguments[:-1], tmp_path, code=1).stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("sizes", ["1,x", "", "1,0"])
+def test_eval_batch_sizes(checkpoint, sizes):
+    assert "error: " in run("eval", "--model", checkpoint, "--batch-sizes", sizes, code=2).stderr
+
+
+def test_train_hands_its_options_on(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(loop, "train_demo", lambda *arguments: calls.append(arguments))
+    run("train", tmp_path, "--seed", 4, "--context-steps", 5)
+    ((folder, stages, seed),) = calls
+    assert (folder, seed) == (tmp_path, 4)
+    assert [(stage.name, stage.steps) for stage in stages] == [("context", 5), ("denoiser", loop.DENOISER.steps)]
+    assert run("train", tmp_path, "--denoiser-steps", 0, code=2)
+
+
+def test_export_writes_a_hub_folder(checkpoint, tmp_path):
+    target = tmp_path / "hub"
+    result = run("export", target, "--model", checkpoint)
+    assert result.stdout.strip() == str(target)
+    assert (target / "modeling_twotower.py").is_file()
+    assert "error: " in run("export", target, "--model", tmp_path / "absent", code=2).stderr
+
+
+def test_help_names_the_commands():
+    shown = run("--help").stdout
+    assert all(command in shown for command in ("generate", "export", "info", "train", "eval"))
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def strip_lines(text):
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())

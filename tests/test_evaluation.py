@@ -1,0 +1,219 @@
+"""The figures of `eval`: scripted answers whose figures are known, and the same tower run by transformers."""
+
+import json
+import math
+from itertools import islice
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+from tolerances import assert_close
+from transformers import BatchEncoding
+
+from twotower import TwoTowerForBlockDiffusion, evaluation
+from twotower.evaluation import (
+    BASELINE,
+    Generated,
+    Run,
+    Variant,
+    accuracy_figures,
+    answer,
+    baseline_variant,
+    context_tower_in_transformers,
+    cut_after_end,
+    environment,
+    evaluate,
+    nemotron_config,
+    summarize,
+)
+from twotower.train.problems import held_out_problems, training_problems
+from twotower.train.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(islice(training_problems(0), 50), 280)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model("all kinds", vocab_size=280)
+    # Steps far below transformers' lower bound of 0.001, so that a clamp there would show.
+    for layer in (model.context_tower.layers[0], model.context_tower.layers[6]):
+        layer.mixer.dt_bias.data.fill_(-9.0)
+    return model
+
+
+def scripted(name, sequences, passes=None, calls=None):
+    """A variant that answers row i of any batch with the next of `sequences`."""
+    left = list(sequences)
+
+    def generate(inputs, max_new_tokens):
+        calls is None or calls.append((name, max_new_tokens))
+        rows = [left.pop(0) for _ in inputs.input_ids] if max_new_tokens > 8 else [[]] * len(inputs.input_ids)
+        width = max(map(len, rows))
+        new = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
+        forwards = None if passes is None else torch.full((len(rows),), passes)
+        return Generated(torch.cat([inputs.input_ids, new], dim=1), forwards)
+
+    return Variant(name, {"mode": name}, generate)
+
+
+def batches(*sizes):
+    return [BatchEncoding({"input_ids": torch.ones(size, 4, dtype=torch.long)}) for size in sizes]
+
+
+def test_cut_after_end():
+    assert cut_after_end([5, 6, 2, 0, 2], {2}) == [5, 6, 2]
+    assert cut_after_end([5, 6], {2}) == [5, 6]
+    assert cut_after_end([5, 7, 2], {2, 7}) == [5, 7]
+    assert cut_after_end([5], set()) == [5]
+
+
+def test_answers_are_timed_in_turn_after_a_warm_up():
+    calls = []
+    variants = [
+        scripted("a", [[5, 2], [6, 7, 8], [9, 2]], calls=calls),
+        scripted("b", [[5, 5, 2], [2], [4]], passes=3, calls=calls),
+    ]
+    runs = answer(variants, batches(1)[0], batches(2, 1), ends={2})
+    most = evaluation.MAX_NEW_TOKENS
+    assert calls == [("a", 8), ("b", 8), ("a", most), ("b", most), ("a", most), ("b", most)]
+    assert runs["a"].answers == [[5, 2], [6, 7, 8], [9, 2]]
+    assert runs["b"].answers == [[5, 5, 2], [2], [4]]
+    assert runs["a"].denoiser_forwards == []
+    assert runs["b"].denoiser_forwards == [3, 3, 3]
+    assert runs["a"].tokens == 7
+    assert runs["a"].seconds > 0
+
+
+def test_figures_of_known_answers(tokenizer):
+    problems = held_out_problems(4, seed=0)
+    right = [[*tokenizer(" " + p.answer, add_special_tokens=False).input_ids, 2] for p in problems]
+    wrong = [*tokenizer(" #### 1000", add_special_tokens=False).input_ids, 2]
+    variants = [scripted("ar", []), scripted("diffusion", []), scripted("baseline", [])]
+    runs = {
+        1: {
+            "ar": Run([*right[:3], wrong], [], seconds=2.0),
+            "diffusion": Run([*right[:2], wrong, wrong], [2, 3, 4, 1], seconds=1.0),
+            "baseline": Run([right[0], wrong, right[2], wrong], [], seconds=4.0),
+        },
+        2: {
+            "ar": Run([*right[:2], wrong, wrong], [], seconds=1.0),
+            "diffusion": Run([*right[:2], wrong, wrong], [2, 3, 4, 1], seconds=0.5),
+            "baseline": Run([right[0], wrong, right[2], wrong], [], seconds=2.0),
+        },
+    }
+    report = summarize(variants, runs, problems, tokenizer)
+    ar, diffusion, baseline = report["rows"]
+    tokens = len(right[0]) + len(right[1]) + 2 * len(wrong)
+    assert [row["correct"] for row in report["rows"]] == [3, 2, 2]
+    assert ar["accuracy_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert (ar["retention"], ar["retention_stderr"]) == (1.0, 0.0)
+    assert diffusion["retention"] == pytest.approx(2 / 3)
+    assert diffusion["tokens"] == tokens
+    assert diffusion["denoiser_passes"] == 10
+    assert diffusion["tokens_per_denoiser_pass"] == pytest.approx(tokens / 10)
+    assert diffusion["tokens_per_second"] == {"1": tokens / 1.0, "2": tokens / 0.5}
+    assert baseline["denoiser_passes"] is None
+    assert [row["same_answers_at_every_batch_size"] for row in report["rows"]] == [3, 4, 4]
+    assert report["baseline_same_answers"] == 3
+
+
+def test_retention_has_a_paired_standard_error():
+    # Against the spread of the ratio over redrawn problems.
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.rand(20_000, 100, generator=generator) < 0.85
+    correct = torch.where(torch.rand(20_000, 100, generator=generator) < 0.1, ~reference, reference)
+    spread = (correct.float().mean(1) / reference.float().mean(1)).std()
+    figures = accuracy_figures(correct[0].tolist(), reference[0].tolist())
+    errors = [accuracy_figures(correct[i].tolist(), reference[i].tolist())["retention_stderr"] for i in range(200)]
+    assert figures["retention"] == pytest.approx(int(correct[0].sum()) / int(reference[0].sum()))
+    assert float(torch.tensor(errors).mean()) == pytest.approx(float(spread), rel=0.05)
+
+
+def test_retention_of_nothing_is_unknown():
+    figures = accuracy_figures([True, False], [False, False])
+    assert (figures["retention"], figures["retention_stderr"]) == (None, None)
+
+
+def test_transformers_runs_the_same_tensors_to_the_same_logits(model):
+    baseline = context_tower_in_transformers(model)
+    ids = torch.randint(4, 280, (2, 21), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ours, theirs = model(ids, mask).logits, baseline(ids, attention_mask=mask).logits
+    assert_close(ours[mask.bool()], theirs[mask.bool()])
+    assert baseline.lm_head.weight.data_ptr() == model.context_lm_head.weight.data_ptr()
+    assert baseline.model.layers[0].mixer.D.data_ptr() == model.context_tower.layers[0].mixer.D.data_ptr()
+    for layer in (0, 6):
+        baseline.model.layers[layer].mixer.time_step_limit = (0.001, math.inf)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(baseline(ids).logits[0], ours[0])
+
+
+def test_nemotron_config_describes_one_tower(model):
+    config = nemotron_config(model.config)
+    assert config.model_type == "nemotron_h"
+    assert not hasattr(config, "mask_token_id")
+    for name in ("layers_block_type", "hidden_size", "routed_scaling_factor", "vocab_size"):
+        assert getattr(config, name) == getattr(model.config, name)
+    assert tuple(config.time_step_limit) == model.config.time_step_limit
+
+
+def test_evaluate_asks_every_mode_and_transformers(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 12)
+    seen = []
+
+    def track(batches, description):
+        seen.append((len(batches), description))
+        return batches
+
+    report = evaluate(model, tokenizer, problems=3, seed=5, batch_sizes=(1, 2), track=track)
+    assert [row["name"] for row in report["rows"]] == [
+        *("ar", "mask_diffusion, threshold 0.8", "mask_diffusion, threshold 0.95", "mock_ar"),
+        BASELINE,
+    ]
+    assert seen == [(3, "batch 1"), (2, "batch 2")]
+    assert (report["problems"], report["seed"], report["dtype"]) == (3, 5, "float32")
+    # Greedy text of the same weights: transformers' and ours, in any batch.
+    assert report["baseline_same_answers"] == 3
+    assert all(row["same_answers_at_every_batch_size"] == 3 for row in report["rows"])
+    assert all(row["tokens"] > 0 for row in report["rows"])
+    assert report["rows"][3]["tokens_per_denoiser_pass"] == 1
+    assert json.loads(json.dumps(report)) == report
+    header, rows = evaluation.table(report)
+    assert all(len(row) == len(header) for row in rows)
+    assert "3 held-out problems (seed 5)" in evaluation.title({**report, "model": "x"})
+    assert "3 of its 3 answers" in evaluation.footnote(report)
+
+
+def test_baseline_ends_at_the_models_end_of_text(model):
+    variant = baseline_variant(model)
+    inputs = BatchEncoding({"input_ids": torch.tensor([[1, 9, 9]]), "attention_mask": torch.ones(1, 3).long()})
+    first = int(variant.generate(inputs, 4).sequences[0, 3])
+    ending = TwoTowerForBlockDiffusion(tiny_config("all kinds", vocab_size=280, eos_token_id=first)).eval()
+    ending.load_state_dict(model.state_dict())
+    assert baseline_variant(ending).generate(inputs, 4).sequences.shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"problems": 0}, "problems is 0"),
+        ({"batch_sizes": ()}, "batch_sizes is"),
+        ({"batch_sizes": (1, 0)}, r"batch_sizes is \[1, 0\]"),
+    ],
+)
+def test_impossible_settings(model, tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, tokenizer, **settings)
+
+
+def test_environment_is_written_down(tmp_path):
+    found = environment()
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == torch.__version__
+    assert evaluation._git_commit(tmp_path) is None, "a folder that is no checkout has no commit"
+    (tmp_path / ".git").mkdir()
+    assert evaluation._git_commit(tmp_path) is None, "nor has a broken one"

@@ -1,0 +1,411 @@
+"""Export: a folder that loads without this package, from a folder, a Hub cache and a Hub, and again once saved."""
+
+import json
+import os
+import py_compile
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+
+from twotower import export as export_module
+from twotower.export import AUTO_MAP, export
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PROMPT = torch.tensor([[1, 20, 30, 40, 50, 60, 70]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model(hybrid_override_pattern="ME*-", vocab_size=300)
+    model.generation_config.mode = "mask_diffusion"
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<pad>", "<s>", "</s>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", mask_token="<mask>"
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tokenizer, tmp_path_factory):
+    """A model folder as `save_pretrained` leaves it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    return export(checkpoint, tmp_path_factory.mktemp("export") / "tiny-model.v1")
+
+
+@pytest.fixture(scope="module")
+def expected(model, tokenizer):
+    """What every load must see."""
+    return {
+        "logits": model(PROMPT).logits.tolist(),
+        "generated": model.generate(PROMPT, max_new_tokens=10).tolist(),
+        "mode": "mask_diffusion",
+        "token_ids": tokenizer("a cab")["input_ids"],
+    }
+
+
+class TestWhatIsWritten:
+    def test_files(self, exported):
+        files = {path.name for path in exported.iterdir()}
+        weights = {"model.safetensors", "config.json", "generation_config.json"}
+        words = {"tokenizer.json", "tokenizer_config.json"}
+        code = {"modeling_twotower.py", "configuration_twotower.py", "generation_twotower.py", "kernels_ssd.py"}
+        assert files >= code | weights | words | {"README.md", "LICENSE"}
+        assert not [path for path in exported.iterdir() if path.is_dir()]
+        assert list(exported.parent.iterdir()) == [exported]  # no leftovers beside it
+
+    def test_config_names_the_code(self, exported):
+        config = json.loads((exported / "config.json").read_text())
+        assert config["auto_map"] == AUTO_MAP
+        assert config["model_type"] == "twotower"
+        for reference in AUTO_MAP.values():
+            module, name = reference.split(".")
+            assert f"class {name}(" in (exported / f"{module}.py").read_text()
+
+    def test_code_is_flat_and_complete(self, exported, tmp_path):
+        code = sorted(exported.glob("*.py"))
+        needed = {"modeling_twotower.py"} | {
+            Path(file).name for file in get_relative_import_files(exported / "modeling_twotower.py")
+        }
+        assert {path.name for path in code} == needed
+        for path in code:
+            assert "from .kernels." not in path.read_text()
+            assert "from .." not in path.read_text()
+            installed = {"huggingface_hub", "safetensors", "torch", "transformers"}  # two of them by transformers
+            assert set(get_imports(path)) <= sys.stdlib_module_names | installed
+            py_compile.compile(path, cfile=tmp_path / "compiled", doraise=True)
+        ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", *code]
+        subprocess.run(ruff, check=True)
+
+    def test_code_differs_only_in_its_imports(self, exported):
+        for path in exported.glob("*.py"):
+            source = ROOT / path.name.replace("kernels_", "kernels/")
+            pairs = zip(path.read_text().splitlines(), source.read_text().splitlines(), strict=True)
+            for flat, original in pairs:
+                assert flat == original or original.lstrip().startswith("from .")
+
+    def test_weights_are_the_models(self, model, exported):
+        check_weights(load_file(exported / "model.safetensors"), model)  # experts fused, as transformers holds them
+
+    def test_dtypes_are_kept(self, checkpoint, tmp_path):
+        half = TwoTowerForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.bfloat16)
+        half.save_pretrained(tmp_path / "half")
+        weights = load_file(export(tmp_path / "half", tmp_path / "export") / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.float32}
+        check_weights(weights, half)
+
+    def test_shards(self, checkpoint, model, tmp_path):
+        folder = export(checkpoint, tmp_path / "sharded", max_shard_size="100KB")
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+        assert (folder / "model.safetensors.index.json").is_file()
+        check_weights(TwoTowerForBlockDiffusion.from_pretrained(folder).state_dict(), model)
+
+    def test_loaded_model(self, model, tokenizer, exported, tmp_path):
+        folder = export(model, tmp_path / "model", tokenizer=tokenizer)
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "modeling_twotower.py"):
+            assert (folder / name).read_bytes() == (exported / name).read_bytes(), name
+        assert getattr(model.config, "auto_map", None) is None  # the caller's model is left as it was
+
+    def test_without_tokenizer(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "model")
+        folder = export(tmp_path / "model", tmp_path / "export")
+        assert not list(folder.glob("tokenizer*"))
+
+
+class TestModelCard:
+    def test_generated(self, exported):
+        card = ModelCard.load(exported / "README.md")
+        assert card.data.library_name == "transformers"
+        assert card.data.pipeline_tag == "text-generation"
+        assert card.data.license == "unknown"  # nobody said
+        assert "custom_code" in card.data.tags
+        assert "`ME*-`" in card.text and "trust_remote_code=True" in card.text
+
+    def test_copied(self, checkpoint, tmp_path):
+        source = shutil.copytree(checkpoint, tmp_path / "source")
+        metadata = "library_name: transformers\nlicense: mit\npipeline_tag: text-generation\ntags: [maths]\n"
+        text = f"---\n{metadata}---\n# Mine\n"
+        (source / "README.md").write_text(text)
+        assert (export(source, tmp_path / "export") / "README.md").read_text() == text
+
+    def test_copied_and_completed(self, checkpoint, tmp_path):
+        source = shutil.copytree(checkpoint, tmp_path / "source")
+        (source / "README.md").write_text("---\nlicense: mit\ndatasets: [mine]\n---\n# Mine\n\ntext\n")
+        card = ModelCard.load(export(source, tmp_path / "export") / "README.md")
+        assert card.data.license == "mit" and card.data.datasets == ["mine"]
+        assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+        assert card.text.strip() == "# Mine\n\ntext"
+
+    def test_licences(self, checkpoint, tmp_path):
+        source = shutil.copytree(checkpoint, tmp_path / "source")
+        (source / "LICENSE").write_text("the weights' licence")
+        (source / "NOTICE.txt").write_text("a notice")
+        folder = export(source, tmp_path / "export")
+        assert (folder / "LICENSE").read_text() == "the weights' licence"
+        assert (folder / "NOTICE.txt").read_text() == "a notice"
+        assert "Apache License" in (folder / "LICENSE.code").read_text()
+        again = export(folder, tmp_path / "again")
+        assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
+
+
+class TestWhereItIsWritten:
+    def test_empty_folder(self, checkpoint, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert (export(checkpoint, tmp_path / "empty") / "config.json").is_file()
+
+    def test_folder_with_other_things(self, checkpoint, tmp_path):
+        (tmp_path / "thesis.tex").write_text("years of work")
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=f"{tmp_path} is not empty"):
+                export(checkpoint, tmp_path, overwrite=overwrite)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_model_folder_that_is_no_export(self, checkpoint):
+        with pytest.raises(ValueError, match=r"its config\.json does not name our code"):
+            export(checkpoint, checkpoint, overwrite=True)
+
+    def test_earlier_export(self, checkpoint, exported, tmp_path):
+        target = shutil.copytree(exported, tmp_path / "target")
+        (target / "old.py").write_text("")
+        with pytest.raises(ValueError, match=f"{target} holds an earlier export.*overwrite=True"):
+            export(checkpoint, target)
+        export(checkpoint, target, overwrite=True)
+        assert {path.name for path in target.iterdir()} == {path.name for path in exported.iterdir()}
+        assert list(tmp_path.iterdir()) == [target]
+
+    def test_onto_itself(self, model, exported, tmp_path):
+        target = shutil.copytree(exported, tmp_path / "target")
+        export(target, target, overwrite=True)
+        assert {path.name for path in target.iterdir()} == {path.name for path in exported.iterdir()}
+        check_weights(load_file(target / "model.safetensors"), model)
+
+    def test_earlier_export_with_other_things(self, checkpoint, exported, tmp_path):
+        target = shutil.copytree(exported, tmp_path / "target")
+        (target / ".git").mkdir()
+        with pytest.raises(ValueError, match=r"it holds \.git"):
+            export(checkpoint, target, overwrite=True)
+
+    def test_file(self, checkpoint, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match=f"{tmp_path / 'file'} is a file"):
+            export(checkpoint, tmp_path / "file")
+
+    def test_failure_leaves_everything_as_it_was(self, checkpoint, exported, tmp_path, monkeypatch):
+        def fail(folder):
+            raise OSError("disk full")
+
+        target = shutil.copytree(exported, tmp_path / "target")
+        monkeypatch.setattr(export_module, "write_code", fail)
+        for folder in (target, tmp_path / "new"):
+            with pytest.raises(OSError, match="disk full"):
+                export(checkpoint, folder, overwrite=True)
+        assert list(tmp_path.iterdir()) == [target]
+        assert {path.name for path in target.iterdir()} == {path.name for path in exported.iterdir()}
+
+    def test_failing_move_brings_the_old_back(self, tmp_path):
+        (tmp_path / "old").mkdir()
+        with pytest.raises(FileNotFoundError):
+            export_module._replace(tmp_path / "old", tmp_path / "missing", tmp_path / "replaced")
+        assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+class TestBadInput:
+    def test_source_is_no_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="nowhere is not a folder"):
+            export("nowhere", tmp_path / "export")
+
+    def test_source_is_another_model(self, tmp_path):
+        config = LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+        with pytest.raises(ValueError, match="the model is a LlamaForCausalLM"):
+            export(LlamaForCausalLM(config), tmp_path / "export")
+
+    def test_repository_name(self, tmp_path):
+        with pytest.raises(ValueError, match="a/b/c"):
+            export("nowhere", tmp_path / "export", push_to_hub="a/b/c")
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("from . import other", "cannot follow"),
+            ("from .package import thing", "is not a file"),
+            ('"""\nfrom .nowhere import nothing\n"""', "reads the imports"),
+        ],
+    )
+    def test_imports_that_transformers_gets_wrong(self, text, problem, tmp_path, monkeypatch):
+        code = tmp_path / "code"
+        (code / "package").mkdir(parents=True)
+        (code / "modeling.py").write_text(text)
+        monkeypatch.setattr(export_module, "CODE_ROOT", code)
+        monkeypatch.setattr(export_module, "MODELING_FILE", code / "modeling.py")
+        with pytest.raises(AssertionError, match=problem):
+            export_module.write_code(tmp_path)
+
+    def test_imports_from_a_subfolder(self, tmp_path, monkeypatch):
+        code, flat = tmp_path / "code", tmp_path / "flat"
+        (code / "ops").mkdir(parents=True)
+        flat.mkdir()
+        lines = ["try:", "    from .ops.scan import (", "        scan,", "    )", "except ImportError:", "    pass"]
+        (code / "modeling.py").write_text("\n".join(lines))
+        (code / "ops" / "scan.py").write_text("from ..base import x\nfrom ._fast import y\n")
+        (code / "ops" / "_fast.py").write_text("y = 1\n")
+        (code / "base.py").write_text("x = 1\n")
+        monkeypatch.setattr(export_module, "CODE_ROOT", code)
+        monkeypatch.setattr(export_module, "MODELING_FILE", code / "modeling.py")
+        export_module.write_code(flat)
+        assert {path.name for path in flat.iterdir()} == {"modeling.py", "ops_scan.py", "ops__fast.py", "base.py"}
+        flat_lines = [lines[0], "    from .ops_scan import (", *lines[2:]]
+        assert (flat / "modeling.py").read_text().splitlines() == flat_lines
+        assert (flat / "ops_scan.py").read_text() == "from .base import x\nfrom .ops__fast import y\n"
+
+
+@pytest.mark.parametrize("trust_remote_code", [None, True])
+def test_loading_with_this_package_uses_its_code(trust_remote_code, exported, model):
+    loaded = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=trust_remote_code)
+    assert type(loaded) is TwoTowerForBlockDiffusion
+    check_weights(loaded.state_dict(), model)
+
+
+def test_the_wheel_holds_the_licence_to_export():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "LICENSE" in settings["package-data"]["twotower"]
+
+
+class TestLoadingWithoutThisPackage:
+    """One process per load: transformers keeps remote classes, and their modules, for a process's lifetime."""
+
+    def test_from_a_folder(self, exported, expected, tmp_path):
+        saved = tmp_path / "saved"
+        check(load(tmp_path, "AutoModel", exported, saved), expected)
+        check_saved(saved, exported)
+        other_code = shutil.copytree(exported, tmp_path / "other")
+        with (other_code / "modeling_twotower.py").open("a") as file:
+            file.write("\n\nNEWER = True\n")
+        seen = load(tmp_path, "AutoModelForCausalLM", saved, tmp_path / "saved-again", other_code)
+        check(seen, expected)
+        check_saved(tmp_path / "saved-again", exported)
+        assert seen["other_class"]
+
+    def test_from_a_hub_and_its_cache(self, checkpoint, exported, expected, hub, tmp_path):
+        # 1. Upload, to a repository that holds the shards of an earlier upload.
+        push(checkpoint, tmp_path / "pushed", hub, max_shard_sizes=("100KB", "50GB"))
+        repo = json.loads((hub.root / "lab" / "tiny.model-1" / "repo.json").read_text())
+        uploaded = hub.root / "lab" / "tiny.model-1" / repo["newest"]
+        assert repo["private"]
+        assert {path.name for path in uploaded.iterdir()} == {path.name for path in exported.iterdir()}
+        # 2. Download and load; save, and load what was saved.
+        saved = tmp_path / "saved"
+        online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test"}
+        check(load(tmp_path, "AutoModelForCausalLM", "lab/tiny.model-1", saved, **online), expected)
+        check_saved(saved, exported)
+        check(load(tmp_path, "AutoModel", saved, tmp_path / "saved-again"), expected)
+        # 3. The same from the cache alone, in an environment that has not seen the code.
+        hub.stop()
+        shutil.rmtree(tmp_path / "modules")
+        check(load(tmp_path, "AutoModel", "lab/tiny.model-1", tmp_path / "from-cache"), expected)
+        check_saved(tmp_path / "from-cache", exported)
+
+
+def check_weights(weights, model):
+    assert weights.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert weights[name].dtype == tensor.dtype and torch.equal(weights[name], tensor), name
+
+
+def load(work, auto_class, source, save_to, *other_source, **environment):
+    """Run load_remote.py; offline unless an endpoint is given, with Hub and module cache in `work`."""
+    if "HF_ENDPOINT" not in environment:
+        environment["HF_HUB_OFFLINE"] = "1"
+    arguments = [auto_class, source, save_to, *other_source]
+    output = run_python(work, "-I", HERE / "load_remote.py", *arguments, **environment)
+    return json.loads(output.splitlines()[-1])
+
+
+def push(checkpoint, folder, hub, max_shard_sizes):
+    code = (
+        "from twotower.export import export\n"
+        f"for size in {max_shard_sizes!r}:\n"
+        f"    export({str(checkpoint)!r}, {str(folder)!r}, push_to_hub='lab/tiny.model-1', private=True,\n"
+        "           overwrite=True, max_shard_size=size)\n"
+    )
+    path = os.environ.get("PYTHONPATH", "")
+    run_python(folder.parent, "-c", code, PYTHONPATH=path, HF_ENDPOINT=hub.url, HF_TOKEN="hf_test")
+
+
+def run_python(work, *arguments, **environment):
+    base = {
+        "PATH": os.environ["PATH"],
+        "HOME": work,
+        "HF_HOME": work / "hf",
+        "HF_MODULES_CACHE": work / "modules",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], env=base | environment, cwd=work, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(seen, expected):
+    assert seen["module"].startswith("transformers_modules.")
+    assert seen["config_module"].startswith("transformers_modules.")
+    assert seen["same_class_again"]
+    torch.testing.assert_close(torch.tensor(seen["logits"]), torch.tensor(expected["logits"]))
+    for name in ("generated", "mode", "token_ids"):
+        assert seen[name] == expected[name], name
+
+
+def check_saved(folder, exported):
+    """`save_pretrained` of remote code has copied all of it, also what is only imported by an import."""
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in exported.glob("*.py")}
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+class Hub:
+    def __init__(self, root):
+        self.root = root
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "fake_hub.py", root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.url = self.process.stdout.readline().strip()
+
+    def stop(self):
+        self.process.communicate()
+
+
+@pytest.fixture
+def hub(tmp_path_factory):
+    hub = Hub(tmp_path_factory.mktemp("hub"))
+    yield hub
+    if hub.process.poll() is None:
+        hub.stop()

@@ -1,0 +1,350 @@
+"""Decoding: NVIDIA's numbers token for token, what every row is promised, and what is refused."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+
+from twotower.configuration_twotower import TwoTowerConfig
+from twotower.generation_twotower import MODES, TwoTowerGenerationConfig
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+
+
+MASK, VOCAB = 3, 97
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, wide enough apart that float32 rounding flips no choice, with a denoiser of its own."""
+    torch.manual_seed(0)
+    config = TwoTowerConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        hybrid_override_pattern="ME*-M",
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=2,
+        chunk_size=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=32,
+        block_size=8,
+    )
+    model = TwoTowerForBlockDiffusion(config).eval()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.ndim > 1 and "conv1d" not in name:
+                param.normal_(0, 3 / param.shape[-1] ** 0.5)
+    return model
+
+
+def prompts(lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def padded(rows, side):
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for idx, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[idx, columns], mask[idx, columns] = row, 1
+    return ids, mask
+
+
+def generate(model, ids, **kwargs):
+    kwargs = {"max_new_tokens": 21, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, **kwargs}
+    return model.generate(ids, **kwargs)
+
+
+def test_goldens_token_for_token_with_their_passes(goldens):
+    model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
+    model.generation_config.eos_token_id = None
+    tensors = load_file(goldens / "tensors.safetensors")
+    for case in json.loads((goldens / "generations.json").read_text()):
+        prompt = tensors[f"p{case['prompt']}.ids"].long()[None]
+        knobs = ("mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "eos_token_id")
+        output = generate(model, prompt, **{name: case[name] for name in knobs if name in case})
+        expected = case["new_tokens"]
+        if case.get("eos_token_id") in expected:
+            expected = expected[: expected.index(case["eos_token_id"]) + 1]
+        assert output.sequences[0, prompt.shape[1] :].tolist() == expected, case
+        if case["nfe"] is not None:
+            assert output.denoiser_forwards.tolist() == [case["nfe"]], case
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_gets_what_it_gets_alone(model, mode):
+    rows = prompts([1, 13, 4, 9, 2, 30])
+    stops = list(range(4, 20))
+    alone = [generate(model, row[None], mode=mode, eos_token_id=stops) for row in rows]
+    assert any(output.sequences.shape[1] - len(row) < 21 for row, output in zip(rows, alone, strict=True))
+    for order, side in ((range(6), "left"), (range(6), "right"), ((3, 0, 5, 2, 4, 1), "left")):
+        ids, mask = padded([rows[idx] for idx in order], side)
+        batch = generate(model, ids, mode=mode, attention_mask=mask, eos_token_id=stops)
+        assert torch.equal(batch.sequences[:, : ids.shape[1]], ids)
+        for place, idx in enumerate(order):
+            expected = alone[idx].sequences[0, len(rows[idx]) :]
+            new = batch.sequences[place, ids.shape[1] :]
+            assert torch.equal(new[: len(expected)], expected)
+            assert (new[len(expected) :] == 0).all()
+            for counter in ("denoiser_forwards", "context_forwards", "tokens_per_forward"):
+                assert batch[counter][place] == alone[idx][counter][0], counter
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fewer_new_tokens_are_a_prefix(model, mode):
+    prompt = prompts([5])[0][None]
+    longest = generate(model, prompt, mode=mode, max_new_tokens=19).sequences
+    for count in (1, 7, 8, 9):
+        shorter = generate(model, prompt, mode=mode, max_new_tokens=count).sequences
+        assert torch.equal(shorter, longest[:, : 5 + count])
+
+
+def test_passes_are_counted_and_the_last_block_is_not_read(model):
+    prompt = prompts([5])[0][None]
+    output = generate(model, prompt, mode="mask_diffusion", max_new_tokens=24, confidence_threshold=1.0)
+    # One commit per pass at most, as no probability exceeds 1; the prompt and two of three blocks are read.
+    assert output.denoiser_forwards.tolist() == [24]
+    assert output.context_forwards.tolist() == [3]
+    assert output.tokens_per_forward.tolist() == [1.0]
+    assert generate(model, prompt, mode="ar", max_new_tokens=24).context_forwards.tolist() == [24]
+    mock_ar = generate(model, prompt, mode="mock_ar", max_new_tokens=24)
+    assert (mock_ar.denoiser_forwards.tolist(), mock_ar.context_forwards.tolist()) == ([24], [24])
+
+
+def test_steps_per_block_bound_the_passes(model):
+    prompt = prompts([5])[0][None]
+    output = generate(model, prompt, max_new_tokens=16, steps_per_block=3, confidence_threshold=1.0)
+    assert output.denoiser_forwards.tolist() == [6]
+
+
+def test_prompt_logits_are_computed_for_the_last_position_only(model):
+    seen = []
+    hook = model.context_lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    prompt = prompts([30])[0][None]
+    generate(model, prompt, mode="ar", max_new_tokens=2)
+    generate(model, prompt, mode="mask_diffusion", max_new_tokens=9)
+    hook.remove()
+    assert seen == [(1, 32), (1, 32)]
+
+
+def test_the_mask_is_never_written_and_is_an_ordinary_prompt_token(model, monkeypatch):
+    def prefers_the_mask(block_ids, past_key_values):
+        logits = torch.zeros(*block_ids.shape, VOCAB)
+        logits[..., MASK], logits[..., 50] = 9.0, 1.0
+        return logits
+
+    prompt = prompts([6])[0][None]
+    prompt[0, 2] = MASK
+    before = generate(model, prompt).sequences
+    assert torch.equal(before[:, :6], prompt)
+    monkeypatch.setattr(model, "denoise", prefers_the_mask)
+    assert (generate(model, prompt).sequences[0, 6:] == 50).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_text_is_cut_after_its_end_and_padded(model, mode):
+    prompt = prompts([5, 5])
+    free = generate(model, torch.stack(prompt), mode=mode).sequences[:, 5:]
+    stop = int(free[0, 3])
+    output = generate(model, torch.stack(prompt), mode=mode, eos_token_id=stop, pad_token_id=1).sequences[:, 5:]
+    for row in range(2):
+        end = (free[row] == stop).nonzero()
+        end = int(end[0]) + 1 if len(end) else 21
+        assert torch.equal(output[row, :end], free[row, :end])
+        assert (output[row, end:] == 1).all()
+    assert output.shape[1] == max((output != 1).sum(1))
+
+
+def test_users_own_stopping_criteria_cut_inside_a_block(model):
+    prompt = prompts([5])[0][None]
+
+    def three_new_tokens(input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 8)
+
+    output = generate(model, prompt, stopping_criteria=[three_new_tokens])
+    assert output.sequences.shape == (1, 8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampling_is_reproducible_and_free(model, mode):
+    ids, mask = padded(prompts([5, 3, 8]), "left")
+
+    def sample(seed, **kwargs):
+        torch.manual_seed(seed)
+        return generate(model, ids, mode=mode, attention_mask=mask, do_sample=True, **kwargs).sequences
+
+    assert torch.equal(sample(0, temperature=2.0), sample(0, temperature=2.0))
+    assert not torch.equal(sample(0, temperature=2.0), sample(1, temperature=2.0))
+    greedy = generate(model, ids, mode=mode, attention_mask=mask).sequences
+    assert torch.equal(sample(0, top_k=1), greedy)
+    assert torch.equal(sample(0, top_k=0, top_p=1e-6), greedy)
+
+
+class ScriptedDenoiser:
+    """The same logits at every pass and position."""
+
+    def __init__(self, values):
+        self.logits = torch.full((VOCAB,), -torch.inf)
+        for token, value in values.items():
+            self.logits[token] = value
+
+    def __call__(self, block_ids, past_key_values):
+        return self.logits.expand(*block_ids.shape, VOCAB).clone()
+
+
+def test_top_k_and_top_p_keep_to_the_likeliest(model, monkeypatch):
+    monkeypatch.setattr(model, "denoise", ScriptedDenoiser({10: 2.0, 11: 1.5, 12: 1.0, 13: 0.5}))
+    prompt = prompts([5])[0][None].expand(8, -1)
+    torch.manual_seed(0)
+    for knobs, allowed in (({"top_k": 2}, {10, 11}), ({"top_k": 0, "top_p": 0.6}, {10, 11}), ({}, {10, 11, 12, 13})):
+        new = generate(model, prompt, do_sample=True, temperature=1.5, max_new_tokens=32, **knobs).sequences[:, 5:]
+        assert set(new.flatten().tolist()) == allowed
+
+
+def test_confidence_is_untempered(model, monkeypatch):
+    # Token 10 has probability 0.88 before the temperature, 0.51 after.
+    monkeypatch.setattr(model, "denoise", ScriptedDenoiser({10: 2.0, 11: 0.0}))
+    prompt = prompts([5])[0][None]
+    torch.manual_seed(0)
+    output = generate(model, prompt, do_sample=True, temperature=50.0, max_new_tokens=8, confidence_threshold=0.85)
+    others = int((output.sequences[0, 5:] == 11).sum())
+    assert 0 < others < 8
+    # The first pass commits every 10 it drew; a pass that draws none commits one 11.
+    assert output.denoiser_forwards.item() < 8
+
+
+def test_logits_processors_apply_in_every_mode(model):
+    class OnlyEven(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, 1::2] = -torch.inf
+            return scores
+
+    prompt = prompts([5])[0][None]
+    for mode in MODES:
+        new = generate(model, prompt, mode=mode, logits_processor=LogitsProcessorList([OnlyEven()])).sequences[:, 5:]
+        assert (new % 2 == 0).all()
+
+
+def test_an_empty_prompt_begins_with_the_beginning_of_text(model):
+    empty = torch.empty(1, 0, dtype=torch.long)
+    model.generation_config.bos_token_id = 1
+    output = generate(model, empty)
+    assert output.sequences.shape == (1, 22)
+    assert torch.equal(output.sequences, generate(model, torch.ones(1, 1, dtype=torch.long)).sequences)
+    model.generation_config.bos_token_id = None
+    with pytest.raises(ValueError, match="bos_token_id"):
+        generate(model, empty)
+
+
+def test_a_streamer_gets_the_prompt_then_drafts_and_committed_tokens(model):
+    class Recorder(TextStreamer):
+        def __init__(self):
+            self.events = []
+
+        def put(self, value):
+            self.events.append(("put", value.flatten().tolist()))
+
+        def put_draft(self, value):
+            self.events.append(("draft", value.flatten().tolist()))
+
+        def end(self):
+            self.events.append(("end", []))
+
+    prompt = prompts([5])[0][None]
+    recorder = Recorder()
+    output = generate(model, prompt, streamer=recorder, max_new_tokens=13, confidence_threshold=1.0)
+    kinds = [kind for kind, _ in recorder.events]
+    assert kinds == ["put", *["draft"] * 8, "put", *["draft"] * 8, "put", "end"]
+    assert sum((tokens for kind, tokens in recorder.events if kind == "put"), []) == output.sequences[0].tolist()
+    assert sum(token == MASK for token in recorder.events[1][1]) == 7
+
+
+def test_the_checkpoints_generation_config_decides_unless_the_call_does(model, tmp_path):
+    prompt = prompts([5])[0][None]
+    model.generation_config.mode = "ar"
+    try:
+        assert generate(model, prompt).denoiser_forwards.item() == 0
+        assert generate(model, prompt, mode="mask_diffusion").denoiser_forwards.item() > 0
+        model.save_pretrained(tmp_path)
+    finally:
+        model.generation_config.mode = None
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path)
+    assert isinstance(loaded.generation_config, TwoTowerGenerationConfig)
+    assert generate(loaded, prompt).denoiser_forwards.item() == 0
+    plain = GenerationConfig(max_new_tokens=4)
+    assert loaded.generate(prompt, generation_config=plain).shape == (1, 9)
+
+
+def test_a_larger_block_than_trained_is_warned_of(model, caplog):
+    logging.getLogger("transformers").propagate = True
+    prompt = prompts([5])[0][None]
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        generate(model, prompt, block_size=9)
+    assert "block_size 9 is larger than the 8" in caplog.text
+    caplog.clear()
+    generate(model, prompt, block_size=8)
+    assert "block_size" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mode": "beam"}, "mode is 'beam'"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"block_size": 2.5}, "block_size is 2.5"),
+        ({"steps_per_block": 0}, "steps_per_block is 0"),
+        ({"confidence_threshold": 0.0}, "confidence_threshold is 0.0"),
+        ({"confidence_threshold": 1.01}, "confidence_threshold is 1.01"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"output_scores": True}, "output_scores=True"),
+        ({"treshold": 0.5}, "treshold"),
+    ],
+)
+def test_a_bad_knob_is_refused_by_name_before_any_work(model, kwargs, message, monkeypatch):
+    monkeypatch.setattr(model.context_tower, "forward", lambda *_: pytest.fail("the context tower ran"))
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts([5])[0][None], **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[5, VOCAB]], None, f"holds {VOCAB}, outside the vocabulary of {VOCAB}"),
+        ([[5, -2]], None, "holds -2, outside"),
+        ([[5, 6]], [[1, 1, 1]], r"attention_mask has shape \(1, 3\)"),
+        ([[5, 6]], [[1], [1]], r"attention_mask has shape \(2, 1\)"),
+        ([[5, 6, 7], [5, 6, 7]], [[1, 1, 1], [1, 0, 1]], r"row 1 of attention_mask has holes: \[1, 0, 1\]"),
+        ([[5, 6], [5, 6]], [[0, 0], [1, 1]], "row 0 of attention_mask masks all"),
+        ([5, 6], None, r"input_ids has shape \(2,\)"),
+    ],
+)
+def test_a_bad_prompt_is_refused_by_name_before_any_work(model, ids, mask, message, monkeypatch):
+    monkeypatch.setattr(model.context_tower, "forward", lambda *_: pytest.fail("the context tower ran"))
+    mask = None if mask is None else torch.tensor(mask)
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor(ids), attention_mask=mask)
+
+
+def test_generation_config_checks_what_it_is_given():
+    with pytest.raises(ValueError, match="mode is 'x'"):
+        TwoTowerGenerationConfig(mode="x")
+    config = TwoTowerGenerationConfig(mode="ar", block_size=4, confidence_threshold=0.5)
+    assert TwoTowerGenerationConfig.from_dict(config.to_dict()) == config

@@ -1,0 +1,506 @@
+"""Checkpoints: both layouts in and out, dtypes and devices, from_backbone, and what is refused before any work."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import GEOMETRIES, random_block, random_ids, randomize, tiny_config, tiny_model
+from tolerances import assert_close
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    NemotronHModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    convert_and_load_state_dict_in_model,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from twotower.configuration_twotower import TwoTowerConfig
+from twotower.modeling_twotower import TWOTOWER_PARTS, TwoTowerForBlockDiffusion
+
+
+def assert_same_weights(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Bit for bit, dtypes included."""
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's safetensors."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def released_names(model: TwoTowerForBlockDiffusion) -> set[str]:
+    """The names NVIDIA gives a checkpoint of this geometry."""
+    names = set()
+    for name in model.state_dict():
+        if ".mixer.experts." in name:
+            prefix, projection = name.rsplit(".", 1)
+            names |= {f"{prefix}.{expert}.{projection}.weight" for expert in range(model.config.n_routed_experts)}
+        else:
+            names.add(name)
+    return names
+
+
+def outputs(model: TwoTowerForBlockDiffusion) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of both towers."""
+    with torch.no_grad():
+        output = model(random_ids(2, 9))
+        return output.logits, model.denoise(random_block(2, 5), output.past_key_values)
+
+
+# Layouts
+
+
+def test_nvidias_layout_loads_whole(goldens):
+    model, info = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint", output_loading_info=True)
+    assert not any(info.values())
+    assert not model.training
+    assert model.dtype == torch.float32
+    tensors = stored(goldens / "checkpoint")
+    for name, tensor in model.state_dict().items():
+        if ".mixer.experts." in name:
+            prefix, projection = name.rsplit(".", 1)
+            tensors[name] = torch.stack([tensors[f"{prefix}.{expert}.{projection}.weight"] for expert in range(8)])
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_nvidias_layout_is_written_back_as_it_was(goldens, tmp_path):
+    model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
+    model.save_pretrained(tmp_path)
+    written, source = stored(tmp_path), stored(goldens / "checkpoint")
+    assert written.keys() == source.keys()
+    for name, tensor in source.items():
+        assert torch.equal(written[name], tensor), name
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("original", [True, False])
+def test_round_trip(original, dtype, shards, tmp_path):
+    model = tiny_model("all kinds").to(dtype)
+    size = "50GB" if shards == 1 else "40KB"
+    model.save_pretrained(tmp_path, save_original_format=original, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
+    assert not list(tmp_path.glob("*.bin"))
+    assert stored(tmp_path).keys() == (released_names(model) if original else model.state_dict().keys())
+    loaded, info = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    # The correction bias is kept in float32, as everywhere in transformers.
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias = module.e_score_correction_bias.float()
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_round_trip_of_every_geometry(geometry, tmp_path):
+    model = tiny_model(geometry)
+    for original in (True, False):
+        model.save_pretrained(tmp_path / str(original), save_original_format=original)
+        assert_same_weights(TwoTowerForBlockDiffusion.from_pretrained(tmp_path / str(original)), model)
+
+
+def test_what_is_written_depends_on_the_argument_not_on_what_was_loaded(tmp_path):
+    """transformers alone would write whichever layout it had read."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "fused")
+    loaded.save_pretrained(tmp_path / "released")
+    assert stored(tmp_path / "released").keys() == released_names(model)
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "released")
+    loaded.save_pretrained(tmp_path / "fused again", save_original_format=False)
+    assert stored(tmp_path / "fused again").keys() == model.state_dict().keys()
+    assert_same_weights(TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "fused again"), model)
+
+
+def test_any_sharding_loads(tmp_path):
+    """A layer's experts spread over files, in no order."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tensors = list(load_file(tmp_path / "model.safetensors").items())
+    (tmp_path / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(3):
+        file = f"part-{shard}.safetensors"
+        save_file(dict(tensors[shard::3]), tmp_path / file, metadata={"format": "pt"})
+        weight_map.update({name: file for name, _ in tensors[shard::3]})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same_weights(TwoTowerForBlockDiffusion.from_pretrained(tmp_path), model)
+
+
+def test_the_written_config_is_ours(goldens, tmp_path):
+    TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "twotower"
+    assert config["architectures"] == ["TwoTowerForBlockDiffusion"]
+    assert "auto_map" not in config
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
+def test_auto_classes(auto_class, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is TwoTowerForBlockDiffusion
+    assert_same_weights(loaded, model)
+    assert type(auto_class.from_config(tiny_config())) is TwoTowerForBlockDiffusion
+
+
+# NVIDIA's 30B geometry, without weights
+
+
+@pytest.fixture(scope="module")
+def released_shapes(goldens):
+    path = goldens.parent / "nvidia_30b" / "state_dict_shapes.json.gz"
+    return {name: tuple(shape) for name, shape in json.loads(gzip.decompress(path.read_bytes())).items()}
+
+
+@pytest.fixture(scope="module")
+def released_model(goldens):
+    with torch.device("meta"):
+        return TwoTowerForBlockDiffusion(TwoTowerConfig.from_pretrained(goldens.parent / "nvidia_30b"))
+
+
+def test_all_released_tensors_find_their_place(released_model, released_shapes):
+    """Through the conversion that from_pretrained applies, tensor by tensor."""
+    assert len(released_shapes) == 12_544
+    checkpoint = {name: torch.empty(shape, device="meta") for name, shape in released_shapes.items()}
+    info, _ = convert_and_load_state_dict_in_model(
+        released_model,
+        checkpoint,
+        LoadStateDictConfig(
+            device_map={"": "meta"}, weight_mapping=get_model_conversion_mapping(released_model), dtype=torch.float32
+        ),
+    )
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    assert not info.mismatched_keys
+    assert not info.conversion_errors
+    assert sum(tensor.numel() for tensor in released_model.state_dict().values()) == 63_185_902_848
+
+
+def test_the_released_tensors_are_what_would_be_written(released_model, released_shapes):
+    written = revert_weight_conversion(released_model, released_model.state_dict())
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == released_shapes
+
+
+# dtypes and devices
+
+
+def test_dtype(goldens):
+    model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint", dtype=torch.bfloat16)
+    assert model.config.dtype == torch.bfloat16
+    float32 = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert float32 == {name for name in model.state_dict() if name.endswith("e_score_correction_bias")}
+    source = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint", dtype="float32")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor.to(model.state_dict()[name].dtype)), name
+    assert outputs(model)[1].isfinite().all()
+
+
+def test_dtype_of_the_checkpoint_by_default(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert TwoTowerForBlockDiffusion.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert TwoTowerForBlockDiffusion.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"device_map": {"": "cpu"}}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}], ids=str
+)
+def test_placement(arguments, tmp_path):
+    model = tiny_model("all kinds")
+    model.save_pretrained(tmp_path)
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, **arguments)
+    assert_same_weights(loaded, model)
+
+
+CONTEXT_PARTS = {"context_tower", "context_lm_head"}
+PLACES = {
+    "the denoiser on disk": {"device_map": {p: "cpu" if p in CONTEXT_PARTS else "disk" for p in TWOTOWER_PARTS}},
+    "the context tower on disk": {"device_map": {p: "disk" if p in CONTEXT_PARTS else "cpu" for p in TWOTOWER_PARTS}},
+    "all that does not fit": {"device_map": "auto", "max_memory": {"cpu": "80KB"}},
+}
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_disk_offload(place, original, tmp_path):
+    """What is on disk is read when it is needed, and saved again."""
+    model = tiny_model("all kinds")
+    model.save_pretrained(tmp_path / "source", save_original_format=original)
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(
+        tmp_path / "source", offload_folder=tmp_path / "offload", **PLACES[place]
+    )
+    assert any(parameter.is_meta for parameter in loaded.parameters())
+    assert any(not parameter.is_meta for parameter in loaded.parameters())
+    for actual, expected in zip(outputs(loaded), outputs(model), strict=True):
+        assert_close(actual, expected)
+    with pytest.warns(UserWarning, match="offloaded"):
+        loaded.save_pretrained(tmp_path / "saved")
+    assert_same_weights(TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "saved"), model)
+
+
+# From a backbone
+
+
+def nemotron_h(geometry: str = "all kinds", **fields) -> NemotronHForCausalLM:
+    config = tiny_config(geometry).to_dict()
+    for name in ("model_type", "architectures", "block_size", "mask_token_id"):
+        config.pop(name)
+    config = {name: value for name, value in config.items() if not name.startswith("timestep_")}
+    backbone = NemotronHForCausalLM(NemotronHConfig(**{**config, **fields})).eval()
+    randomize(backbone)
+    return backbone
+
+
+def assert_made_of(model: TwoTowerForBlockDiffusion, backbone: NemotronHForCausalLM) -> None:
+    for tower, head in ((model.context_tower, model.context_lm_head), (model.denoiser_tower, model.lm_head)):
+        assert_same_weights(tower, backbone.model)
+        assert_same_weights(head, backbone.lm_head)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_from_backbone_in_a_folder(original, tmp_path):
+    backbone = nemotron_h()
+    backbone.save_pretrained(tmp_path, save_original_format=original)
+    model = TwoTowerForBlockDiffusion.from_backbone(tmp_path, block_size=8, mask_token_id=5)
+    assert (model.config.block_size, model.config.mask_token_id) == (8, 5)
+    assert model.config.model_type == "twotower"
+    assert model.config.layers_block_type == backbone.config.layers_block_type
+    assert not model.training
+    assert_made_of(model, backbone)
+
+
+def test_from_a_loaded_backbone():
+    backbone = nemotron_h()
+    model = TwoTowerForBlockDiffusion.from_backbone(backbone)
+    assert (model.config.block_size, model.config.mask_token_id) == (16, 3)
+    assert type(backbone.config) is NemotronHConfig
+    assert_made_of(model, backbone)
+    # Nothing is shared: not with the backbone, nor between the towers.
+    backbone.model.embeddings.weight.data.zero_()
+    model.context_tower.embeddings.weight.data.fill_(1.0)
+    assert model.denoiser_tower.embeddings.weight.abs().max() > 1
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_from_backbone_in_bfloat16(tmp_path):
+    nemotron_h().save_pretrained(tmp_path)
+    model = TwoTowerForBlockDiffusion.from_backbone(tmp_path, dtype=torch.bfloat16)
+    float32 = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert float32 == {name for name in model.state_dict() if name.endswith("e_score_correction_bias")}
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_from_backbone_without_its_prediction_layers(tmp_path):
+    backbone = nemotron_h()
+    backbone.config.num_nextn_predict_layers = 1
+    assert TwoTowerForBlockDiffusion.from_backbone(backbone).config.num_nextn_predict_layers == 0
+
+
+def test_an_untrained_denoiser_computes_what_the_backbone_does():
+    model = TwoTowerForBlockDiffusion.from_backbone(nemotron_h())
+    ids, token = random_ids(2, 7), random_ids(2, 1, seed=1)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        logits = model.denoise(token, cache, timestep=0.7)
+        assert_close(logits, model(token, past_key_values=cache).logits)
+
+
+def test_a_model_from_a_backbone_trains_saves_and_loads(tmp_path):
+    model = TwoTowerForBlockDiffusion.from_backbone(nemotron_h(), block_size=4)
+    ids = random_ids(2, 12)
+    model(ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss.backward()
+    for name, parameter in model.named_parameters():
+        learns = not name.startswith("context_") and "t_embedder" not in name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == learns, name
+    for index in (0, 2):
+        assert model.t_embedder.mlp[index].weight.std() > 0.01
+    model.save_pretrained(tmp_path)
+    assert_same_weights(TwoTowerForBlockDiffusion.from_pretrained(tmp_path), model)
+
+
+def test_reset_denoiser_of_a_loaded_model(tmp_path):
+    """transformers' initialisers leave alone what was loaded; a reset may not."""
+    tiny_model().save_pretrained(tmp_path)
+    model = TwoTowerForBlockDiffusion.from_pretrained(tmp_path)
+    model.reset_denoiser()
+    assert_same_weights(model.denoiser_tower, model.context_tower)
+    assert not model.t_block[1].weight.any()
+    assert not model.t_block[1].bias.any()
+    for table in model.scale_shift_tables:
+        assert torch.equal(table, torch.tensor([0.0, 0.0, 1.0])[:, None].expand(3, 32))
+        assert table.requires_grad
+
+
+def test_backbones_that_are_refused(tmp_path):
+    backbone = nemotron_h()
+    with pytest.raises(ValueError, match="the backbone is a NemotronHModel; give a NemotronHForCausalLM"):
+        TwoTowerForBlockDiffusion.from_backbone(backbone.model)
+    with pytest.raises(ValueError, match="dtype: meant for loading a backbone"):
+        TwoTowerForBlockDiffusion.from_backbone(backbone, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="block_size is 0"):
+        TwoTowerForBlockDiffusion.from_backbone(backbone, block_size=0)
+    NemotronHModel(backbone.config).save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless lacks lm_head\.weight"):
+        TwoTowerForBlockDiffusion.from_backbone(tmp_path / "headless")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no weights"):
+        TwoTowerForBlockDiffusion.from_backbone(tmp_path / "empty")
+
+
+# What is refused
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails a test that builds a model."""
+
+    def build(self, config):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(TwoTowerForBlockDiffusion, "__init__", build)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    tiny_model().save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+@pytest.fixture
+def broken(sharded, tmp_path) -> Path:
+    """A copy of a sharded checkpoint to break, and its second shard."""
+    shutil.copytree(sharded, tmp_path / "broken")
+    return sorted((tmp_path / "broken").glob("*.safetensors"))[1]
+
+
+def refused(folder: Path, message: str, **arguments) -> None:
+    for auto_class in (TwoTowerForBlockDiffusion, AutoModel):
+        with pytest.raises(ValueError, match=message):
+            auto_class.from_pretrained(folder, **arguments)
+
+
+def test_a_folder_without_weights(no_work, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    refused(tmp_path, "holds no weights: neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_a_folder_without_weights_of_the_variant(no_work, sharded):
+    refused(sharded, r"neither model\.other\.safetensors nor", variant="other")
+
+
+def test_a_missing_shard_is_named(no_work, broken):
+    broken.unlink()
+    refused(broken.parent, f"{broken.name} is missing")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_a_truncated_shard_is_named(kept, no_work, broken):
+    broken.write_bytes(broken.read_bytes()[:kept])
+    refused(broken.parent, f"{broken.name} is truncated")
+
+
+def test_a_truncated_single_file_is_named(no_work, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(48, 32)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
+    refused(tmp_path, "model.safetensors is truncated")
+
+
+def test_a_shard_that_lacks_a_promised_tensor_is_named(no_work, broken):
+    tensors = load_file(broken)
+    name, _ = tensors.popitem()
+    save_file(tensors, broken, metadata={"format": "pt"})
+    refused(broken.parent, f"{broken.name} lacks the tensor {name}")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
+def test_a_pickle_is_refused(name, no_work, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    torch.save(tiny_config().to_dict(), tmp_path / name)
+    refused(tmp_path, f"holds pickled weights \\({name}\\)")
+
+
+def test_a_pickle_is_refused_even_when_asked_for(no_work, sharded):
+    refused(sharded, "use_safetensors is False", use_safetensors=False)
+
+
+def test_a_backbone_is_no_twotower(no_work, tmp_path):
+    nemotron_h().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no context_tower, context_lm_head, denoiser_tower.*from_backbone"):
+        TwoTowerForBlockDiffusion.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("absent", ["denoiser_tower.", "t_block.", "scale_shift_tables.", "lm_head."])
+def test_a_checkpoint_without_one_of_the_parts(absent, no_work, tmp_path, sharded):
+    tensors = {name: tensor for name, tensor in stored(sharded).items() if not name.startswith(absent)}
+    shutil.copy(sharded / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, f"holds no {absent[:-1]}: it is no TwoTower checkpoint")
+
+
+def test_a_missing_tensor_is_named(tmp_path, sharded):
+    tensors = stored(sharded)
+    del tensors["denoiser_tower.layers.0.mixer.A_log"]
+    shutil.copy(sharded / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, r"lacks denoiser_tower\.layers\.0\.mixer\.A_log$")
+
+
+def test_many_missing_tensors_are_counted(tmp_path, sharded):
+    tensors = {name: tensor for name, tensor in stored(sharded).items() if ".norm.weight" not in name}
+    shutil.copy(sharded / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, r"lacks context_tower\.layers\.0\.mixer\.norm\.weight, .* and 9 more$")
+
+
+@pytest.mark.parametrize("expert", [0, 2, 3])
+@pytest.mark.parametrize("projection", ["up_proj", "down_proj"])
+def test_a_missing_expert_is_named(projection, expert, no_work, tmp_path, sharded):
+    tensors = stored(sharded)
+    del tensors[f"denoiser_tower.layers.1.mixer.experts.{expert}.{projection}.weight"]
+    shutil.copy(sharded / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, rf"lacks denoiser_tower\.layers\.1\.mixer\.experts\.{expert}\.{projection}\.weight$")
+
+
+def test_safetensors_next_to_a_pickle_load(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert_same_weights(TwoTowerForBlockDiffusion.from_pretrained(tmp_path), model)
+
+
+def test_a_variant_and_a_subfolder_load(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "inner", variant="other")
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, subfolder="inner", variant="other")
+    assert_same_weights(loaded, model)
+
+
+def test_key_mapping_renames_on_loading(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tensors = {name.replace("lm_head.", "head."): tensor for name, tensor in stored(tmp_path).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "head.weight" in tensors
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, key_mapping={r"head\.weight$": "lm_head.weight"})
+    assert_same_weights(loaded, model)

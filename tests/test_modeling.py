@@ -1,0 +1,593 @@
+"""Both towers: NVIDIA's numbers, transformers' NemotronH, chunks, padding, the denoiser, and what is refused.
+
+The tiny models have random weights in every part, time conditioning included; see tiny.py.
+"""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import (
+    GEOMETRIES,
+    UNLIKE_TRANSFORMERS,
+    random_block,
+    random_ids,
+    randomize,
+    tiny_config,
+    tiny_model,
+    use_config_step_limit,
+)
+from tolerances import assert_close
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from twotower.cache_twotower import TwoTowerCache
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+
+MASK = 3
+
+
+@pytest.fixture(autouse=True)
+def no_grad(request):
+    with torch.no_grad():
+        yield
+
+
+def context(model: TwoTowerForBlockDiffusion, ids: torch.Tensor, **kwargs) -> TwoTowerCache:
+    return model(ids, use_cache=True, **kwargs).past_key_values
+
+
+def left_padded(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) ids and mask of rows of different length, padded in front."""
+    width = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+    return ids, mask
+
+
+def right_padded(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = left_padded(*(row.flip(0) for row in rows))
+    return ids.flip(1), mask.flip(1)
+
+
+def tensors_of(cache: TwoTowerCache) -> list[torch.Tensor]:
+    """Everything a cache holds, unused capacity included."""
+    held = []
+    for layer in cache.layers:
+        state = getattr(layer, "buffers", None) or getattr(layer, "state", None)
+        held.extend(state or ())
+    return [*held, cache.lengths]
+
+
+# NVIDIA's numbers
+
+
+@pytest.fixture(scope="module")
+def nvidia(goldens):
+    return TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def numbers(goldens):
+    return load_file(goldens / "tensors.safetensors")
+
+
+@pytest.mark.parametrize("prompt", range(5))
+def test_nvidias_context_tower(prompt, nvidia, numbers):
+    output = nvidia(numbers[f"p{prompt}.ids"][None], logits_to_keep=1)
+    assert_close(output.logits[0, 0], numbers[f"p{prompt}.context_last_logits"])
+
+
+@pytest.mark.parametrize("prompt", range(5))
+def test_nvidias_denoiser(prompt, nvidia, numbers):
+    cache = context(nvidia, numbers[f"p{prompt}.ids"][None])
+    blocks = [name for name in numbers if re.fullmatch(rf"p{prompt}\.den\.L\d+\.m\d+\.block", name)]
+    assert len(blocks) > 5
+    for name in blocks:
+        block, logits = numbers[name][None], numbers[name.replace(".block", ".logits")]
+        masks = int(re.search(r"\.m(\d+)\.", name)[1])
+        assert (block == MASK).sum() == masks
+        assert_close(nvidia.denoise(block, cache)[0], logits)
+        assert_close(nvidia.denoise(block, cache, timestep=masks / block.shape[1])[0], logits)
+
+
+@pytest.mark.parametrize("prompt", range(5))
+def test_nvidias_denoiser_after_a_block_was_read(prompt, nvidia, numbers):
+    cache = context(nvidia, numbers[f"p{prompt}.ids"][None])
+    nvidia(numbers[f"p{prompt}.ext.ids"][None], past_key_values=cache)
+    logits = nvidia.denoise(numbers[f"p{prompt}.ext.block"][None], cache)
+    assert_close(logits[0], numbers[f"p{prompt}.ext.logits"])
+
+
+def test_every_number_of_nvidias_is_used(numbers):
+    used = r"p\d\.(ids|context_last_logits|ext\.(ids|block|logits)|den\.L\d+\.m\d+\.(block|logits))"
+    assert all(re.fullmatch(used, name) for name in numbers)
+    assert len(numbers) == 115
+
+
+# transformers' NemotronH
+
+
+def transformers_model(model: TwoTowerForBlockDiffusion) -> NemotronHForCausalLM:
+    """transformers' NemotronH with the weights of a context tower."""
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    reference = NemotronHForCausalLM(NemotronHConfig(**fields)).eval()
+    reference.set_experts_implementation("eager")
+    reference.model.load_state_dict(model.context_tower.state_dict())
+    reference.lm_head.load_state_dict(model.context_lm_head.state_dict())
+    use_config_step_limit(reference)
+    return reference
+
+
+@pytest.mark.parametrize("geometry", sorted(GEOMETRIES.keys() - UNLIKE_TRANSFORMERS))
+def test_the_context_tower_is_transformers_nemotron_h(geometry):
+    model = tiny_model(geometry)
+    reference = transformers_model(model)
+    vocab_size = model.config.vocab_size
+    for length in (1, 2, 19):
+        ids = random_ids(2, length, vocab_size=vocab_size, seed=length)
+        assert_close(model(ids).logits, reference(ids, use_cache=False).logits)
+
+
+def test_attention_biases_are_honoured():
+    """As NVIDIA's code does; transformers reads the flag and builds none."""
+    model = tiny_model("attention biases")
+    attention = model.context_tower.layers[2].mixer
+    ids = random_ids(1, 9)
+    before = model(ids).logits
+    for projection in (attention.q_proj, attention.v_proj, attention.o_proj):
+        assert projection.bias.abs().max() > 0
+        kept = projection.bias.clone()
+        projection.bias.zero_()
+        assert (model(ids).logits - before).abs().max() > 1e-3
+        projection.bias.copy_(kept)
+    # Of one query all scores move alike with the keys' bias, so it has no effect.
+    attention.k_proj.bias.zero_()
+    assert_close(model(ids).logits, before)
+
+
+def test_the_released_step_clamp_matters():
+    """The correction SPEC.md section 2 asks for: transformers' own clamp gives other logits."""
+    model = tiny_model()
+    model.context_tower.layers[0].mixer.dt_bias.fill_(-12.0)
+    reference = transformers_model(model)
+    ids = random_ids(1, 9)
+    assert_close(model(ids).logits, reference(ids, use_cache=False).logits)
+    for layer in reference.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (model.config.time_step_min, float("inf"))
+    assert (model(ids).logits - reference(ids, use_cache=False).logits).abs().max() > 1e-3
+
+
+def test_the_router_decides_in_float64():
+    """Two experts a float32 product cannot tell apart."""
+    model = tiny_model(num_experts_per_tok=1)
+    gate = model.context_tower.layers[1].mixer.gate
+    gate.e_score_correction_bias.zero_()
+    gate.weight.zero_()
+    gate.weight[1, :2] = torch.tensor([1.0, 1e-9])
+    gate.weight[2, :2] = torch.tensor([1.0, 0.0])
+    hidden_states = torch.zeros(1, 32)
+    hidden_states[0, :2] = 1.0
+    _, weights, indices = gate(hidden_states)
+    assert indices.tolist() == [[1]]
+    assert weights.dtype == torch.float32
+
+
+def test_the_correction_bias_decides_but_does_not_weigh():
+    model = tiny_model(norm_topk_prob=False, routed_scaling_factor=1.0)
+    gate = model.context_tower.layers[1].mixer.gate
+    hidden_states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    gate.e_score_correction_bias.copy_(torch.tensor([10.0, -10.0, 10.0, -10.0]))
+    logits, weights, indices = gate(hidden_states)
+    assert indices.sort().values.tolist() == [[0, 2]] * 5
+    assert_close(weights, logits.sigmoid().gather(1, indices), torch.float32)
+
+
+def test_expert_sizes_torch_cannot_group():
+    odd, even = tiny_model("odd").config, tiny_model().config
+    assert odd._experts_implementation == "eager"
+    assert even._experts_implementation == "grouped_mm"
+    with pytest.raises(ValueError, match=r"multiples of 8, not \(30, 9\)"):
+        TwoTowerForBlockDiffusion(tiny_config("odd", experts_implementation="grouped_mm"))
+
+
+# Chunks and padding
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("split", [1, 2, 9, 18])
+def test_chunks_of_the_same_tokens_give_the_same_logits(split, geometry):
+    model = tiny_model(geometry)
+    ids = random_ids(2, 19, vocab_size=model.config.vocab_size)
+    whole = model(ids)
+    first = model(ids[:, :split])
+    second = model(ids[:, split:], past_key_values=first.past_key_values)
+    assert second.past_key_values is first.past_key_values
+    assert_close(torch.cat([first.logits, second.logits], dim=1), whole.logits)
+    for actual, expected in zip(tensors_of(second.past_key_values), tensors_of(whole.past_key_values), strict=True):
+        if actual.ndim == 4 and actual.shape != expected.shape:
+            actual, expected = actual[:, :, :19], expected[:, :, :19]
+        assert_close(actual, expected, torch.float32)
+
+
+def test_one_token_at_a_time():
+    model = tiny_model("all kinds")
+    ids = random_ids(2, 19)
+    cache, logits = TwoTowerCache(model.config), []
+    for token in ids.split(1, dim=1):
+        logits.append(model(token, past_key_values=cache).logits)
+    assert_close(torch.cat(logits, dim=1), model(ids).logits)
+
+
+@pytest.mark.parametrize("geometry", ["all kinds", "odd", "convolution longer than a block", "pure attention"])
+@pytest.mark.parametrize("pad", [left_padded, right_padded])
+def test_padded_rows_equal_single_rows(pad, geometry):
+    model = tiny_model(geometry)
+    rows = [random_ids(length, vocab_size=model.config.vocab_size, seed=length) for length in (1, 13, 4, 9)]
+    ids, mask = pad(*rows)
+    output = model(ids, attention_mask=mask)
+    more = random_ids(4, 3, vocab_size=model.config.vocab_size, seed=1)
+    after = model(more, past_key_values=output.past_key_values)
+    for index, row in enumerate(rows):
+        alone = model(row[None])
+        assert_close(output.logits[index][mask[index].bool()], alone.logits[0])
+        after_alone = model(more[index : index + 1], past_key_values=alone.past_key_values)
+        assert_close(after.logits[index], after_alone.logits[0])
+
+
+@pytest.mark.parametrize("pad", [left_padded, right_padded])
+@pytest.mark.parametrize("chunk", [1, 4, 6])
+def test_padded_rows_in_chunks(chunk, pad):
+    """With the whole mask of the columns so far, as transformers passes it; a row may have no token in a chunk."""
+    model = tiny_model("all kinds")
+    rows = [random_ids(length, seed=length) for length in (2, 13, 7)]
+    ids, mask = pad(*rows)
+    cache, logits = TwoTowerCache(model.config), []
+    for end in range(chunk, 13 + chunk, chunk):
+        columns = slice(end - chunk, end)
+        logits.append(model(ids[:, columns], attention_mask=mask[:, :end], past_key_values=cache).logits)
+    logits = torch.cat(logits, dim=1)
+    assert cache.lengths.tolist() == [2, 13, 7]
+    for index, row in enumerate(rows):
+        assert_close(logits[index][mask[index].bool()], model(row[None]).logits[0])
+
+
+def test_padding_in_the_middle_of_a_conversation():
+    """Rows padded on the right, then continued by rows padded on the left."""
+    model = tiny_model("all kinds")
+    first = [random_ids(length, seed=length) for length in (5, 2)]
+    second = [random_ids(length, seed=10 + length) for length in (1, 4)]
+    ids, mask = right_padded(*first)
+    cache = context(model, ids, attention_mask=mask)
+    ids, mask = left_padded(*second)
+    output = model(ids, attention_mask=mask, past_key_values=cache)
+    for index in range(2):
+        alone = model(torch.cat([first[index], second[index]])[None], logits_to_keep=len(second[index]))
+        assert_close(output.logits[index][mask[index].bool()], alone.logits[0])
+
+
+def test_an_attention_mask_of_ones_changes_nothing():
+    model = tiny_model()
+    ids = random_ids(2, 7)
+    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, model(ids).logits)
+
+
+def test_logits_to_keep():
+    model = tiny_model()
+    ids = random_ids(2, 7)
+    logits = model(ids).logits
+    assert logits.shape == (2, 7, 48)
+    assert logits.dtype == torch.float32
+    assert_close(model(ids, logits_to_keep=1).logits, logits[:, -1:])
+    assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
+
+
+def test_use_cache():
+    model = tiny_model()
+    ids = random_ids(1, 7)
+    assert model(ids, use_cache=False).past_key_values is None
+    assert isinstance(model(ids, use_cache=True).past_key_values, TwoTowerCache)
+    assert isinstance(model(ids).past_key_values, TwoTowerCache)
+    assert_close(model(ids, use_cache=False).logits, model(ids).logits)
+    model.config.use_cache = False
+    assert model(ids).past_key_values is None
+
+
+def test_bfloat16_follows_float32():
+    model = tiny_model("all kinds")
+    ids = random_ids(2, 19)
+    expected = model(ids).logits
+    block = random_block(2, 6)
+    expected_block = model.denoise(block, context(model, ids))
+    model = model.to(torch.bfloat16)
+    output = model(ids)
+    assert output.logits.dtype == torch.float32
+    for actual, reference in (
+        (output.logits, expected),
+        (model.denoise(block, output.past_key_values), expected_block),
+    ):
+        # Expert choices may flip, so most of the logits are compared, not all.
+        assert (actual - reference).abs().median() < 0.05 * reference.abs().max()
+        assert actual.isfinite().all()
+
+
+# The denoiser
+
+
+def denoise_by_hand(model, block, ids, timestep):
+    """
+    SPEC.md section 3 for one row without a cache: (1, S) block after (1, L) context, in the order it is written there.
+
+    Keys, values and states come from a context pass by itself; attention is written out, and Mamba runs over context
+    and block at once with the block's own inputs, starting from the context tower's state.
+    """
+    cache = context(model, ids)
+    features = torch.arange(model.config.timestep_features // 2)
+    frequencies = model.config.timestep_max_period ** (-features / (model.config.timestep_features // 2))
+    angles = timestep * model.config.timestep_scale * frequencies
+    embedded = model.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()])[None])
+    offsets = model.t_block(embedded).view(3, -1)
+    x = model.denoiser_tower.embeddings(block)
+    for index, layer in enumerate(model.denoiser_tower.layers):
+        shift, scale, gate = model.scale_shift_tables[index] + offsets
+        kind = model.config.layers_block_type[index]
+        past = cache.view(index)
+        if kind in ("moe", "mlp"):
+            mixed = layer.mixer(layer.norm(x) * (1 + scale) + shift)
+        elif kind == "full_attention":
+            mixed = attention_by_hand(layer.mixer, layer.norm(x * (1 + scale) + shift), past)
+        else:
+            mixed = mamba_by_hand(layer.mixer, layer.norm(x * (1 + scale) + shift), past)
+        x = x + gate * mixed
+    return model.lm_head(model.denoiser_tower.norm_f(x))
+
+
+def attention_by_hand(mixer, x, past):
+    groups = mixer.num_key_value_groups
+    query, key, value = (
+        projection(x).view(1, x.shape[1], -1, mixer.head_dim).transpose(1, 2)
+        for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    key, value = torch.cat([past.key, key], dim=2), torch.cat([past.value, value], dim=2)
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) / mixer.head_dim**0.5
+    out = scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)
+    return mixer.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def mamba_by_hand(mixer, x, past):
+    projected = mixer.in_proj(x)
+    gate, inputs, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+    dt = torch.nn.functional.softplus(dt + mixer.dt_bias).clamp(*mixer.config.time_step_limit)
+    padded = torch.cat([past.conv, inputs], dim=1).transpose(1, 2)
+    convolved = torch.nn.functional.conv1d(padded, mixer.conv1d.weight, mixer.conv1d.bias, groups=mixer.conv_dim)
+    convolved = mixer.act(convolved).transpose(1, 2)
+    state_size = mixer.n_groups * mixer.ssm_state_size
+    u, B, C = convolved.split([mixer.intermediate_size, state_size, state_size], dim=-1)
+    u = u.unflatten(-1, (mixer.num_heads, mixer.head_dim))
+    B, C = (
+        part.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(mixer.num_heads // mixer.n_groups, dim=2)
+        for part in (B, C)
+    )
+    h, outputs = past.ssm, []
+    for t in range(x.shape[1]):
+        h = torch.exp(-mixer.A_log.exp() * dt[:, t])[..., None, None] * h
+        h = h + (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None]
+        outputs.append((h * C[:, t, :, None]).sum(-1) + mixer.D[:, None] * u[:, t])
+    return mixer.out_proj(mixer.norm(torch.stack(outputs, dim=1).flatten(2), gate))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_the_denoiser_is_the_specification_written_out(size, geometry):
+    model = tiny_model(geometry)
+    vocab_size = model.config.vocab_size
+    ids, block = random_ids(1, 11, vocab_size=vocab_size), random_block(1, size, vocab_size=vocab_size)
+    logits = model.denoise(block, context(model, ids), timestep=0.3)
+    assert logits.dtype == torch.float32
+    assert_close(logits, denoise_by_hand(model, block, ids, 0.3))
+
+
+@pytest.mark.parametrize("size", range(1, 41))
+def test_blocks_of_any_size_leave_the_cache_as_it_is(size):
+    model = tiny_model("all kinds")
+    rows = [random_ids(length, seed=length) for length in (3, 8)]
+    ids, mask = right_padded(*rows)
+    cache = context(model, ids, attention_mask=mask)
+    before = [tensor.clone() for tensor in tensors_of(cache)]
+    width = cache.width
+    block = random_block(2, size, seed=size)
+    logits = model.denoise(block, cache)
+    assert logits.shape == (2, size, 48)
+    assert cache.width == width
+    for after, expected in zip(tensors_of(cache), before, strict=True):
+        assert torch.equal(after, expected)
+    for index, row in enumerate(rows):
+        alone = model.denoise(block[index : index + 1], context(model, row[None]))
+        assert_close(logits[index], alone[0])
+
+
+def test_the_time_is_each_rows_masked_fraction():
+    model = tiny_model()
+    cache = context(model, random_ids(3, 5))
+    block = random_ids(3, 8)
+    block[0, :2], block[1, 1:], block[2, 0] = MASK, MASK, MASK
+    logits = model.denoise(block, cache)
+    assert_close(model.denoise(block, cache, timestep=torch.tensor([0.25, 0.875, 0.125])), logits)
+    assert (model.denoise(block, cache, timestep=0.25) - logits)[1:].abs().max() > 1e-2
+    assert_close(model.denoise(block, cache, timestep=0.25)[0], logits[0])
+    assert_close(model.denoise(block, cache, timestep=torch.tensor(0.25))[0], logits[0])
+
+
+def test_the_time_is_rounded_to_the_models_dtype_before_it_is_scaled():
+    """SPEC.md section 3: bfloat16 makes 15/16 into 936."""
+    embedder = tiny_model().t_embedder
+    seen = []
+    embedder.mlp = torch.nn.Identity()
+    embedder.mlp.register_parameter("weight", torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16)))
+    embedder.mlp.__class__.__getitem__ = lambda self, index: self
+    embedder.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        embedder(torch.tensor([15 / 16]))
+    finally:
+        del embedder.mlp.__class__.__getitem__
+    expected = torch.tensor([936.0]).cos().to(torch.bfloat16)
+    assert torch.equal(seen[0][0, :1], expected)
+
+
+@pytest.mark.parametrize("geometry", ["all kinds", "only -", "pure Mamba", "pure attention", "odd"])
+def test_an_empty_context(geometry):
+    model = tiny_model(geometry)
+    block = random_block(2, 5, vocab_size=model.config.vocab_size)
+    logits = model.denoise(block, TwoTowerCache(model.config))
+    assert logits.shape == (2, 5, model.config.vocab_size)
+    for row in range(2):
+        assert_close(model.denoise(block[row : row + 1], TwoTowerCache(model.config))[0], logits[row])
+
+
+@pytest.mark.parametrize("pad", [left_padded, right_padded])
+def test_padding_in_a_block_is_not_seen(pad):
+    model = tiny_model("all kinds")
+    prompts = [random_ids(length, seed=length) for length in (6, 3)]
+    blocks = [random_block(5), random_block(2, seed=1)]
+    ids, mask = left_padded(*prompts)
+    cache = context(model, ids, attention_mask=mask)
+    block, block_mask = pad(*blocks)
+    logits = model.denoise(block, cache, attention_mask=block_mask)
+    whole = torch.cat([mask, block_mask], dim=1)
+    assert torch.equal(model.denoise(block, cache, attention_mask=whole), logits)
+    for index in range(2):
+        alone = model.denoise(blocks[index][None], context(model, prompts[index][None]))
+        assert_close(logits[index][block_mask[index].bool()], alone[0])
+
+
+def test_every_position_of_a_block_sees_every_other():
+    model = tiny_model("attention first")
+    cache = context(model, random_ids(1, 5))
+    block = random_block(1, 6)
+    logits = model.denoise(block, cache, timestep=0.5)
+    for changed in range(6):
+        other = block.clone()
+        other[0, changed] = 7 if block[0, changed] != 7 else 8
+        assert ((model.denoise(other, cache, timestep=0.5) - logits).abs().amax(-1) > 1e-4).all()
+
+
+def test_mamba_scans_a_block_forward():
+    model = tiny_model("pure Mamba")
+    cache = context(model, random_ids(1, 5))
+    block = random_block(1, 6)
+    logits = model.denoise(block, cache, timestep=0.5)
+    other = block.clone()
+    other[0, 3] = 7 if block[0, 3] != 7 else 8
+    changed = (model.denoise(other, cache, timestep=0.5) - logits).abs().amax(-1)[0] > 1e-6
+    assert changed.tolist() == [False] * 3 + [True] * 3
+
+
+def test_predict_next_is_a_plain_layer_stack_on_the_context_before_the_token():
+    """With both towers equal, it is the context tower's own next-token prediction."""
+    model = tiny_model("all kinds")
+    model.reset_denoiser()
+    randomize(model.scale_shift_tables)
+    rows = [random_ids(length, seed=length) for length in (4, 9)]
+    ids, mask = right_padded(*rows)
+    token = random_ids(2, 1, seed=1)
+    cache = context(model, ids, attention_mask=mask)
+    logits = model.predict_next(token, cache)
+    assert logits.shape == (2, 48)
+    assert_close(logits, model(token, past_key_values=cache).logits[:, -1])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_an_untrained_denoiser_computes_what_the_context_tower_does(geometry):
+    """Identity conditioning: a block of one token sees what that token sees in the context tower."""
+    model = tiny_model(geometry)
+    model.reset_denoiser()
+    vocab_size = model.config.vocab_size
+    cache = context(model, random_ids(2, 7, vocab_size=vocab_size))
+    token = random_ids(2, 1, vocab_size=vocab_size, seed=1)
+    logits = model.denoise(token, cache, timestep=0.7)
+    assert_close(logits, model(token, past_key_values=cache).logits)
+
+
+def test_fresh_weights_are_the_identity_conditioning():
+    model = TwoTowerForBlockDiffusion(tiny_config())
+    model.denoiser_tower.load_state_dict(model.context_tower.state_dict())
+    model.lm_head.load_state_dict(model.context_lm_head.state_dict())
+    cache = context(model, random_ids(1, 7))
+    token = random_ids(1, 1, seed=1)
+    logits = model.denoise(token, cache, timestep=0.7)
+    assert_close(logits, model(token, past_key_values=cache).logits)
+
+
+def test_prompts_of_one_token():
+    model = tiny_model("all kinds")
+    ids = random_ids(1, 1)
+    assert_close(
+        model.denoise(random_block(1, 3), context(model, ids), 0.3),
+        denoise_by_hand(model, random_block(1, 3), ids, 0.3),
+    )
+
+
+# What is refused
+
+MASKS = {
+    "a hole": ([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1]], r"row 1 of attention_mask has holes: \[1, 0, 1, 1, 1\]"),
+    "two holes": ([[0, 1, 0, 1, 0], [1, 1, 1, 1, 1]], r"row 0 of attention_mask has holes: \[0, 1, 0, 1, 0\]"),
+    "a row of padding": ([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], "row 1 of attention_mask masks all of its tokens"),
+    "too few columns": (
+        [[1, 1, 1, 1], [1, 1, 1, 1]],
+        r"attention_mask has shape \(2, 4\); input_ids of shape \(2, 5\)",
+    ),
+    "too many columns": ([[1] * 6] * 2, r"attention_mask has shape \(2, 6\)"),
+    "too few rows": ([[1] * 5], r"attention_mask has shape \(1, 5\)"),
+    "no batch": ([1] * 5, r"attention_mask has shape \(5,\)"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_masks_that_are_refused(training, case):
+    mask, message = MASKS[case]
+    ids = random_ids(2, 5)
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(ids, attention_mask=torch.tensor(mask), labels=ids if training else None)
+
+
+def test_masks_after_a_cache_that_are_refused():
+    model = tiny_model()
+    cache = context(model, random_ids(2, 6))
+    ids = random_ids(2, 5)
+    for width in (4, 6, 10):
+        mask = torch.ones(2, width, dtype=torch.long)
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \(2, {width}\).*wider by the 6 cached"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \(2, {width}\).*wider by the 6 cached"):
+            model.denoise(ids, cache, attention_mask=mask)
+    with pytest.raises(ValueError, match="row 0 of attention_mask has holes"):
+        model.denoise(ids, cache, attention_mask=torch.tensor([[1, 0, 1, 1, 1]] * 2))
+    assert cache.width == 6
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 3), (2, 0)])
+def test_ids_of_another_shape_are_refused(shape):
+    model = tiny_model()
+    ids = torch.zeros(shape, dtype=torch.long)
+    cache = context(model, random_ids(2, 6))
+    with pytest.raises(ValueError, match=re.escape(f"input_ids has shape {shape}")):
+        model(ids)
+    with pytest.raises(ValueError, match=re.escape(f"input_ids has shape {shape}")):
+        model.predict_next(ids, cache)
+    with pytest.raises(ValueError, match=re.escape(f"block_ids has shape {shape}")):
+        model.denoise(ids, cache)
+
+
+def test_other_rows_than_the_caches_are_refused():
+    model = tiny_model()
+    cache = context(model, random_ids(2, 6))
+    ids = random_ids(3, 2)
+    for call, name in ((model.denoise, "block_ids"), (model.predict_next, "input_ids")):
+        with pytest.raises(ValueError, match=f"{name} has 3 rows, but past_key_values holds 2"):
+            call(ids, cache)
+    with pytest.raises(ValueError, match="input_ids has 3 rows, but past_key_values holds 2"):
+        model(ids, past_key_values=cache)
