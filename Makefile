@@ -1,6 +1,6 @@
 # make demo | test | lint | eval | clean. Each creates the environment it needs in .venv; a second run is fast.
 PYTHON ?= python3
-QUESTION ?= What is the capital of France?
+QUESTION ?= Tom has 124 apples. He buys 57 more and then gives 38 to Ana. How many apples does Tom have now?
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 

@@ -135,7 +135,7 @@ class TwoTowerCache(Cache):
 
     def context_mask(self) -> torch.Tensor | None:
         """(B, 1, 1, L) bool, True on a row's own tokens; None while all rows are equally long."""
-        if not self.ragged:
+        if not self.ragged or self.lengths is None:
             return None
         columns = torch.arange(self.width, device=self.lengths.device)
         return (columns < self.lengths[:, None])[:, None, None]

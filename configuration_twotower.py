@@ -42,14 +42,14 @@ class TwoTowerConfig(NemotronHConfig):
     timestep_max_period: float = 10000.0
     timestep_scale: float = 1000.0
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
         auto_map = kwargs.pop("auto_map", None)
         declared_layers = kwargs.get("num_hidden_layers")
         super().__post_init__(**kwargs)
         if auto_map and _is_own_code(auto_map):
             self.auto_map = auto_map
-        self.time_step_limit = tuple(float(limit) for limit in self.time_step_limit)
+        self.time_step_limit: tuple[float, ...] = tuple(float(limit) for limit in self.time_step_limit)
         self._check_layers(declared_layers)
         self._check_sizes()
         self._check_divisions()

@@ -73,11 +73,7 @@ def export(
     origin = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
     _check_source(source, origin)
     # 2. Load.
-    model = (
-        source
-        if isinstance(source, PreTrainedModel)
-        else TwoTowerForBlockDiffusion.from_pretrained(origin, dtype="auto")
-    )
+    model = source if origin is None else TwoTowerForBlockDiffusion.from_pretrained(origin, dtype="auto")
     if tokenizer is None and origin is not None:
         tokenizer = _load_tokenizer(origin)
     # 3. Write beside the target, then move into place.

@@ -18,7 +18,6 @@ from .cache_twotower import TwoTowerCache
 from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
 from .unmasking_twotower import commit_confident
 
-
 logger = logging.get_logger(__name__)
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
@@ -123,9 +122,9 @@ class TwoTowerGenerateOutput(ModelOutput):
             has none, per context pass.
     """
 
-    sequences: torch.LongTensor | None = None
-    denoiser_forwards: torch.LongTensor | None = None
-    context_forwards: torch.LongTensor | None = None
+    sequences: torch.Tensor
+    denoiser_forwards: torch.Tensor | None = None
+    context_forwards: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
 
 
@@ -210,7 +209,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
-    ) -> TwoTowerGenerateOutput | torch.LongTensor:
+    ) -> TwoTowerGenerateOutput | torch.Tensor:
         """
         Generate text; every argument of [`~transformers.GenerationMixin.generate`] and the strategy's knobs.
 
@@ -260,7 +259,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
         super().adjust_generation_fn(*args, **kwargs)
         flags = self.generation_config.to_dict()
         flags.pop("_from_model_config", None)  # as in `from_model_config`
-        self.generation_config = TwoTowerGenerationConfig.from_dict(flags)
+        self.generation_config: GenerationConfig = TwoTowerGenerationConfig.from_dict(flags)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -276,8 +275,8 @@ class TwoTowerGenerationMixin(GenerationMixin):
         check_supported(config, config.use_cache)
         if config.block_size > self.config.block_size and config.mode == "mask_diffusion":
             logger.warning(
-                f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained on; "
-                "the 30B model's HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
+                f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "
+                "on; the 30B model's HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
             )
         return config, model_kwargs
 
@@ -292,14 +291,14 @@ class TwoTowerGenerationMixin(GenerationMixin):
 
     def _sample(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
-    ) -> TwoTowerGenerateOutput | torch.LongTensor:
+    ) -> TwoTowerGenerateOutput | torch.Tensor:
         """The decoding method transformers' `generate` calls; runs the one of the config's mode."""
         if synced_gpus:
             raise ValueError(
@@ -323,7 +322,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _mask_diffusion(self, run: Decoding) -> None:
-        """Fill block after block: (1) read the prompt, (2) denoise a block, (3) append it, (4) read it, unless done."""
+        """Read the prompt; then, block after block: (1) denoise it, (2) append it, (3) read it, unless done."""
         self._read(run, run.prompt)
         while True:
             block = self._denoise_block(run)
@@ -349,7 +348,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
             tokens, confidence = self._predict(logits, run)
             commit = commit_confident(confidence, masked, steps - step, run.config.confidence_threshold)
             block = torch.where(commit, tokens, block)
-            if hasattr(run.streamer, "put_draft"):
+            if run.streamer is not None and hasattr(run.streamer, "put_draft"):
                 run.streamer.put_draft(block.cpu())
         return block
 

@@ -86,7 +86,7 @@ def model_size(config: TwoTowerConfig) -> ModelSize:
 
 def cache_size(config: TwoTowerConfig, dtype: torch.dtype) -> CacheSize:
     """Bytes of the cache of a model in `dtype`."""
-    layers = Counter(config.layers_block_type)
+    layers: Counter[str] = Counter(config.layers_block_type)
     inner = config.mamba_num_heads * config.mamba_head_dim
     channels = inner + 2 * config.n_groups * config.ssm_state_size
     key_value = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -107,7 +107,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 def geometry(config: TwoTowerConfig) -> list[tuple[str, str]]:
     """What the config describes, as names and values for a table."""
-    layers = Counter(config.layers_block_type)
+    layers: Counter[str] = Counter(config.layers_block_type)
     kinds = ", ".join(f"{layers[kind]} {part}" for part, kind in PARTS.items() if layers[kind])
     rows = [
         ("layers per tower", f"{config.num_hidden_layers}: {kinds}"),

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _can_record_outputs = {}
+    _can_record_outputs: dict[str, type] = {}
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -160,9 +160,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
             self.reset_time_conditioning()
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
-    ) -> "TwoTowerForBlockDiffusion":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any) -> Any:
         """
         Load a checkpoint in NVIDIA's layout or ours; takes every argument of `PreTrainedModel.from_pretrained`.
 
@@ -216,12 +214,12 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: TwoTowerCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         loss_weighting: LossWeighting = "mean",
         corruptions: int = 1,
@@ -262,7 +260,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
 
     def denoise(
         self,
-        block_ids: torch.LongTensor,
+        block_ids: torch.Tensor,
         past_key_values: TwoTowerCache,
         timestep: torch.Tensor | float | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -291,7 +289,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         hidden_states = self._denoise(packed.ids, past_key_values, layout, self._modulations(timestep))
         return self.lm_head(packed.unpack(hidden_states)).float()
 
-    def predict_next(self, input_ids: torch.LongTensor, past_key_values: TwoTowerCache) -> torch.Tensor:
+    def predict_next(self, input_ids: torch.Tensor, past_key_values: TwoTowerCache) -> torch.Tensor:
         """
         The denoiser as an autoregressive model: without time conditioning, from one token the cache does not hold yet.
 
@@ -304,15 +302,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         """
         self._check_ids("input_ids", input_ids, past_key_values)
         layout = ChunkLayout(context_mask=past_key_values.context_mask())
-        plain = [None] * self.config.num_hidden_layers
+        plain: list[torch.Tensor | None] = [None] * self.config.num_hidden_layers
         return self.lm_head(self._denoise(input_ids, past_key_values, layout, plain)[:, -1]).float()
 
     def _denoise(
         self,
-        block_ids: torch.LongTensor,
+        block_ids: torch.Tensor,
         past_key_values: TwoTowerCache,
         layout: ChunkLayout,
-        modulations: list[torch.Tensor | None],
+        modulations: Sequence[torch.Tensor | None],
     ) -> torch.Tensor:
         pasts = [past_key_values.view(idx) for idx in range(self.config.num_hidden_layers)]
         return self.denoiser_tower(block_ids, pasts, layout, modulations)
@@ -325,9 +323,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
 
     def _diffusion_loss(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        labels: torch.LongTensor,
+        labels: torch.Tensor,
         generator: torch.Generator | None,
         weighting: LossWeighting,
         corruptions: int,
@@ -340,9 +338,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
         # 2. What each block finds in the context tower's cache.
         with torch.no_grad():
             presents = self.context_tower.read_blocks(ids, mask, size)
-        ids, mask, trainable = (
-            None if part is None else part.repeat_interleave(corruptions, dim=0) for part in (ids, mask, trainable)
-        )
+        ids, trainable = (part.repeat_interleave(corruptions, dim=0) for part in (ids, trainable))
+        mask = None if mask is None else mask.repeat_interleave(corruptions, dim=0)
         # 3. Corrupt, and drop the leading blocks in which no row has a label.
         masked = sample_masked(trainable, size, generator)
         blocks = ids.shape[1] // size
@@ -380,8 +377,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin
     def reset_time_conditioning(self) -> None:
         """Make time conditioning the identity (gate 1, shift and scale 0): layers compute what the backbone's do."""
         # Not with transformers' initialisers, which leave alone what was loaded from a checkpoint.
-        self.t_block[1].weight.zero_()
-        self.t_block[1].bias.zero_()
+        for parameter in self.t_block[1].parameters():
+            parameter.zero_()
         for table in self.scale_shift_tables:
             table.zero_()
             table[2] = 1.0
@@ -409,7 +406,7 @@ class ContextTower(TwoTowerBackbone):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         past_key_values: TwoTowerCache | None = None,
         counts: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -438,7 +435,7 @@ class ContextTower(TwoTowerBackbone):
         return self.norm_f(hidden_states)
 
     def read_blocks(
-        self, input_ids: torch.LongTensor, mask: torch.Tensor | None, block_size: int
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, block_size: int
     ) -> list[KeyValues | MambaState | None]:
         """
         Read whole sequences once and keep, per layer, what every block of them would find in the cache.
@@ -465,7 +462,7 @@ class DenoiserTower(TwoTowerBackbone):
 
     def forward(
         self,
-        block_ids: torch.LongTensor,
+        block_ids: torch.Tensor,
         pasts: Iterable[KeyValues | MambaState | None],
         layout: ChunkLayout,
         modulations: Iterable[torch.Tensor | None],
@@ -523,6 +520,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
         y = gated_rms_norm(scan.y.flatten(2), gate, self.norm.weight, self.norm.group_size, self.norm.variance_epsilon)
         after = MambaState(conv_after, scan.state)
         if layout.state_every is not None:
+            assert scan.chunk_states is not None
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)
             after = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
         return self.out_proj(y), after
@@ -656,7 +654,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
-        dtype = self.mlp[0].weight.dtype
+        dtype = next(self.mlp.parameters()).dtype
         half = torch.arange(self.features // 2, device=timestep.device, dtype=torch.float32)
         frequencies = torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
         angles = (timestep.to(dtype) * self.scale).float()[:, None] * frequencies

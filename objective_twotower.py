@@ -6,7 +6,7 @@ mean cross-entropy over masked positions against the token at the same position.
 Shapes: B batch, T tokens (a multiple of S), S block, M masked positions, V vocabulary.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ LossWeighting = Literal["mean", "inverse_timestep"]
 
 def check_objective(weighting: str, corruptions: int) -> None:
     """Raise a ValueError for an unknown weighting or a number of corruptions below 1."""
-    if weighting not in LossWeighting.__args__:
-        raise ValueError(f"loss_weighting is {weighting!r}; use one of {', '.join(LossWeighting.__args__)}")
+    if weighting not in get_args(LossWeighting):
+        raise ValueError(f"loss_weighting is {weighting!r}; use one of {', '.join(get_args(LossWeighting))}")
     if corruptions < 1:
         raise ValueError(f"corruptions is {corruptions}; it must be at least 1")
 

@@ -64,7 +64,7 @@ def check_attention_mask(
     if attention_mask is None:
         return None
     length, width = input_ids.shape[1], attention_mask.shape[-1]
-    fits = width == length or (bool(cached) and width >= length + cached)
+    fits = width == length or (cached is not None and 0 < cached <= width - length)
     if attention_mask.shape != (len(input_ids), width) or not fits:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; input_ids of shape {tuple(input_ids.shape)} "

@@ -41,7 +41,7 @@ def block_attention(
     """
     if causal and block_mask is not None:
         raise ValueError("block_attention got both causal=True and a block_mask; give one of them")
-    if context_key is None or context_key.shape[2] == 0:
+    if context_key is None or context_value is None or context_key.shape[2] == 0:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=block_mask, is_causal=causal, scale=scale, enable_gqa=True
         )

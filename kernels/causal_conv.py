@@ -55,10 +55,8 @@ def causal_conv_reference(
 def inputs_before_blocks(x: torch.Tensor, taps: int, block_size: int) -> torch.Tensor:
     """The convolution state at each block's start, zeros before the first: (B, T, C) -> (B, T / S, K - 1, C)."""
     padded = torch.cat([x.new_zeros(x.shape[0], taps - 1, x.shape[2]), x], dim=1)
-    columns = torch.arange(0, x.shape[1], block_size, device=x.device)[:, None] + torch.arange(
-        taps - 1, device=x.device
-    )
-    return padded[:, columns]
+    starts = torch.arange(0, x.shape[1], block_size, device=x.device)
+    return padded[:, starts[:, None] + torch.arange(taps - 1, device=x.device)]
 
 
 def _last_inputs(padded: torch.Tensor, count: int, ends: torch.Tensor | None) -> torch.Tensor:

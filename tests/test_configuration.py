@@ -121,12 +121,32 @@ def test_a_pattern_of_every_letter():
     assert config.num_hidden_layers == 4
 
 
-POSITIVE = (
-    "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size ssm_state_size "
-    "mamba_num_heads mamba_head_dim n_groups conv_kernel chunk_size n_routed_experts moe_intermediate_size "
-    "moe_shared_expert_intermediate_size moe_latent_size num_experts_per_tok n_group topk_group block_size "
-    "timestep_features timestep_max_period timestep_scale layer_norm_epsilon"
-).split()
+POSITIVE = [
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "ssm_state_size",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "n_groups",
+    "conv_kernel",
+    "chunk_size",
+    "n_routed_experts",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "block_size",
+    "timestep_features",
+    "timestep_max_period",
+    "timestep_scale",
+    "layer_norm_epsilon",
+]
 
 
 @pytest.mark.parametrize("value", [0, -2])

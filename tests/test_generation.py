@@ -12,7 +12,6 @@ from twotower.configuration_twotower import TwoTowerConfig
 from twotower.generation_twotower import MODES, TwoTowerGenerationConfig
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
-
 MASK, VOCAB = 3, 97
 
 
@@ -267,7 +266,8 @@ def test_a_streamer_gets_the_prompt_then_drafts_and_committed_tokens(model):
     output = generate(model, prompt, streamer=recorder, max_new_tokens=13, confidence_threshold=1.0)
     kinds = [kind for kind, _ in recorder.events]
     assert kinds == ["put", *["draft"] * 8, "put", *["draft"] * 8, "put", "end"]
-    assert sum((tokens for kind, tokens in recorder.events if kind == "put"), []) == output.sequences[0].tolist()
+    put = [token for kind, tokens in recorder.events if kind == "put" for token in tokens]
+    assert put == output.sequences[0].tolist()
     assert sum(token == MASK for token in recorder.events[1][1]) == 7
 
 

@@ -1,4 +1,4 @@
-"""The training objective: all blocks at once equal block by block through `denoise`, and only what should learn does."""
+"""The training objective: all blocks at once as block by block through `denoise`, and who learns from it."""
 
 import math
 
@@ -204,7 +204,7 @@ def test_sample_masked_masks_only_what_is_trainable():
 
 
 def test_sample_masked_draws_a_uniform_probability_per_block():
-    """The masked counts of a block of S are then almost uniform over 0..S, whatever t is; of one t they would not be."""
+    """A block of S then has any number of masks from 0 to S almost alike often."""
     masked = sample_masked(torch.ones(4000, 16, dtype=torch.bool), 8, seeded()).unflatten(1, (2, 8))
     counts = masked.sum(-1)
     shares = torch.bincount(counts.flatten(), minlength=9) / counts.numel()

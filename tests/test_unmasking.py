@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from twotower.unmasking_twotower import commit_confident
 
-
 MASK = 3
 
 

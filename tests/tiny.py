@@ -102,7 +102,7 @@ def tiny_model(geometry: str = "base", seed: int = 0, **fields: Any) -> TwoTower
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter and buffer, at scales that keep activations of order one and the gates away from 0 and 1."""
+    """Draw every parameter and buffer, at scales that keep activations of order one, and gates that vary."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)

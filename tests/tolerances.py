@@ -2,8 +2,8 @@
 
 import torch
 
-# float32 is the bound SPEC.md sets against NVIDIA's numbers; bfloat16 allows a few roundings of 2 ** -9 each.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+# float32 is the bound SPEC.md sets against NVIDIA's numbers; bfloat16 is one rounding of a float32 result, twice over.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
 # Gradients sum over many terms, in an order that differs.
 GRADIENTS = 10.0
 

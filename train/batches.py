@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .problems import training_problems
 
-
 IGNORED = -100
 # Rows are sorted by length within such a pool, so that a batch wastes little on padding.
 POOL_BATCHES = 32

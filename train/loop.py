@@ -20,7 +20,6 @@ from .optimizer import ExpertBalancer, MatrixOptimizer
 from .problems import training_problems
 from .tokenizer import train_tokenizer
 
-
 TOKENIZER_PROBLEMS = 20_000
 STATE_FILE = "training_state.pt"
 
@@ -58,7 +57,7 @@ class Stage:
 
 
 CONTEXT = Stage("context", steps=3600)
-DENOISER = Stage("denoiser", steps=9000, matrix_lr=3e-3, other_lr=1.5e-3)
+DENOISER = Stage("denoiser", steps=6000, batch_size=24, matrix_lr=3e-3, other_lr=1.5e-3)
 
 
 def demo_config() -> TwoTowerConfig:

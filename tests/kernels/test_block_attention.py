@@ -10,6 +10,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import eager_attention_f
 from twotower.kernels.block_attention import block_attention
 
 HEADS, HEAD_DIM = 4, 7
+# In bfloat16 the scores and the weights are rounded as well, as in transformers' eager attention.
+SLACK = {torch.float32: 1.0, torch.bfloat16: 4.0}
 
 
 def draw(batch=3, length=5, context=11, kv_heads=2, context_rows=None, dtype=torch.float32):
@@ -47,7 +49,7 @@ def test_every_query_sees_context_and_block(length, context, kv_heads, dtype):
     tensors = draw(2, length, context, kv_heads, dtype=dtype)
     out = block_attention(*tensors)
     assert out.dtype == dtype
-    assert_close(out, written_out(*tensors), dtype)
+    assert_close(out, written_out(*tensors), dtype, slack=SLACK[dtype])
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -117,7 +119,7 @@ def test_equals_transformers(dtype):
     module = SimpleNamespace(num_key_value_groups=HEADS // 2, training=False)
     keys, values = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
     expected, _ = eager_attention_forward(module, query, keys, values, None, HEAD_DIM**-0.5)
-    assert_close(block_attention(*tensors), expected.flatten(2))
+    assert_close(block_attention(*tensors), expected.flatten(2), slack=SLACK[dtype])
 
 
 def test_large_scores_stay_finite():
