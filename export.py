@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
@@ -73,7 +74,7 @@ def export(
     origin = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
     _check_source(source, origin)
     # 2. Load.
-    model = source if origin is None else TwoTowerForBlockDiffusion.from_pretrained(origin, dtype="auto")
+    model: Any = source if origin is None else TwoTowerForBlockDiffusion.from_pretrained(origin, dtype="auto")
     if tokenizer is None and origin is not None:
         tokenizer = _load_tokenizer(origin)
     # 3. Write beside the target, then move into place.

@@ -160,18 +160,19 @@ def test_the_released_step_clamp_matters():
 
 
 def test_the_router_decides_in_float64():
-    """Two experts a float32 product cannot tell apart."""
+    """Two experts a float32 product cannot tell apart, in either order."""
     model = tiny_model(num_experts_per_tok=1)
     gate = model.context_tower.layers[1].mixer.gate
     gate.e_score_correction_bias.zero_()
-    gate.weight.zero_()
-    gate.weight[1, :2] = torch.tensor([1.0, 1e-9])
-    gate.weight[2, :2] = torch.tensor([1.0, 0.0])
     hidden_states = torch.zeros(1, 32)
     hidden_states[0, :2] = 1.0
-    _, weights, indices = gate(hidden_states)
-    assert indices.tolist() == [[1]]
-    assert weights.dtype == torch.float32
+    for better, worse in ((1, 2), (2, 1)):
+        gate.weight.zero_()
+        gate.weight[better, :2] = torch.tensor([1.0, 1e-9])
+        gate.weight[worse, :2] = torch.tensor([1.0, 0.0])
+        _, weights, indices = gate(hidden_states)
+        assert indices.tolist() == [[better]]
+        assert weights.dtype == torch.float32
 
 
 def test_the_correction_bias_decides_but_does_not_weigh():
@@ -420,20 +421,18 @@ def test_the_time_is_each_rows_masked_fraction():
     assert_close(model.denoise(block, cache, timestep=torch.tensor(0.25))[0], logits[0])
 
 
-def test_the_time_is_rounded_to_the_models_dtype_before_it_is_scaled():
-    """SPEC.md section 3: bfloat16 makes 15/16 into 936."""
-    embedder = tiny_model().t_embedder
-    seen = []
-    embedder.mlp = torch.nn.Identity()
-    embedder.mlp.register_parameter("weight", torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16)))
-    embedder.mlp.__class__.__getitem__ = lambda self, index: self
-    embedder.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    try:
-        embedder(torch.tensor([15 / 16]))
-    finally:
-        del embedder.mlp.__class__.__getitem__
-    expected = torch.tensor([936.0]).cos().to(torch.bfloat16)
-    assert torch.equal(seen[0][0, :1], expected)
+@pytest.mark.parametrize(("masked", "size", "time"), [(15, 16, 936.0), (3, 11, 274.0), (13, 24, 544.0)])
+def test_the_time_is_rounded_to_the_models_dtype_before_it_is_scaled(masked, size, time):
+    """SPEC.md section 3. Scaled first, the last two would be 272 and 540."""
+    embedder = tiny_model().t_embedder.to(torch.bfloat16)
+    features = []
+    embedder.mlp.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    embedder(torch.tensor([masked / size]))
+    assert features[0].dtype == torch.bfloat16
+    half = embedder.features // 2
+    assert torch.equal(
+        features[0][0, [0, half]], torch.stack([torch.tensor(time).cos(), torch.tensor(time).sin()]).bfloat16()
+    )
 
 
 @pytest.mark.parametrize("geometry", ["all kinds", "only -", "pure Mamba", "pure attention", "odd"])
