@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
@@ -169,14 +170,18 @@ class GeneratedText:
     def _first_stop(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) tokens up to and including each row's first stop, and (R,) bool whether there is one."""
         sequences = torch.cat([self.current, tokens], dim=1)
-        start = self.current.shape[1]
-        kept = tokens.new_full((len(tokens),), tokens.shape[1])
-        stopped = torch.zeros_like(kept, dtype=torch.bool)
-        for count in range(1, tokens.shape[1] + 1):
-            stops = self.stopping_criteria(sequences[:, : start + count], None)
-            kept = torch.where(stops & ~stopped, count, kept)
-            stopped = stopped | stops
-        return kept, stopped
+        start, count = self.current.shape[1], tokens.shape[1]
+        stops = torch.zeros_like(tokens, dtype=torch.bool)
+        for criterion in self.stopping_criteria:
+            if isinstance(criterion, EosTokenCriteria):
+                stops |= torch.isin(tokens, criterion.eos_token_id.to(tokens.device))
+            elif isinstance(criterion, MaxLengthCriteria):
+                stops[:, max(criterion.max_length - start - 1, 0) :] = True
+            else:  # asked about every length: it may look at the whole sequence
+                each = [criterion(sequences[:, : start + length], None) for length in range(1, count + 1)]
+                stops |= torch.stack(each, dim=1).to(stops.device)
+        stopped = stops.any(1)
+        return torch.where(stopped, stops.int().argmax(1) + 1, count), stopped
 
     def output(self, per_context_forward: bool) -> TwoTowerGenerateOutput:
         forwards = self.context_forwards if per_context_forward else self.denoiser_forwards

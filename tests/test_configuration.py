@@ -56,6 +56,15 @@ def test_reads_nvidias_config_as_it_is(goldens):
             assert getattr(config, name) == value, name
 
 
+def test_reads_nvidias_config_as_a_dictionary(goldens, tmp_path):
+    published = json.loads((goldens.parent / "nvidia_30b" / "config.json").read_text())
+    for config in (TwoTowerConfig(**published), TwoTowerConfig.from_dict(published)):
+        assert config.model_type == "twotower"
+        saved = saved_json(config, tmp_path)
+        assert saved["model_type"] == "twotower"
+        assert "auto_map" not in saved
+
+
 def test_reads_the_goldens_config(goldens):
     config = TwoTowerConfig.from_pretrained(goldens / "checkpoint")
     assert config.hybrid_override_pattern == "MEM*EM*E"

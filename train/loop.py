@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_twotower import TwoTowerConfig
+from ..generation_twotower import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .batches import IGNORED, Batch, training_batches
 from .optimizer import ExpertBalancer, MatrixOptimizer
@@ -114,15 +115,17 @@ def train_demo(
     Train tokenizer and model into `folder`, continuing where an earlier call with the same folder stopped.
 
     Args:
-        folder: gets the tokenizer and the float32 model, `log.jsonl` (one line per ten steps), and while training
-            `last/`, the newest saved state.
+        folder: gets `log.jsonl` (one line per ten steps), `last/` (the newest state, float32) and at the end the
+            tokenizer and the model in bfloat16.
         stages: in order; a finished one is not run again.
         seed: of weights, problems, batches and masks.
         save_every: steps between saves.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    last = folder / "last"
+    last, old = folder / "last", folder / "last.old"
+    if old.exists() and not last.exists():  # stopped in the middle of `_save`
+        old.rename(last)
     state = torch.load(last / STATE_FILE, weights_only=True) if last.exists() else {"done": []}
     if last.exists():
         tokenizer = AutoTokenizer.from_pretrained(last)
@@ -133,8 +136,28 @@ def train_demo(
     for stage in stages:
         if stage.name not in state["done"]:
             state = run_stage(model, tokenizer, stage, state, folder, seed, save_every)
-    model.save_pretrained(folder)
+    _release(last, folder)
+
+
+def _release(last: Path, folder: Path) -> None:
+    """Store the model in bfloat16; its config asks for float32, in which a CPU runs it faster."""
+    model = TwoTowerForBlockDiffusion.from_pretrained(last, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(last)
+    model.generation_config = TwoTowerGenerationConfig(
+        mode="mask_diffusion",
+        block_size=model.config.block_size,
+        steps_per_block=16,
+        confidence_threshold=0.8,
+        max_new_tokens=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
+    config = TwoTowerConfig.from_pretrained(folder)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
 
 
 def run_stage(
