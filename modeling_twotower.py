@@ -572,13 +572,13 @@ class TwoTowerRouter(NemotronHTopkRouter):
         return logits, (weights * self.routed_scaling_factor).float(), indices
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        """Forbid experts outside the `topk_group` groups whose best two experts score highest."""
+        """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
         if self.num_group == self.topk_group:
             return choice
         grouped = choice.unflatten(-1, (self.num_group, -1))
         strongest = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1, sorted=False).indices
         weak = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, strongest, False)
-        return grouped.masked_fill(weak[..., None], -torch.inf).flatten(-2)
+        return grouped.masked_fill(weak[..., None], 0.0).flatten(-2)
 
 
 class TwoTowerMoE(NemotronHMoE):
