@@ -51,6 +51,7 @@ class TwoTowerConfig(NemotronHConfig):
             self.auto_map = auto_map
         self.time_step_limit: tuple[float, ...] = tuple(float(limit) for limit in self.time_step_limit)
         self._check_layers(declared_layers)
+        self._check_absent()
         self._check_sizes()
         self._check_divisions()
         self._check_tokens()
@@ -76,11 +77,21 @@ class TwoTowerConfig(NemotronHConfig):
                 f"num_hidden_layers is {declared_layers}, but the layer pattern has {len(self.layers_block_type)} "
                 "layers; make them agree or drop num_hidden_layers"
             )
-        if self.num_nextn_predict_layers:
-            raise ValueError(
-                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; a TwoTower has no multi-token "
-                "prediction layers, set it to 0"
-            )
+
+    def _check_absent(self) -> None:
+        """Refuse what a backbone's config may ask for and a TwoTower would otherwise ignore."""
+        absent = {
+            "num_nextn_predict_layers": 0,
+            "tie_word_embeddings": False,
+            "residual_in_fp32": False,
+            "sliding_window": None,
+            "attention_dropout": 0,
+            "hidden_dropout": 0,
+            "mamba_ssm_cache_dtype": "float32",
+        }
+        for name, only in absent.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; a TwoTower supports only {only!r}")
 
     def _check_sizes(self) -> None:
         sizes = (

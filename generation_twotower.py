@@ -309,7 +309,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
             raise ValueError(
                 "synced_gpus=True is not supported: rows of different ranks take different numbers of passes"
             )
-        input_ids = input_ids.to(self.context_tower.embeddings.weight.device)
+        device = self.context_tower.embeddings.weight.device
+        if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
+            input_ids = input_ids.to(device)
         pad = generation_config._pad_token_tensor
         run = Decoding(
             text=GeneratedText(input_ids, 0 if pad is None else int(pad), stopping_criteria),

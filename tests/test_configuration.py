@@ -173,6 +173,12 @@ REFUSED = {
     "unknown kinds": ({"layers_block_type": ["moe", "rnn"]}, r"unknown layer kinds \['rnn'\]"),
     "a pattern of another length": ({"num_hidden_layers": 4}, "num_hidden_layers is 4, but the layer pattern has 5"),
     "prediction layers": ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1;"),
+    "tied heads": ({"tie_word_embeddings": True}, "tie_word_embeddings is True;"),
+    "float32 residual": ({"residual_in_fp32": True}, "residual_in_fp32 is True;"),
+    "sliding window": ({"sliding_window": 64}, "sliding_window is 64;"),
+    "attention dropout": ({"attention_dropout": 0.1}, "attention_dropout is 0.1;"),
+    "hidden dropout": ({"hidden_dropout": 0.2}, "hidden_dropout is 0.2;"),
+    "narrow states": ({"mamba_ssm_cache_dtype": "bfloat16"}, "mamba_ssm_cache_dtype is 'bfloat16';"),
     "attention heads": (
         {"num_key_value_heads": 3},
         "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
