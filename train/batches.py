@@ -29,7 +29,12 @@ class Batch(NamedTuple):
 
 
 def training_batches(
-    tokenizer: PreTrainedTokenizerBase, batch_size: int, block_size: int, aligned: float, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    block_size: int,
+    aligned: float,
+    seed: int,
+    numbers_only: float = 0.0,
 ) -> Iterator[Batch]:
     """
     Yield batches without end.
@@ -39,8 +44,11 @@ def training_batches(
         batch_size: B rows.
         block_size: S; T is a multiple of it.
         aligned: share of rows whose prompt ends on a block boundary; the others end anywhere.
-        seed: of problems, order and offsets.
+        seed: of problems, order, offsets and labels.
+        numbers_only: share of rows in which only digits are labelled. The denoiser commits words long before numbers,
+            so this is the state in which it will find most blocks: words there, some digits masked.
     """
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
     rng = random.Random(seed)
     problems = training_problems(seed)
     while True:
@@ -52,7 +60,11 @@ def training_batches(
         rng.shuffle(batches)
         for batch in batches:
             offsets = [0 if rng.random() < aligned else rng.randrange(block_size) for _ in batch]
-            yield collate(batch, offsets, block_size, tokenizer.pad_token_id, tokenizer.eos_token_id)
+            laid_out = collate(batch, offsets, block_size, tokenizer.pad_token_id, tokenizer.eos_token_id)
+            if numbers_only:
+                chosen = torch.tensor([rng.random() < numbers_only for _ in batch])
+                laid_out.labels[chosen[:, None] & ~torch.isin(laid_out.labels, digits)] = IGNORED
+            yield laid_out
 
 
 def collate(

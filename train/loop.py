@@ -39,6 +39,7 @@ class Stage:
         warmup: steps of linear warmup.
         decay: share of the steps, at the end, over which the learning rate falls linearly to zero.
         aligned: share of rows whose first block starts where the prompt ends.
+        numbers_only: share of rows in which only digits are masked and counted.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stage:
     warmup: int = 100
     decay: float = 0.4
     aligned: float = 0.6
+    numbers_only: float = 0.0
 
     def lr_factor(self, step: int) -> float:
         """Warmup-stable-decay."""
@@ -58,7 +60,7 @@ class Stage:
 
 
 CONTEXT = Stage("context", steps=3600)
-DENOISER = Stage("denoiser", steps=6000, batch_size=24, matrix_lr=3e-3, other_lr=1.5e-3)
+DENOISER = Stage("denoiser", steps=6600, batch_size=24, matrix_lr=3e-3, other_lr=1.5e-3, numbers_only=0.5)
 
 
 def demo_config() -> TwoTowerConfig:
@@ -180,7 +182,14 @@ def run_stage(
     if resumed:
         optimizer.load_state_dict(state["optimizer"])
     generator = torch.Generator().manual_seed(seed + first)
-    batches = training_batches(tokenizer, stage.batch_size, model.config.block_size, stage.aligned, seed + 1 + first)
+    batches = training_batches(
+        tokenizer,
+        stage.batch_size,
+        model.config.block_size,
+        stage.aligned,
+        seed + 1 + first,
+        stage.numbers_only,
+    )
     started = time.monotonic() - seconds
     with open(folder / "log.jsonl", "a") as log, _progress_bar() as progress:
         task = progress.add_task(stage.name, total=stage.steps, completed=first, loss="")

@@ -43,3 +43,16 @@ def test_batches_are_seeded_and_offsets_vary_as_asked():
     assert any(not torch.equal(a.input_ids, b.input_ids) for a, b in zip(first, other, strict=True))
     assert set(offsets(batches(1, 1.0))) == {0}
     assert set(offsets(first)) == set(range(SIZE))
+
+
+def test_a_share_of_rows_is_labelled_on_numbers_only():
+    tokenizer = train_tokenizer(islice(training_problems(0), 500))
+    digits = set(tokenizer.convert_tokens_to_ids(list("0123456789")))
+    plain = list(islice(training_batches(tokenizer, 4, SIZE, 1.0, 1), 1))[0]
+    batch = list(islice(training_batches(tokenizer, 4, SIZE, 1.0, 1, numbers_only=1.0), 1))[0]
+    assert torch.equal(batch.input_ids, plain.input_ids)
+    expected = [[token if token in digits else IGNORED for token in row] for row in plain.labels.tolist()]
+    assert batch.labels.tolist() == expected
+    drawn = islice(training_batches(tokenizer, 4, SIZE, 1.0, 1, numbers_only=0.5), 20)
+    shares = [set(row.tolist()) <= digits | {IGNORED} for batch in drawn for row in batch.labels]
+    assert 0.3 < sum(shares) / len(shares) < 0.7
