@@ -48,8 +48,8 @@ def test_batches_are_seeded_and_offsets_vary_as_asked():
 def test_a_share_of_rows_is_labelled_on_numbers_only():
     tokenizer = train_tokenizer(islice(training_problems(0), 500))
     digits = set(tokenizer.convert_tokens_to_ids(list("0123456789")))
-    plain = list(islice(training_batches(tokenizer, 4, SIZE, 1.0, 1), 1))[0]
-    batch = list(islice(training_batches(tokenizer, 4, SIZE, 1.0, 1, numbers_only=1.0), 1))[0]
+    plain = next(training_batches(tokenizer, 4, SIZE, 1.0, 1))
+    batch = next(training_batches(tokenizer, 4, SIZE, 1.0, 1, numbers_only=1.0))
     assert torch.equal(batch.input_ids, plain.input_ids)
     expected = [[token if token in digits else IGNORED for token in row] for row in plain.labels.tolist()]
     assert batch.labels.tolist() == expected
