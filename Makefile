@@ -19,7 +19,7 @@ lint: .venv/.stamp-dev
 	$(BIN)/mypy
 	$(BIN)/pre-commit validate-config
 
-eval: .venv/.stamp-eval
+eval: .venv/.stamp-base
 	$(BIN)/twotower eval
 
 # Leaves .venv in place.
@@ -43,10 +43,6 @@ clean:
 	$(PIP) -e .
 	touch $@
 
-.venv/.stamp-eval: .venv/.stamp-torch pyproject.toml
-	$(PIP) -e '.[eval]'
-	touch $@ .venv/.stamp-base
-
 .venv/.stamp-dev: .venv/.stamp-torch pyproject.toml
 	$(PIP) -e '.[dev]'
-	touch $@ .venv/.stamp-eval .venv/.stamp-base
+	touch $@ .venv/.stamp-base

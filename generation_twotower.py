@@ -77,7 +77,7 @@ def check_strategy(config: GenerationConfig) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
     threshold = config.confidence_threshold
-    if threshold is not None and not 0 < threshold <= 1:
+    if threshold is not None and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
         raise ValueError(f"confidence_threshold is {threshold!r}; it must lie in (0, 1]")
 
 

@@ -307,6 +307,8 @@ def test_a_larger_block_than_trained_is_warned_of(model, caplog):
         ({"steps_per_block": 0}, "steps_per_block is 0"),
         ({"confidence_threshold": 0.0}, "confidence_threshold is 0.0"),
         ({"confidence_threshold": 1.01}, "confidence_threshold is 1.01"),
+        ({"confidence_threshold": "high"}, "confidence_threshold is 'high'"),
+        ({"confidence_threshold": float("nan")}, "confidence_threshold is nan"),
         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0"),
         ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0"),
         ({"num_beams": 2}, "num_beams=2"),
