@@ -143,13 +143,8 @@ class GeneratedText:
         self.denoiser_forwards = torch.zeros_like(self.new_tokens)
         self.context_forwards = torch.zeros_like(self.new_tokens)
 
-    def append(self, tokens: torch.Tensor, streamer: BaseStreamer | None) -> torch.Tensor | None:
-        """
-        Add (R, n) tokens, each row cut right after its first stop.
-
-        Returns:
-            Which of the R rows go on, as indices; None when all do.
-        """
+    def append(self, tokens: torch.Tensor, streamer: BaseStreamer | None) -> torch.Tensor:
+        """Add (R, n) tokens, each row cut right after its first stop; returns the indices of the rows that go on."""
         kept, stopped = self._first_stop(tokens)
         width = int(kept.max())
         columns = torch.arange(width, device=tokens.device)
@@ -161,8 +156,6 @@ class GeneratedText:
         self.new_tokens[self.rows] += kept
         if streamer is not None:
             streamer.put(tokens.cpu())
-        if not stopped.any():
-            return None
         going_on = (~stopped).nonzero()[:, 0]
         self.rows, self.current = self.rows[going_on], self.current[going_on]
         return going_on
@@ -203,6 +196,15 @@ class Decoding:
     config: GenerationConfig
     logits_processor: LogitsProcessorList
     streamer: BaseStreamer | None
+
+    def append(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Add (R, n) tokens to the text; finished rows leave the cache. Indices of the rows that go on, or None."""
+        going_on = self.text.append(tokens, self.streamer)
+        if len(going_on) == 0:
+            return None
+        if len(going_on) < len(tokens):
+            self.cache.select_rows(going_on)
+        return going_on
 
 
 class TwoTowerGenerationMixin(GenerationMixin):
@@ -333,13 +335,10 @@ class TwoTowerGenerationMixin(GenerationMixin):
         self._read(run, run.prompt)
         while True:
             block = self._denoise_block(run)
-            going_on = run.text.append(block, run.streamer)
-            if len(run.text.rows) == 0:
+            going_on = run.append(block)
+            if going_on is None:
                 return
-            if going_on is not None:
-                run.cache.select_rows(going_on)
-                block = block[going_on]
-            self._read(run, PackedTokens(block))
+            self._read(run, PackedTokens(block[going_on]))
 
     def _denoise_block(self, run: Decoding) -> torch.Tensor:
         """One block, (R, S): predict every position (never the mask), commit the sure ones, until none is masked."""
@@ -368,14 +367,11 @@ class TwoTowerGenerationMixin(GenerationMixin):
             run.text.denoiser_forwards[run.text.rows] += 1
             logits = self.predict_next(token, run.cache).to(token.device)
             next_token, _ = self._predict(logits[:, None], run)
-            going_on = run.text.append(next_token, run.streamer)
-            if len(run.text.rows) == 0:
+            going_on = run.append(next_token)
+            if going_on is None:
                 return
-            if going_on is not None:
-                run.cache.select_rows(going_on)
-                token, next_token = token[going_on], next_token[going_on]
-            self._read(run, PackedTokens(token))
-            token = next_token
+            self._read(run, PackedTokens(token[going_on]))
+            token = next_token[going_on]
 
     def _ar(self, run: Decoding) -> None:
         """The context tower alone, one token per pass."""
@@ -383,13 +379,10 @@ class TwoTowerGenerationMixin(GenerationMixin):
         while True:
             logits = self.context_lm_head(self._read(run, chunk)).float().to(chunk.ids.device)
             token, _ = self._predict(logits[:, None], run)
-            going_on = run.text.append(token, run.streamer)
-            if len(run.text.rows) == 0:
+            going_on = run.append(token)
+            if going_on is None:
                 return
-            if going_on is not None:
-                run.cache.select_rows(going_on)
-                token = token[going_on]
-            chunk = PackedTokens(token)
+            chunk = PackedTokens(token[going_on])
 
     def _read(self, run: Decoding, chunk: PackedTokens) -> torch.Tensor:
         """Let the context tower read a chunk into the cache; (R, H) hidden states of each row's last token."""
