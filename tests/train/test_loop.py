@@ -38,6 +38,16 @@ def test_the_result_loads_generates_and_fits_the_wheel(trained):
     assert sum(file.stat().st_size for file in trained.iterdir() if file.is_file()) < 12e6
 
 
+def test_the_released_denoiser_predicts_the_same_less_surely(trained):
+    released = TwoTowerForBlockDiffusion.from_pretrained(trained)
+    last = TwoTowerForBlockDiffusion.from_pretrained(trained / "last", dtype=torch.bfloat16).float()
+    block = torch.full((1, 16), 3)
+    with torch.no_grad():
+        cache = last(torch.arange(4, 20)[None]).past_key_values
+        expected = last.denoise(block, cache) / loop.CONFIDENCE_TEMPERATURE
+        torch.testing.assert_close(released.denoise(block, cache), expected)
+
+
 def test_the_log_tells_stage_step_and_loss(trained):
     logged = records(trained)
     assert [(record["stage"], record["step"]) for record in logged] == [
