@@ -24,7 +24,7 @@ from .tokenizer import train_tokenizer
 TOKENIZER_PROBLEMS = 20_000
 STATE_FILE = "training_state.pt"
 # What the denoiser's logits are divided by in the end. A tower this small is surer than it is right: see `_release`.
-CONFIDENCE_TEMPERATURE = 2.0
+CONFIDENCE_TEMPERATURE = 1.75
 
 
 @dataclass(frozen=True)
