@@ -45,7 +45,10 @@ def test_the_released_denoiser_predicts_the_same_less_surely(trained):
     with torch.no_grad():
         cache = last(torch.arange(4, 20)[None]).past_key_values
         expected = last.denoise(block, cache) / loop.CONFIDENCE_TEMPERATURE
-        torch.testing.assert_close(released.denoise(block, cache), expected)
+        # The head is divided in bfloat16, which rounds it by up to 2 ** -9.
+        torch.testing.assert_close(
+            released.denoise(block, cache), expected, rtol=0, atol=2**-8 * float(expected.abs().max())
+        )
 
 
 def test_the_log_tells_stage_step_and_loss(trained):
