@@ -54,6 +54,7 @@ class TwoTowerGenerationConfig(GenerationConfig):
     def __init__(self, **kwargs: Any):
         for name in STRATEGY_DEFAULTS:
             setattr(self, name, kwargs.pop(name, None))
+        kwargs.pop("_from_model_config", None)  # with it, transformers drops flags it does not know when loading
         super().__init__(**kwargs)
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
@@ -63,9 +64,7 @@ class TwoTowerGenerationConfig(GenerationConfig):
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
         """The generation flags of a model config; the strategy's own knobs are not among them."""
-        flags = GenerationConfig.from_model_config(model_config).to_dict()
-        flags.pop("_from_model_config", None)  # with it, transformers drops flags it does not know when loading
-        return cls(**flags)
+        return cls(**GenerationConfig.from_model_config(model_config).to_dict())
 
 
 def check_strategy(config: GenerationConfig) -> None:
@@ -81,7 +80,7 @@ def check_strategy(config: GenerationConfig) -> None:
         raise ValueError(f"confidence_threshold is {threshold!r}; it must lie in (0, 1]")
 
 
-def check_supported(config: GenerationConfig, use_cache: bool | None) -> None:
+def check_supported(config: GenerationConfig) -> None:
     """Refuse by name what has no meaning for two towers, or is not built."""
     refused = {
         "num_beams": config.num_beams not in (None, 1),
@@ -94,8 +93,9 @@ def check_supported(config: GenerationConfig, use_cache: bool | None) -> None:
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         "assistant_early_exit": config.assistant_early_exit is not None,
         "guidance_scale": config.guidance_scale not in (None, 1),
+        "prefill_chunk_size": config.prefill_chunk_size is not None,
         "cache_implementation": config.cache_implementation is not None,
-        "use_cache": use_cache is False,
+        "use_cache": config.use_cache is False,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
         "output_scores": bool(config.output_scores),
@@ -162,7 +162,6 @@ class GeneratedText:
 
     def _first_stop(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) tokens up to and including each row's first stop, and (R,) bool whether there is one."""
-        sequences = torch.cat([self.current, tokens], dim=1)
         start, count = self.current.shape[1], tokens.shape[1]
         stops = torch.zeros_like(tokens, dtype=torch.bool)
         for criterion in self.stopping_criteria:
@@ -171,6 +170,7 @@ class GeneratedText:
             elif isinstance(criterion, MaxLengthCriteria):
                 stops[:, max(criterion.max_length - start - 1, 0) :] = True
             else:  # asked about every length: it may look at the whole sequence
+                sequences = torch.cat([self.current, tokens], dim=1)
                 each = [criterion(sequences[:, : start + length], None) for length in range(1, count + 1)]
                 stops |= torch.stack(each, dim=1).to(stops.device)
         stopped = stops.any(1)
@@ -250,7 +250,8 @@ class TwoTowerGenerationMixin(GenerationMixin):
         """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
         mask = check_attention_mask(input_ids, attention_mask)
         if input_ids.shape[1] == 0:
-            bos = next((c.bos_token_id for c in (generation_config, self.generation_config) if c is not None), None)
+            given = None if generation_config is None else generation_config.bos_token_id
+            bos = self.generation_config.bos_token_id if given is None else given
             if bos is None:
                 raise ValueError(
                     "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
@@ -265,7 +266,6 @@ class TwoTowerGenerationMixin(GenerationMixin):
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         super().adjust_generation_fn(*args, **kwargs)
         flags = self.generation_config.to_dict()
-        flags.pop("_from_model_config", None)  # as in `from_model_config`
         self.generation_config: GenerationConfig = TwoTowerGenerationConfig.from_dict(flags)
 
     def _prepare_generation_config(
@@ -279,7 +279,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
             if getattr(config, name, None) is None:
                 setattr(config, name, default)
         check_strategy(config)
-        check_supported(config, config.use_cache)
+        check_supported(config)
         if config.block_size > self.config.block_size and config.mode == "mask_diffusion":
             logger.warning(
                 f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "

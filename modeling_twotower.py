@@ -46,7 +46,7 @@ from .loading_twotower import (
     register_checkpoint_layout,
 )
 from .objective_twotower import LossWeighting, check_objective, masked_cross_entropy, sample_masked
-from .padding_twotower import check_attention_mask, pack_tokens
+from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
 
 
 @dataclass
@@ -422,7 +422,7 @@ class ContextTower(TwoTowerBackbone):
             (B, T, H) normed hidden states; meaningless beyond a row's tokens.
         """
         batch, length = input_ids.shape
-        mask = None if counts is None else torch.arange(length, device=input_ids.device) < counts[:, None]
+        mask = PackedTokens(input_ids, counts).mask()
         cache = past_key_values
         layout = ChunkLayout(mask, counts, None if cache is None else cache.context_mask(), causal=True)
         hidden_states = self.embeddings(input_ids)

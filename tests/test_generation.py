@@ -242,6 +242,8 @@ def test_an_empty_prompt_begins_with_the_beginning_of_text(model):
     output = generate(model, empty)
     assert output.sequences.shape == (1, 22)
     assert torch.equal(output.sequences, generate(model, torch.ones(1, 1, dtype=torch.long)).sequences)
+    plain = GenerationConfig(max_new_tokens=4)
+    assert model.generate(empty, generation_config=plain)[0, 0] == 1
     model.generation_config.bos_token_id = None
     with pytest.raises(ValueError, match="bos_token_id"):
         generate(model, empty)
@@ -315,6 +317,7 @@ def test_a_larger_block_than_trained_is_warned_of(model, caplog):
         ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size=4"),
         ({"use_cache": False}, "use_cache=False"),
         ({"output_scores": True}, "output_scores=True"),
         ({"treshold": 0.5}, "treshold"),

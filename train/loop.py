@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..configuration_twotower import TwoTowerConfig
 from ..generation_twotower import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
+from ..padding_twotower import pack_tokens
 from .batches import IGNORED, Batch, training_batches
 from .optimizer import ExpertBalancer, MatrixOptimizer
 from .problems import training_problems
@@ -89,14 +90,10 @@ def demo_config() -> TwoTowerConfig:
 
 def context_loss(model: TwoTowerForBlockDiffusion, batch: Batch, _: torch.Generator) -> torch.Tensor:
     """Next-token cross-entropy over the answers, mean over tokens."""
-    rows = torch.arange(len(batch.input_ids))[:, None]
     # Tokens first: behind them, padding needs no mask in a causal tower.
-    order = (
-        torch.arange(batch.input_ids.shape[1]) + (batch.attention_mask == 0).sum(1, keepdim=True)
-    ) % batch.input_ids.shape[1]
-    ids, labels, mask = (part[rows, order] for part in (batch.input_ids, batch.labels, batch.attention_mask))
-    labels = labels.masked_fill(mask == 0, IGNORED)
-    hidden_states = model.context_tower(ids[:, :-1])
+    packed = pack_tokens(batch.input_ids, batch.attention_mask)
+    labels = batch.labels if packed.columns is None else batch.labels.gather(1, packed.columns)
+    hidden_states = model.context_tower(packed.ids[:, :-1])
     wanted = labels[:, 1:] != IGNORED
     return F.cross_entropy(model.context_lm_head(hidden_states[wanted]).float(), labels[:, 1:][wanted])
 
