@@ -3,19 +3,24 @@
 Attention keeps every token's keys and values, Mamba its convolution inputs and its state. Nothing in the model
 encodes positions, so a row's tokens lie packed at the front of its buffers, whatever padding surrounded them in the
 prompt, and `lengths` says how many there are: rows may differ, and dropping a row's newest keys is a change of its
-length.
+length. A chunk may also be read tentatively: then each row keeps its own first few tokens of it, by `accept`.
 
-Shapes: B batch rows, L most tokens of any row, Hkv key/value heads, D head dim, K kernel width, C channels,
-H Mamba heads, P their dim, N state.
+Shapes: B batch rows, L most tokens of any row, S tokens read tentatively, Hkv key/value heads, D head dim, K kernel
+width, C channels, H Mamba heads, P their dim, G groups, N state.
 """
 
+from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache
 from transformers.cache_utils import DummyLayer
 
 from .configuration_twotower import TwoTowerConfig
+from .kernels.causal_conv import conv_state
+from .kernels.ssd import ssd_state
 
 
 class KeyValues(NamedTuple):
@@ -30,6 +35,30 @@ class MambaState(NamedTuple):
 
     conv: torch.Tensor
     ssm: torch.Tensor
+
+
+class MambaUpdate(NamedTuple):
+    """
+    What takes a Mamba layer's state through any number of a chunk's tokens.
+
+    Convolution inputs and those before them (B, K - 1 + S, C), and the scan's x (B, S, H, P), dt (B, S, H), A (H,)
+    and B (B, S, G, N).
+    """
+
+    inputs: torch.Tensor
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def apply(self, state: MambaState | None, counts: torch.Tensor) -> MambaState:
+        """The state after each row's first `counts` (B,) tokens."""
+        taps = self.inputs.shape[1] - self.x.shape[1] + 1
+        ssm = ssd_state(self.x, self.dt, self.A, self.B, None if state is None else state.ssm, counts)
+        return MambaState(conv_state(self.inputs, taps, counts), ssm)
+
+
+Present = KeyValues | MambaState | MambaUpdate | None
 
 
 class KeyValueLayer:
@@ -53,6 +82,9 @@ class KeyValueLayer:
                 columns = starts[:, None] + torch.arange(tokens, device=new.device)
                 buffer.scatter_(2, columns[:, None, :, None].expand_as(new), new)
 
+    def accept(self, counts: torch.Tensor) -> None:
+        """The rows' lengths say which of the columns written count."""
+
     def _reserve(self, like: KeyValues, columns: int) -> None:
         """Grow by an eighth at least, so that appending costs amortised constant time."""
         held = 0 if self.buffers is None else self.buffers.key.shape[2]
@@ -65,26 +97,44 @@ class KeyValueLayer:
                 new[:, :, :held] = old
         self.buffers = KeyValues(*grown)
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        if self.buffers is not None:
-            self.buffers = KeyValues(*(buffer.index_select(0, rows.to(buffer.device)) for buffer in self.buffers))
+    def select_rows(self, rows: torch.Tensor, width: int) -> None:
+        held = self.view(width)
+        if held is not None:
+            self.buffers = KeyValues(*(part.index_select(0, rows.to(part.device)) for part in held))
+
+    def replace_rows(self, layers: Sequence["KeyValueLayer"], width: int) -> None:
+        held = [layer.view(width) or () for layer in layers]
+        wide = [[F.pad(part, (0, 0, 0, width - part.shape[2])) for part in parts] for parts in held]
+        self.buffers = KeyValues(*map(torch.cat, zip(*wide, strict=True)))
 
 
 class MambaLayer:
-    """The state after each row's last token."""
+    """The state after each row's last token; `update` holds what a chunk read tentatively would do to it."""
 
     def __init__(self) -> None:
         self.state: MambaState | None = None
+        self.update: MambaUpdate | None = None
 
     def view(self, width: int) -> MambaState | None:
         return self.state
 
-    def write(self, present: MambaState, width: int, starts: torch.Tensor | None) -> None:
-        self.state = present
+    def write(self, present: MambaState | MambaUpdate, width: int, starts: torch.Tensor | None) -> None:
+        if isinstance(present, MambaUpdate):
+            self.update = present
+        else:
+            self.state = present
 
-    def select_rows(self, rows: torch.Tensor) -> None:
+    def accept(self, counts: torch.Tensor) -> None:
+        assert self.update is not None
+        self.state, self.update = self.update.apply(self.state, counts.to(self.update.dt.device)), None
+
+    def select_rows(self, rows: torch.Tensor, width: int) -> None:
         if self.state is not None:
             self.state = MambaState(*(part.index_select(0, rows.to(part.device)) for part in self.state))
+
+    def replace_rows(self, layers: Sequence["MambaLayer"], width: int) -> None:
+        states = [layer.state or () for layer in layers]
+        self.state = MambaState(*map(torch.cat, zip(*states, strict=True)))
 
 
 class StatelessLayer(DummyLayer):
@@ -93,7 +143,13 @@ class StatelessLayer(DummyLayer):
     def view(self, width: int) -> None:
         return None
 
-    def select_rows(self, rows: torch.Tensor) -> None:
+    def accept(self, counts: torch.Tensor) -> None:
+        return None
+
+    def select_rows(self, rows: torch.Tensor, width: int) -> None:
+        return None
+
+    def replace_rows(self, layers: Sequence["StatelessLayer"], width: int) -> None:
         return None
 
 
@@ -102,7 +158,8 @@ CACHE_LAYERS = {"full_attention": KeyValueLayer, "linear_attention": MambaLayer}
 
 class TwoTowerCache(Cache):
     """
-    Keys, values and states of the context tower after `lengths` tokens of each row.
+    Keys, values and states of the context tower after `lengths` tokens of each row; behind them, `tentative` columns
+    that do not count until `accept` says how many of them do.
 
     Args:
         config: [`TwoTowerConfig`], for the kind of each layer.
@@ -113,13 +170,15 @@ class TwoTowerCache(Cache):
         self.lengths: torch.Tensor | None = None
         self.width = 0
         self.ragged = False
+        self.tentative = 0
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:
         """What layer `layer_idx` holds; keys and values are views of the first `width` columns, not copies."""
         return self.layers[layer_idx].view(self.width)
 
-    def write(self, layer_idx: int, present: KeyValues | MambaState | None) -> None:
-        """Add a layer's newest chunk. It counts once `advance` has been called for the chunk."""
+    def write(self, layer_idx: int, present: Present) -> None:
+        """Add a layer's newest chunk. It counts once `advance` has been called for the chunk, or `accept`."""
+        self._check_accepted()
         if present is not None:
             self.layers[layer_idx].write(present, self.width, self.lengths if self.ragged else None)
 
@@ -129,9 +188,31 @@ class TwoTowerCache(Cache):
         if counts is None:
             self.lengths, self.width = lengths + tokens, self.width + tokens
         else:
-            self.lengths = lengths + counts
-            shortest, self.width = self.lengths.min().item(), int(self.lengths.max())
-            self.ragged = shortest != self.width
+            self._set_lengths(lengths + counts.to(lengths.device))
+
+    def accept(self, counts: torch.Tensor) -> None:
+        """
+        Let each row's first tokens of the chunk read tentatively count, and forget the rest of it.
+
+        Args:
+            counts: (B,) tokens per row, 0 to S.
+
+        Raises:
+            ValueError: when no chunk was read tentatively, or for counts outside its size.
+        """
+        if self.tentative == 0:
+            raise ValueError("accept was called, but no chunk has been read with tentative=True since the last call")
+        fewest, most = torch.stack(counts.aminmax()).tolist()
+        if fewest < 0 or most > self.tentative:
+            raise ValueError(f"counts are {counts.tolist()}; the chunk read tentatively has {self.tentative} tokens")
+        for layer in self.layers:
+            layer.accept(counts)
+        self.advance(len(counts), fewest, None if fewest == most else counts, counts.device)
+        self.tentative = 0
+
+    def _check_accepted(self) -> None:
+        if self.tentative:
+            raise ValueError(f"the cache holds {self.tentative} tokens read tentatively; call accept(counts) first")
 
     def context_mask(self) -> torch.Tensor | None:
         """(B, 1, 1, L) bool, True on a row's own tokens; None while all rows are equally long."""
@@ -148,13 +229,33 @@ class TwoTowerCache(Cache):
         return -1 if self.lengths is None else len(self.lengths)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep the rows of index `rows` (R,), in that order."""
-        for layer in self.layers:
-            layer.select_rows(rows)
+        """Keep the rows of index `rows` (R,), in that order, and no more columns than they use."""
+        self._check_accepted()
         if self.lengths is not None:
-            self.lengths = self.lengths.index_select(0, rows)
-            self.width = int(self.lengths.max())
-            self.ragged = bool((self.lengths != self.width).any())
+            self._set_lengths(self.lengths.index_select(0, rows))
+        for layer in self.layers:
+            layer.select_rows(rows, self.width)
+
+    def copy_rows(self, rows: torch.Tensor) -> "TwoTowerCache":
+        """A cache of its own for copies of the rows of index `rows` (R,), which may repeat."""
+        copied = copy(self)
+        copied.layers = [copy(layer) for layer in self.layers]
+        copied.select_rows(rows)
+        return copied
+
+    def replace_rows(self, caches: Sequence["TwoTowerCache"]) -> None:
+        """Hold the rows of `caches`, one cache after the other, instead of what was held."""
+        lengths = [cache.lengths for cache in caches if cache.lengths is not None]
+        assert len(lengths) == len(caches) > 0, "a cache that has read nothing has no rows"
+        for cache in (self, *caches):
+            cache._check_accepted()
+        self._set_lengths(torch.cat(lengths))
+        for layer, *replacements in zip(self.layers, *(cache.layers for cache in caches), strict=True):
+            layer.replace_rows(replacements, self.width)
+
+    def _set_lengths(self, lengths: torch.Tensor) -> None:
+        shortest, longest = torch.stack(lengths.aminmax()).tolist()
+        self.lengths, self.width, self.ragged = lengths, longest, shortest != longest
 
 
-__all__ = ["KeyValues", "MambaState", "TwoTowerCache"]
+__all__ = ["KeyValues", "MambaState", "MambaUpdate", "Present", "TwoTowerCache"]

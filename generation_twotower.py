@@ -1,4 +1,4 @@
-"""Decoding: blocks filled by the denoiser, or one token at a time by either tower.
+"""Decoding: blocks filled by the denoiser, drafts verified by the context tower, or one token at a time by either.
 
 transformers' `generate` prepares generation config, logits processors and stopping criteria; this file supplies the
 decoding methods it then runs, one per mode.
@@ -6,184 +6,70 @@ decoding methods it then runs, one per mode.
 Shapes: B batch, R rows still generating, P prompt columns, S block, V vocabulary.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .cache_twotower import TwoTowerCache
+from .generation_config_twotower import (
+    MODES,
+    REFUSED_ARGUMENTS,
+    STRATEGY_DEFAULTS,
+    TwoTowerGenerationConfig,
+    check_strategy,
+    check_supported,
+)
 from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
-from .unmasking_twotower import commit_confident
+from .sampling_twotower import RowLogitsProcessors, derived_seeds, gumbel_noise, uniform_noise
+from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput
+from .unmasking_twotower import Prediction, UnmaskingRule, unmasking_rule
 
 logger = logging.get_logger(__name__)
 
-MODES = ("mask_diffusion", "mock_ar", "ar")
-STRATEGY_DEFAULTS = {
-    "mode": "mask_diffusion",
-    "block_size": None,
-    "steps_per_block": 16,
-    "confidence_threshold": 0.8,
-}
-
-
-class TwoTowerGenerationConfig(GenerationConfig):
-    """
-    transformers' generation config and the knobs of block diffusion.
-
-    Args:
-        mode (`str`, defaults to `"mask_diffusion"`):
-            `"mask_diffusion"` fills blocks in parallel; `"mock_ar"` takes one token per denoiser pass; `"ar"` is the
-            context tower alone.
-        block_size (`int`, defaults to the model config's, 16):
-            Tokens per block, at least 1; for `mask_diffusion`.
-        steps_per_block (`int`, defaults to 16):
-            Most denoiser passes per block, at least 1; for `mask_diffusion`.
-        confidence_threshold (`float`, defaults to 0.8):
-            Predictions surer than this are committed at once; in (0, 1]; for `mask_diffusion`.
-        kwargs:
-            Any other generation flag of transformers.
-
-    Raises:
-        ValueError: for an unknown mode or a value outside its range.
-    """
-
-    def __init__(self, **kwargs: Any):
-        for name in STRATEGY_DEFAULTS:
-            setattr(self, name, kwargs.pop(name, None))
-        kwargs.pop("_from_model_config", None)  # with it, transformers drops flags it does not know when loading
-        super().__init__(**kwargs)
-
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        super().validate(*args, **kwargs)
-        check_strategy(self)
-
-    @classmethod
-    def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
-        """The generation flags of a model config; the strategy's own knobs are not among them."""
-        return cls(**GenerationConfig.from_model_config(model_config).to_dict())
-
-
-def check_strategy(config: GenerationConfig) -> None:
-    """Raise a ValueError for a strategy knob out of range; None means unset."""
-    if config.mode is not None and config.mode not in MODES:
-        raise ValueError(f"mode is {config.mode!r}; use one of {', '.join(MODES)}")
-    for name in ("block_size", "steps_per_block"):
-        value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    threshold = config.confidence_threshold
-    if threshold is not None and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
-        raise ValueError(f"confidence_threshold is {threshold!r}; it must lie in (0, 1]")
-
-
-def check_supported(config: GenerationConfig) -> None:
-    """Refuse by name what has no meaning for two towers, or is not built."""
-    refused = {
-        "num_beams": config.num_beams not in (None, 1),
-        "num_beam_groups": config.num_beam_groups not in (None, 1),
-        "constraints": config.constraints is not None,
-        "force_words_ids": config.force_words_ids is not None,
-        "penalty_alpha": bool(config.penalty_alpha),
-        "dola_layers": config.dola_layers is not None,
-        "use_mtp": bool(config.use_mtp),
-        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
-        "assistant_early_exit": config.assistant_early_exit is not None,
-        "guidance_scale": config.guidance_scale not in (None, 1),
-        "prefill_chunk_size": config.prefill_chunk_size is not None,
-        "cache_implementation": config.cache_implementation is not None,
-        "use_cache": config.use_cache is False,
-        "output_attentions": bool(config.output_attentions),
-        "output_hidden_states": bool(config.output_hidden_states),
-        "output_scores": bool(config.output_scores),
-        "output_logits": bool(config.output_logits),
-    }
-    for name, is_set in refused.items():
-        if is_set:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} is not supported by TwoTower's generate; leave it unset"
-            )
-    if config.do_sample and config.temperature is not None and config.temperature <= 0:
-        raise ValueError(f"temperature is {config.temperature!r}; sampling needs it above 0 (or do_sample=False)")
+# Arguments of ours that `generate` passes through to the decoding method.
+CALL_ARGUMENTS = ("step_callback", "starting_block")
 
 
 @dataclass
-class TwoTowerGenerateOutput(ModelOutput):
+class BlockStep:
     """
-    Result of `generate(..., return_dict_in_generate=True)`.
+    What `step_callback` sees after a denoiser pass and before its commits.
+
+    It may change `commit` (veto: False; commit more: True) and `tokens` (replace), in place or by assignment. What the
+    last step leaves open is committed by no later one, so a veto there is an error; replace the token instead.
 
     Args:
-        sequences: (B, P + N) the prompts as given, then the new tokens, padded after a row's end.
-        denoiser_forwards: (B,) denoiser passes of each row.
-        context_forwards: (B,) context tower passes of each row: the prompt's, then one per chunk read.
-        tokens_per_forward: (B,) float32, new tokens (end-of-text included) per denoiser pass, or in mode "ar", which
-            has none, per context pass.
+        rows: (R,) of the batch, those still generating.
+        block: number of the block, from 0.
+        step: number of the pass within the block, from 0.
+        steps: most passes of the block.
+        ids: (R, S) the block before this step's commits, the mask id where open.
+        committed: (R, S) bool, likewise.
+        timestep: (R,) float32 given to the denoiser.
+        logits: (R, S, V) float32, the mask id at -inf.
+        tokens: (R, S) predictions.
+        confidence: (R, S) their untempered probabilities.
+        commit: (R, S) bool, open positions the unmasking rule commits now.
     """
 
-    sequences: torch.Tensor
-    denoiser_forwards: torch.Tensor | None = None
-    context_forwards: torch.Tensor | None = None
-    tokens_per_forward: torch.Tensor | None = None
-
-
-class GeneratedText:
-    """The growing sequences: which rows still generate, and what each has cost."""
-
-    def __init__(self, prompt: torch.Tensor, pad_token_id: int, stopping_criteria: StoppingCriteriaList):
-        batch = len(prompt)
-        self.pad_token_id = pad_token_id
-        self.stopping_criteria = stopping_criteria
-        self.chunks = [prompt]
-        self.rows = torch.arange(batch, device=prompt.device)  # of the batch, those still generating
-        self.current = prompt  # their sequences, (R, columns)
-        self.new_tokens = torch.zeros(batch, dtype=torch.long, device=prompt.device)
-        self.denoiser_forwards = torch.zeros_like(self.new_tokens)
-        self.context_forwards = torch.zeros_like(self.new_tokens)
-
-    def append(self, tokens: torch.Tensor, streamer: BaseStreamer | None) -> torch.Tensor:
-        """Add (R, n) tokens, each row cut right after its first stop; returns the indices of the rows that go on."""
-        kept, stopped = self._first_stop(tokens)
-        width = int(kept.max())
-        columns = torch.arange(width, device=tokens.device)
-        tokens = tokens[:, :width].masked_fill(columns >= kept[:, None], self.pad_token_id)
-        chunk = tokens.new_full((len(self.new_tokens), width), self.pad_token_id)
-        chunk[self.rows] = tokens
-        self.chunks.append(chunk)
-        self.current = torch.cat([self.current, tokens], dim=1)
-        self.new_tokens[self.rows] += kept
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        going_on = (~stopped).nonzero()[:, 0]
-        self.rows, self.current = self.rows[going_on], self.current[going_on]
-        return going_on
-
-    def _first_stop(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(R,) tokens up to and including each row's first stop, and (R,) bool whether there is one."""
-        start, count = self.current.shape[1], tokens.shape[1]
-        stops = torch.zeros_like(tokens, dtype=torch.bool)
-        for criterion in self.stopping_criteria:
-            if isinstance(criterion, EosTokenCriteria):
-                stops |= torch.isin(tokens, criterion.eos_token_id.to(tokens.device))
-            elif isinstance(criterion, MaxLengthCriteria):
-                stops[:, max(criterion.max_length - start - 1, 0) :] = True
-            else:  # asked about every length: it may look at the whole sequence
-                sequences = torch.cat([self.current, tokens], dim=1)
-                each = [criterion(sequences[:, : start + length], None) for length in range(1, count + 1)]
-                stops |= torch.stack(each, dim=1).to(stops.device)
-        stopped = stops.any(1)
-        return torch.where(stopped, stops.int().argmax(1) + 1, count), stopped
-
-    def output(self, per_context_forward: bool) -> TwoTowerGenerateOutput:
-        forwards = self.context_forwards if per_context_forward else self.denoiser_forwards
-        return TwoTowerGenerateOutput(
-            sequences=torch.cat(self.chunks, dim=1),
-            denoiser_forwards=self.denoiser_forwards,
-            context_forwards=self.context_forwards,
-            tokens_per_forward=self.new_tokens / forwards,
-        )
+    rows: torch.Tensor
+    block: int
+    step: int
+    steps: int
+    ids: torch.Tensor
+    committed: torch.Tensor
+    timestep: torch.Tensor
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    confidence: torch.Tensor
+    commit: torch.Tensor
 
 
 @dataclass
@@ -192,19 +78,154 @@ class Decoding:
 
     text: GeneratedText
     cache: TwoTowerCache
-    prompt: PackedTokens
+    unread: PackedTokens
     config: GenerationConfig
-    logits_processor: LogitsProcessorList
+    processors: RowLogitsProcessors
+    rule: UnmaskingRule
+    seeds: torch.Tensor | None
+    mask_token_id: int
+    starting_block: torch.Tensor | None
+    step_callback: Callable[[BlockStep], None] | None
     streamer: BaseStreamer | None
+    keep_cache: bool
+    cycles: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, (R, S - 1) drafts kept
+    # Rows that have ended, and their part of the cache.
+    ended: list[tuple[torch.Tensor, TwoTowerCache]] = field(default_factory=list)
 
-    def append(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Add (R, n) tokens to the text; finished rows leave the cache. Indices of the rows that go on, or None."""
-        going_on = self.text.append(tokens, self.streamer)
-        if len(going_on) == 0:
-            return None
-        if len(going_on) < len(tokens):
-            self.cache.select_rows(going_on)
+    def open_block(self, known: torch.Tensor) -> Block:
+        """A block that begins with `known` (R, n) tokens; the mask id among them is a token like any other."""
+        rows, size = len(known), self.config.block_size
+        masked = torch.arange(size, device=known.device).expand(rows, size) >= known.shape[1]
+        open_columns = known.new_full((rows, size - known.shape[1]), self.mask_token_id)
+        return Block(torch.cat([known, open_columns], dim=1), masked, self.text.recorded)
+
+    def first_block(self) -> Block:
+        """An open block, or the user's starting block."""
+        rows = self.text.rows
+        block = self.open_block(rows.new_empty(len(rows), 0))
+        if self.starting_block is not None:
+            given = self.starting_block.to(rows.device)
+            block.ids[:, : given.shape[1]] = given
+            block.masked = block.ids == self.mask_token_id
+        return block
+
+    def end_rows(self, block: Block) -> torch.Tensor:
+        """Write and drop the rows whose text ends within the block's committed beginning; see `write`."""
+        prefix = block.prefix()
+        kept, ended = self.text.first_stop(block.ids, prefix, block.checked)
+        block.checked = prefix
+        if not ended.any():
+            return self.text.rows
+        return self.write(block, kept.where(ended, 0), ended)
+
+    def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+        """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
+        rows = self.text.rows
+        if self.streamer is not None:
+            self._stream(block.ids, kept)
+        going_on = self.text.write(block, kept, ended)
+        if len(going_on) < len(rows):
+            if self.keep_cache:
+                left = ended.nonzero()[:, 0]
+                self.ended.append((rows[left], self.cache.copy_rows(left)))
+            if len(going_on) > 0:
+                self.cache.select_rows(going_on)
+            block.select_rows(going_on)
         return going_on
+
+    def _stream(self, ids: torch.Tensor, kept: torch.Tensor) -> None:
+        width = int(kept.max())
+        if self.streamer is not None and width > 0:
+            beyond = torch.arange(width, device=ids.device) >= kept[:, None]
+            self.streamer.put(ids[:, :width].masked_fill(beyond, self.text.pad_token_id).cpu())
+
+    def seeds_and_positions(self, positions: int, known: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R,) seeds and (R, S) places in the rows' texts, of which the first `known` hold their newest tokens."""
+        assert self.seeds is not None
+        columns = torch.arange(positions, device=self.text.rows.device) - known
+        return self.seeds[self.text.rows], self.text.lengths[:, None] + columns
+
+    def uniform(self, block: Block, step: int, known: int) -> torch.Tensor:
+        return uniform_noise(*self.seeds_and_positions(block.ids.shape[1], known), step)
+
+    def ask(
+        self,
+        block: Block,
+        prediction: Prediction,
+        commit: torch.Tensor,
+        timestep: torch.Tensor,
+        step: int,
+        steps: int,
+        number: int,
+    ) -> tuple[Prediction, torch.Tensor]:
+        """What the user's callback makes of a pass."""
+        assert self.step_callback is not None
+        state = BlockStep(
+            rows=self.text.rows,
+            block=number,
+            step=step,
+            steps=steps,
+            ids=block.ids.clone(),
+            committed=~block.masked,
+            timestep=timestep,
+            logits=prediction.logits,
+            tokens=prediction.tokens.clone(),
+            confidence=prediction.confidence,
+            commit=commit.clone(),
+        )
+        self.step_callback(state)
+        commit = state.commit.bool() & block.masked
+        if step == steps - 1 and not torch.equal(commit, block.masked):
+            row, column = (block.masked & ~commit).nonzero()[0].tolist()
+            raise ValueError(
+                f"step_callback vetoed position {column} of row {int(self.text.rows[row])} in the last of {steps} steps; "
+                "replace its token or raise steps_per_block"
+            )
+        wrong = state.tokens[commit & ((state.tokens < 0) | (state.tokens >= prediction.logits.shape[-1]))]
+        if len(wrong) > 0:
+            raise ValueError(f"step_callback committed token {int(wrong[0])}, outside the vocabulary")
+        if (state.tokens[commit] == self.mask_token_id).any():
+            raise ValueError(f"step_callback committed the mask id {self.mask_token_id}; veto the position instead")
+        log_probs = None if prediction.log_probs is None else _log_prob(prediction.scores, state.tokens)
+        confidence = _log_prob(prediction.logits, state.tokens).exp()
+        return Prediction(prediction.logits, state.tokens, confidence, log_probs, prediction.scores), commit
+
+    def count_accepted(self, drafted: torch.Tensor) -> None:
+        """Remember one cycle: (R, S - 1) 1 where a drafted token was kept."""
+        self.cycles.append((self.text.rows, drafted))
+
+    def output(self, prompt_columns: torch.Tensor) -> TwoTowerGenerateOutput:
+        """The result after (B, P) prompts as they were given."""
+        output = self.text.output(prompt_columns)
+        if self.config.mode != "ar":
+            output.tokens_per_denoiser_forward = self.text.new_tokens / self.text.denoiser_forwards
+        if self.config.mode == "self_speculative":
+            batch, positions = len(self.text.new_tokens), self.config.block_size - 1
+            cycles = output.sequences.new_zeros(batch, dtype=torch.float32)
+            kept = cycles.new_zeros(batch, positions)
+            for rows, drafted in self.cycles:
+                cycles[rows] += 1
+                kept[rows] += drafted
+            output.acceptance = kept / cycles[:, None]
+            output.accepted_lengths = output.acceptance.sum(1) + 1
+        if self.keep_cache:
+            output.past_key_values = self.cache
+        return output
+
+    def show_draft(self, ids: torch.Tensor) -> None:
+        if self.streamer is not None and hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(ids.cpu())
+
+    def restore_cache(self) -> None:
+        """Bring the rows that left the cache back, in the order of the batch."""
+        if not self.ended:
+            return
+        order = torch.cat([rows for rows, _ in self.ended] + [self.text.rows])
+        parts = [part for _, part in self.ended]
+        if len(self.text.rows) > 0:
+            parts.append(self.cache.copy_rows(torch.arange(len(self.text.rows), device=order.device)))
+        self.cache.replace_rows(parts)
+        self.cache.select_rows(order.argsort())
 
 
 class TwoTowerGenerationMixin(GenerationMixin):
@@ -223,18 +244,31 @@ class TwoTowerGenerationMixin(GenerationMixin):
         Args:
             inputs: (B, P) prompt ids, also as `input_ids`; padding on either side with its `attention_mask`.
             generation_config: a [`TwoTowerGenerationConfig`] or a plain one.
-            kwargs: `mode`, `block_size`, `steps_per_block`, `confidence_threshold`, `max_new_tokens`, `do_sample`,
-                `temperature`, `top_k`, `top_p`, `streamer` (with `put_draft` it gets the block after every pass), ...
+            past_key_values: [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the whole text, of
+                which the cache holds the beginning. The attention mask may then have holes.
+            starting_block: (B, at most block_size) for `mask_diffusion`: the first block, with tokens to keep, and
+                the mask id or nothing where one is wanted.
+            step_callback: for `mask_diffusion`: called with a [`BlockStep`] after every denoiser pass.
+            kwargs: the knobs of [`TwoTowerGenerationConfig`], `max_new_tokens`, `streamer` (with `put_draft` it gets
+                the block after every pass), `tokenizer` (for `stop_strings`), ...
 
         Returns:
             (B, P + N) sequences, or [`TwoTowerGenerateOutput`] with `return_dict_in_generate=True`.
         """
+        for name in REFUSED_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported by TwoTower's generate; leave it out")
+        if kwargs.get("cache_implementation") is not None:  # transformers would not come to ask our config
+            raise ValueError(
+                f"cache_implementation={kwargs['cache_implementation']!r} is not supported by TwoTower's generate; "
+                "leave it unset"
+            )
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             return super().generate(None, generation_config, **kwargs)
-        input_ids, attention_mask = self._check_prompt(
-            input_ids, kwargs.pop("attention_mask", None), generation_config
-        )
+        attention_mask = kwargs.pop("attention_mask", None)
+        continued = kwargs.get("past_key_values") is not None
+        input_ids, attention_mask = self._check_prompt(input_ids, attention_mask, generation_config, continued)
         if attention_mask is None:
             return super().generate(input_ids, generation_config, **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
@@ -245,10 +279,14 @@ class TwoTowerGenerationMixin(GenerationMixin):
         return output
 
     def _check_prompt(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, generation_config: GenerationConfig | None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        continued: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
-        mask = check_attention_mask(input_ids, attention_mask)
+        mask = check_attention_mask(input_ids, attention_mask, holes=continued)
         if input_ids.shape[1] == 0:
             given = None if generation_config is None else generation_config.bos_token_id
             bos = self.generation_config.bos_token_id if given is None else given
@@ -263,6 +301,8 @@ class TwoTowerGenerationMixin(GenerationMixin):
             raise ValueError(f"input_ids holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
         return input_ids, mask
 
+    # What transformers' `generate` calls on its way.
+
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         super().adjust_generation_fn(*args, **kwargs)
         flags = self.generation_config.to_dict()
@@ -274,32 +314,92 @@ class TwoTowerGenerationMixin(GenerationMixin):
         for name in STRATEGY_DEFAULTS:
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, None)
+        if isinstance(kwargs.get("seed"), torch.Tensor):
+            kwargs["seed"] = kwargs["seed"].tolist()
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, default in {**STRATEGY_DEFAULTS, "block_size": self.config.block_size}.items():
             if getattr(config, name, None) is None:
                 setattr(config, name, default)
         check_strategy(config)
         check_supported(config)
+        for name in CALL_ARGUMENTS:
+            if model_kwargs.get(name) is not None and config.mode != "mask_diffusion":
+                raise ValueError(f'{name} is for mode "mask_diffusion", not {config.mode!r}; leave it out')
         if config.block_size > self.config.block_size and config.mode == "mask_diffusion":
             logger.warning(
                 f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "
                 "on; the 30B model's HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
             )
+        if config.seed is not None and not config.do_sample and config.unmasking_rule != "posterior":
+            logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
         return config, model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in CALL_ARGUMENTS})
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "past_key_values is not supported by TwoTower's generate yet; give the whole text as prompt"
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            cache = TwoTowerCache(self.config)
+        elif not isinstance(cache, TwoTowerCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
+        model_kwargs["past_key_values"] = cache
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
+    ) -> GenerationConfig:
+        config = super()._prepare_generated_length(generation_config, has_default_max_length, **kwargs)
+        if config.max_new_tokens is None and has_default_max_length:
+            config.max_new_tokens = config.max_length - kwargs["input_ids_length"]
+        return config
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, **kwargs: Any) -> StoppingCriteriaList:
+        """All but the length limit, which is each row's own."""
+        config = copy.copy(generation_config)
+        config.max_length = None
+        return super()._get_stopping_criteria(config, **kwargs)
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: torch.Tensor | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        device: Any = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> RowLogitsProcessors:
+        """For every row what transformers makes for that row alone: its own prompt, lengths and number."""
+        assert encoder_input_ids is not None
+        copies = generation_config.num_return_sequences
+        prompts = encoder_input_ids.repeat_interleave(copies, dim=0)
+        mask = (model_kwargs or {}).get("attention_mask")
+
+        def build(row: int) -> LogitsProcessorList:
+            prompt = prompts[row] if mask is None else prompts[row][mask[row].bool()]
+            config = copy.copy(generation_config)
+            config.max_length = _most_tokens(generation_config, len(prompt))
+            if generation_config.min_new_tokens is not None:
+                config.min_length = None  # transformers derives it from the padded width
+            allowed = prefix_allowed_tokens_fn
+            return super(TwoTowerGenerationMixin, self)._get_logits_processor(
+                config,
+                input_ids_seq_length=len(prompt),
+                encoder_input_ids=prompt[None],
+                prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row // copies, text),
+                logits_processor=logits_processor,
+                device=device,
             )
-        model_kwargs["past_key_values"] = TwoTowerCache(self.config)
+
+        return RowLogitsProcessors(build, len(prompts))
 
     def _sample(
         self,
         input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
+        logits_processor: RowLogitsProcessors,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
@@ -311,78 +411,178 @@ class TwoTowerGenerationMixin(GenerationMixin):
             raise ValueError(
                 "synced_gpus=True is not supported: rows of different ranks take different numbers of passes"
             )
+        run = self._begin(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        )
+        decode = {
+            "mask_diffusion": self._mask_diffusion,
+            "self_speculative": self._self_speculative,
+            "mock_ar": self._mock_ar,
+            "ar": self._ar,
+        }
+        try:
+            decode[generation_config.mode](run)
+        finally:
+            run.restore_cache()
+        if streamer is not None:
+            streamer.end()
+        output = run.output(input_ids.to(run.text.rows.device))
+        return output if generation_config.return_dict_in_generate else output.sequences
+
+    def _begin(
+        self,
+        input_ids: torch.Tensor,
+        processors: RowLogitsProcessors,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        model_kwargs: dict[str, Any],
+    ) -> Decoding:
         device = self.context_tower.embeddings.weight.device
         if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
             input_ids = input_ids.to(device)
-        pad = generation_config._pad_token_tensor
-        run = Decoding(
-            text=GeneratedText(input_ids, 0 if pad is None else int(pad), stopping_criteria),
-            cache=model_kwargs["past_key_values"],
-            prompt=pack_tokens(input_ids, model_kwargs.get("attention_mask")),
-            config=generation_config,
-            logits_processor=logits_processor,
-            streamer=streamer,
+        prompt = pack_tokens(input_ids, model_kwargs.get("attention_mask"))
+        with_dict = config.return_dict_in_generate
+        recorded = ["commit_steps", "confidences", "log_probs"] if with_dict else []
+        recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
+        lengths = torch.full_like(prompt.ids[:, 0], prompt.ids.shape[1]) if prompt.counts is None else prompt.counts
+        text = GeneratedText(
+            prompt,
+            _most_tokens(config, lengths),
+            stopping_criteria,
+            0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
+            tuple(recorded),
         )
-        decode = {"mask_diffusion": self._mask_diffusion, "mock_ar": self._mock_ar, "ar": self._ar}
-        decode[generation_config.mode](run)
-        if streamer is not None:
-            streamer.end()
-        output = run.text.output(per_context_forward=generation_config.mode == "ar")
-        return output if generation_config.return_dict_in_generate else output.sequences
+        cache = model_kwargs["past_key_values"]
+        if cache.batch_size not in (-1, len(input_ids)):
+            cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
+        return Decoding(
+            text=text,
+            cache=cache,
+            unread=_unread(prompt, lengths, cache),
+            config=config,
+            processors=processors,
+            rule=unmasking_rule(config),
+            seeds=_seeds(config, len(input_ids), input_ids.device),
+            mask_token_id=self.config.mask_token_id,
+            starting_block=self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids)),
+            step_callback=model_kwargs.get("step_callback"),
+            streamer=streamer,
+            keep_cache=with_dict or cache.batch_size != -1,
+        )
+
+    def _check_starting_block(
+        self, block: torch.Tensor | None, config: GenerationConfig, rows: int
+    ) -> torch.Tensor | None:
+        if block is None:
+            return None
+        if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
+            raise ValueError(
+                f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, of at "
+                f"most block_size {config.block_size} tokens"
+            )
+        low, high = int(block.min()), int(block.max())
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"starting_block holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
+        return block
+
+    # The modes.
 
     def _mask_diffusion(self, run: Decoding) -> None:
-        """Read the prompt; then, block after block: (1) denoise it, (2) append it, (3) read it, unless done."""
-        self._read(run, run.prompt)
-        while True:
-            block = self._denoise_block(run)
-            going_on = run.append(block)
-            if going_on is None:
-                return
-            self._read(run, PackedTokens(block[going_on]))
+        """
+        Read the prompt; then, block after block:
 
-    def _denoise_block(self, run: Decoding) -> torch.Tensor:
-        """One block, (R, S): predict every position (never the mask), commit the sure ones, until none is masked."""
-        mask_id, steps = self.config.mask_token_id, run.config.steps_per_block
-        block = run.text.current.new_full((len(run.text.rows), run.config.block_size), mask_id)
-        for step in range(steps):
-            masked = block == mask_id
-            if step > 0 and not masked.any():
-                break
-            run.text.denoiser_forwards[run.text.rows] += masked.any(-1).long()
-            logits = self.denoise(block, run.cache).to(block.device)
-            logits[..., mask_id] = -torch.inf
-            tokens, confidence = self._predict(logits, run)
-            commit = commit_confident(confidence, masked, steps - step, run.config.confidence_threshold)
-            block = torch.where(commit, tokens, block)
-            if run.streamer is not None and hasattr(run.streamer, "put_draft"):
-                run.streamer.put_draft(block.cpu())
-        return block
+        1. denoise it, step by step; rows whose text ends within what is committed leave;
+        2. write it;
+        3. read it, unless all rows have ended.
+        """
+        self._read_prompt(run)
+        block = run.first_block()
+        for number in count():
+            for step in range(run.config.steps_per_block):
+                if not block.masked.any():
+                    break
+                self._denoise_step(run, block, step, run.config.steps_per_block, number)
+                if len(run.end_rows(block)) == 0:
+                    return
+            going_on = run.write(block, *run.text.first_stop(block.ids, block.prefix(), block.checked))
+            if len(going_on) == 0:
+                return
+            self._read(run, PackedTokens(block.ids))
+            block = run.open_block(block.ids[:, :0])
+
+    def _self_speculative(self, run: Decoding) -> None:
+        """
+        Read the prompt and choose a token; then, cycle after cycle:
+
+        1. draft: a block that begins with the newest token, which is not read yet, is filled by the denoiser;
+        2. verify: the context tower reads the block tentatively and chooses its own token after every position;
+        3. keep the drafted tokens that are its own choice up to the first that is not, and then its choice there;
+        4. let the cache keep as much, which leaves the newest token unread.
+
+        Choices are those of mode "ar": the same logits, processors and noise, so the text is, too.
+        """
+        block = self._context_choice(run, self._read_prompt(run))
+        going_on = run.write(block, *run.text.first_stop(block.ids, block.prefix()))
+        newest = block.ids
+        while len(going_on) > 0:
+            draft = run.open_block(newest)
+            for step in range(run.config.draft_steps):
+                if draft.masked.any():
+                    self._denoise_step(run, draft, step, run.config.draft_steps)
+            run.text.context_forwards[run.text.rows] += 1
+            hidden_states = self.context_tower(draft.ids, run.cache, tentative=True)
+            logits = self.context_lm_head(hidden_states).float().to(newest.device)
+            verified = self._predict(run, logits, draft.ids[:, 1:])
+            agrees = draft.ids[:, 1:] == verified.tokens[:, :-1]
+            drafted = agrees.int().cumprod(1)
+            accepted = drafted.sum(1) + 1
+            run.count_accepted(drafted)
+            steps = torch.cat([draft.commit_steps()[:, 1:].where(agrees, -1), torch.full_like(newest, -1)], dim=1)
+            block = Block.chosen(verified, steps, run.text.recorded)
+            kept, ended = run.text.first_stop(block.ids, accepted)
+            run.cache.accept(kept)
+            newest = block.ids.gather(1, kept[:, None] - 1)
+            going_on = run.write(block, kept, ended)
+            newest = newest[going_on]
 
     def _mock_ar(self, run: Decoding) -> None:
         """One token per denoiser pass; the context tower stays one token behind and reads it afterwards."""
-        prompt, token = _split_last(run.prompt)
-        if prompt.ids.shape[1] > 0:
-            self._read(run, prompt)
+        run.unread, token = _split_last(run.unread)
+        if run.unread.ids.shape[1] > 0:
+            self._read_prompt(run)
         while True:
             run.text.denoiser_forwards[run.text.rows] += 1
             logits = self.predict_next(token, run.cache).to(token.device)
-            next_token, _ = self._predict(logits[:, None], run)
-            going_on = run.append(next_token)
-            if going_on is None:
+            block = Block.chosen(self._predict(run, logits[:, None]), 0, run.text.recorded)
+            going_on = run.write(block, *run.text.first_stop(block.ids, block.prefix()))
+            if len(going_on) == 0:
                 return
             self._read(run, PackedTokens(token[going_on]))
-            token = next_token[going_on]
+            token = block.ids
 
     def _ar(self, run: Decoding) -> None:
         """The context tower alone, one token per pass."""
-        chunk = run.prompt
-        while True:
-            logits = self.context_lm_head(self._read(run, chunk)).float().to(chunk.ids.device)
-            token, _ = self._predict(logits[:, None], run)
-            going_on = run.append(token)
-            if going_on is None:
-                return
-            chunk = PackedTokens(token[going_on])
+        block = self._context_choice(run, self._read_prompt(run))
+        while len(run.write(block, *run.text.first_stop(block.ids, block.prefix()))) > 0:
+            block = self._context_choice(run, self._read(run, PackedTokens(block.ids)))
+
+    # What they are made of.
+
+    def _read_prompt(self, run: Decoding) -> torch.Tensor:
+        """Let the context tower read what it has not yet, in chunks if so configured; as `_read`."""
+        size = run.config.prefill_chunk_size or run.unread.ids.shape[1]
+        last = None
+        for start in range(0, run.unread.ids.shape[1], size):
+            ids, counts = run.unread.ids[:, start : start + size], run.unread.counts
+            if counts is not None:
+                counts = (counts - start).clamp(0, ids.shape[1])
+            hidden_states = self._read(run, PackedTokens(ids, counts))
+            ends_here = None if counts is None else (counts > 0)[:, None]
+            last = hidden_states if last is None or ends_here is None else hidden_states.where(ends_here, last)
+        assert last is not None
+        return last
 
     def _read(self, run: Decoding, chunk: PackedTokens) -> torch.Tensor:
         """Let the context tower read a chunk into the cache; (R, H) hidden states of each row's last token."""
@@ -393,36 +593,117 @@ class TwoTowerGenerationMixin(GenerationMixin):
         last = (chunk.counts - 1).clamp(min=0)
         return hidden_states[torch.arange(len(last), device=last.device), last]
 
-    def _predict(self, logits: torch.Tensor, run: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
+    def _context_choice(self, run: Decoding, hidden_states: torch.Tensor) -> Block:
+        """The context tower's next token of each row, from (R, H) hidden states."""
+        logits = self.context_lm_head(hidden_states).float().to(run.text.rows.device)
+        return Block.chosen(self._predict(run, logits[:, None]), -1, run.text.recorded)
+
+    def _denoise_step(self, run: Decoding, block: Block, step: int, steps: int, number: int | None = None) -> None:
+        """One denoiser pass: predict every position, never the mask, and commit what the rule and the user say."""
+        run.text.denoiser_forwards[run.text.rows] += block.masked.any(-1)
+        timestep = run.rule.timestep(block.masked, step, steps)
+        logits = self.denoise(block.ids, run.cache, timestep).to(block.ids.device)
+        logits[..., self.config.mask_token_id] = -torch.inf
+        # A draft begins with the newest token, which the text holds already.
+        known = 0 if number is not None else 1
+        prediction = self._predict(run, logits, block.ids, known, block.masked)
+        commit = run.rule.commit(prediction, block.masked, step, steps, lambda: run.uniform(block, step, known))
+        if run.step_callback is not None and number is not None:
+            prediction, commit = run.ask(block, prediction, commit, timestep, step, steps, number)
+        block.commit(commit, prediction, step)
+        run.show_draft(block.ids[:, known:])
+
+    def _predict(
+        self,
+        run: Decoding,
+        logits: torch.Tensor,
+        block_ids: torch.Tensor | None = None,
+        known: int = 0,
+        wanted: torch.Tensor | None = None,
+    ) -> Prediction:
         """
         Choose a token per position.
 
-        Logits processors see the tokens before the block. A token's confidence is its probability before them, in
-        particular untempered.
-
         Args:
             logits: (R, S, V) float32.
-
-        Returns:
-            (R, S) tokens and their confidence.
+            block_ids: (R, at least S - 1) what stands at the positions; logits processors see a row's text and those
+                before each position. The mask id stands where none is committed.
+            known: how many of the positions the text holds already.
+            wanted: (R, S) bool, positions that matter to logits processors; default all.
         """
-        scores = logits
-        if run.logits_processor:
-            sequences = run.text.current.repeat_interleave(logits.shape[1], dim=0)
-            scores = run.logits_processor(sequences, logits.flatten(0, 1).clone()).view_as(logits)
+        positions = logits.shape[1]
+
+        def texts() -> list[torch.Tensor]:
+            rows = [run.text.row(row) for row in run.text.rows.tolist()]
+            if block_ids is None:
+                return rows
+            return [torch.cat([row, ids[known : positions - 1]]) for row, ids in zip(rows, block_ids, strict=True)]
+
+        scores = run.processors(logits, run.text.rows, texts, wanted)
+        noisy = scores
         if run.config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
-        else:
-            tokens = scores.argmax(-1)
-        confidence = (logits.gather(-1, tokens[..., None]) - logits.logsumexp(-1, keepdim=True)).exp()
-        return tokens, confidence[..., 0]
+            noisy = scores + gumbel_noise(*run.seeds_and_positions(positions, known), logits.shape[-1])
+        tokens = noisy.argmax(-1)
+        log_probs = _log_prob(scores, tokens) if run.text.recorded else None
+        return Prediction(logits, tokens, _log_prob(logits, tokens).exp(), log_probs, scores)
+
+
+def _log_prob(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+
+
+def _most_tokens(config: GenerationConfig, prompt_length: Any) -> Any:
+    """Where a row's text ends at the latest: `max_length` counts its own tokens, not its padding."""
+    if config.max_new_tokens is not None:
+        return prompt_length + config.max_new_tokens
+    if isinstance(prompt_length, torch.Tensor):
+        return torch.full_like(prompt_length, config.max_length)
+    return config.max_length
+
+
+def _seeds(config: GenerationConfig, rows: int, device: torch.device) -> torch.Tensor | None:
+    """(B,) a seed for each row, or None where nothing is drawn."""
+    if not config.do_sample and config.unmasking_rule != "posterior":
+        return None
+    copies = config.num_return_sequences
+    if config.seed is None:
+        return torch.randint(-(2**62), 2**62, (rows,)).to(device)
+    if isinstance(config.seed, int):
+        return derived_seeds(torch.full((rows // copies,), config.seed, device=device), copies)
+    seeds = torch.tensor(config.seed, device=device)
+    if len(seeds) == rows:
+        return seeds
+    if len(seeds) * copies != rows:
+        raise ValueError(f"seed holds {len(seeds)} numbers for {rows // copies} prompts; give one for each, or one int")
+    return derived_seeds(seeds, copies)
+
+
+def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache:
+    if cache.batch_size * copies != rows:
+        raise ValueError(f"past_key_values holds {cache.batch_size} rows, input_ids {rows // copies}")
+    return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
+
+
+def _unread(prompt: PackedTokens, lengths: torch.Tensor, cache: TwoTowerCache) -> PackedTokens:
+    """What of each row the cache does not hold yet."""
+    if cache.lengths is None:
+        return prompt
+    counts = lengths - cache.lengths.to(lengths.device)
+    if (counts < 1).any():
+        row = int((counts < 1).nonzero()[0])
+        raise ValueError(
+            f"past_key_values holds {int(cache.lengths[row])} tokens of row {row}, whose text has {int(lengths[row])}; "
+            "give the whole text as input_ids, at least one token longer"
+        )
+    width = int(counts.max())
+    columns = (lengths - counts)[:, None] + torch.arange(width, device=lengths.device)
+    ids = prompt.ids.gather(1, columns.clamp(max=prompt.ids.shape[1] - 1))
+    return PackedTokens(ids, None if (counts == width).all() else counts)
 
 
 def _pad_left(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move each row's padding to its front."""
-    width = mask.shape[1]
-    after_last = width - mask.int().flip(1).argmax(1)
-    columns = (torch.arange(width, device=mask.device) + after_last[:, None]) % width
+    columns = mask.int().argsort(dim=1, stable=True)
     return input_ids.gather(1, columns), mask.gather(1, columns).long()
 
 
@@ -433,4 +714,4 @@ def _split_last(prompt: PackedTokens) -> tuple[PackedTokens, torch.Tensor]:
     return PackedTokens(prompt.ids, prompt.counts - 1), prompt.ids.gather(1, prompt.counts[:, None] - 1)
 
 
-__all__ = ["TwoTowerGenerateOutput", "TwoTowerGenerationConfig", "TwoTowerGenerationMixin"]
+__all__ = ["MODES", "BlockStep", "TwoTowerGenerateOutput", "TwoTowerGenerationConfig", "TwoTowerGenerationMixin"]

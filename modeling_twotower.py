@@ -30,11 +30,11 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
 )
 from transformers.utils import ModelOutput
 
-from .cache_twotower import KeyValues, MambaState, TwoTowerCache
+from .cache_twotower import KeyValues, MambaState, MambaUpdate, Present, TwoTowerCache
 from .configuration_twotower import TwoTowerConfig
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .kernels.block_attention import block_attention
-from .kernels.causal_conv import causal_conv, inputs_before_blocks
+from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.ssd import ssd_scan
 from .loading_twotower import (
@@ -78,6 +78,7 @@ class ChunkLayout(NamedTuple):
         block_mask: bool, broadcastable to (B, 1, T, T), the chunk's columns a column may see; None for all.
         causal: whether a column sees only itself and earlier columns of the chunk.
         state_every: return Mamba states before every so many columns rather than after the last.
+        tentative: return what takes a Mamba state through any number of the columns rather than the last state.
     """
 
     mask: torch.Tensor | None = None
@@ -86,6 +87,7 @@ class ChunkLayout(NamedTuple):
     block_mask: torch.Tensor | None = None
     causal: bool = False
     state_every: int | None = None
+    tentative: bool = False
 
 
 class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
@@ -409,6 +411,7 @@ class ContextTower(TwoTowerBackbone):
         input_ids: torch.Tensor,
         past_key_values: TwoTowerCache | None = None,
         counts: torch.Tensor | None = None,
+        tentative: bool = False,
     ) -> torch.Tensor:
         """
         Read one chunk after what the cache holds, and add it to the cache.
@@ -417,20 +420,27 @@ class ContextTower(TwoTowerBackbone):
             input_ids: (B, T), each row's tokens first.
             past_key_values: the cache, extended in place; default none, from the beginning of the text.
             counts: (B,) tokens per row, default T.
+            tentative: leave open how many of a row's T tokens are to count until the cache's `accept` says so; needs a
+                cache, and no `counts`.
 
         Returns:
             (B, T, H) normed hidden states; meaningless beyond a row's tokens.
         """
         batch, length = input_ids.shape
-        mask = PackedTokens(input_ids, counts).mask()
         cache = past_key_values
-        layout = ChunkLayout(mask, counts, None if cache is None else cache.context_mask(), causal=True)
+        if tentative and (cache is None or counts is not None):
+            raise ValueError("tentative=True needs past_key_values, and counts=None: each row's count is given later")
+        mask = PackedTokens(input_ids, counts).mask()
+        context_mask = None if cache is None else cache.context_mask()
+        layout = ChunkLayout(mask, counts, context_mask, causal=True, tentative=tentative)
         hidden_states = self.embeddings(input_ids)
         for idx, layer in enumerate(self.layers):
             hidden_states, present = layer(hidden_states, None if cache is None else cache.view(idx), layout)
             if cache is not None:
                 cache.write(idx, present)
-        if cache is not None:
+        if cache is not None and tentative:
+            cache.tentative = length
+        elif cache is not None:
             cache.advance(batch, length, counts, input_ids.device)
         return self.norm_f(hidden_states)
 
@@ -493,7 +503,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
     @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
-    ) -> tuple[torch.Tensor, MambaState]:
+    ) -> tuple[torch.Tensor, MambaState | MambaUpdate]:
         conv_state, ssm_state = past if past is not None else (None, None)
         gate, inputs, dt = self.in_proj(hidden_states).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
@@ -506,20 +516,25 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
         )
         group_size = self.n_groups * self.ssm_state_size
         x, B, C = convolved.split([self.intermediate_size, group_size, group_size], dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
+        A = -torch.exp(self.A_log.float())
         scan = ssd_scan(
-            x.unflatten(-1, (self.num_heads, self.head_dim)),
+            x,
             dt,
-            -torch.exp(self.A_log.float()),
-            B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
-            C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
+            A,
+            B,
+            C,
             self.D,
             ssm_state,
             layout.state_every or self.chunk_size,
             return_chunk_states=layout.state_every is not None,
         )
         y = gated_rms_norm(scan.y.flatten(2), gate, self.norm.weight, self.norm.group_size, self.norm.variance_epsilon)
-        after = MambaState(conv_after, scan.state)
-        if layout.state_every is not None:
+        after: MambaState | MambaUpdate = MambaState(conv_after, scan.state)
+        if layout.tentative:
+            after = MambaUpdate(inputs_after_state(inputs, self.conv_kernel_size, conv_state), x, dt, A, B)
+        elif layout.state_every is not None:
             assert scan.chunk_states is not None
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)
             after = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
@@ -609,7 +624,7 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         past: KeyValues | MambaState | None,
         layout: ChunkLayout,
         modulation: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, KeyValues | MambaState | None]:
+    ) -> tuple[torch.Tensor, Present]:
         """
         Args:
             hidden_states: (B, T, H).

@@ -49,16 +49,21 @@ def pack_tokens(
     mask = check_attention_mask(input_ids, attention_mask, cached)
     if mask is None:
         return PackedTokens(input_ids)
-    counts = mask.sum(1)
-    starts = mask.int().argmax(1)
-    columns = (torch.arange(mask.shape[1], device=mask.device) + starts[:, None]) % mask.shape[1]
-    return PackedTokens(input_ids.gather(1, columns), counts, columns)
+    columns = mask.int().argsort(dim=1, descending=True, stable=True)
+    return PackedTokens(input_ids.gather(1, columns), mask.sum(1), columns)
 
 
 def check_attention_mask(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int | None = None
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cached: int | None = None,
+    holes: bool = False,
 ) -> torch.Tensor | None:
-    """The mask of the chunk's own columns, (B, T) bool, or None when all of them hold tokens; see [`pack_tokens`]."""
+    """
+    The mask of the chunk's own columns, (B, T) bool, or None when all of them hold tokens; see [`pack_tokens`].
+
+    `holes` allows padding between a row's tokens, as text has that continues a padded batch.
+    """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
     if attention_mask is None:
@@ -74,7 +79,7 @@ def check_attention_mask(
     if mask.all():
         return None
     runs = mask.int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1).int()).eq(1).sum(1)
-    refused = runs > 1 if cached is not None else runs != 1
+    refused = runs == 0 if holes else runs > 1 if cached is not None else runs != 1
     if refused.any():
         row = int(refused.nonzero()[0])
         problem = "masks all of its tokens" if runs[row] == 0 else f"has holes: {mask[row].int().tolist()}"

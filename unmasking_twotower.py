@@ -33,4 +33,21 @@ def commit_confident(
     return (rank < count[:, None]) & masked
 
 
-__all__ = ["commit_confident"]
+from typing import NamedTuple, Any
+import torch
+class Prediction(NamedTuple):
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    confidence: torch.Tensor
+    log_probs: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+UNMASKING_DEFAULTS = {"unmasking_rule": "confidence", "confidence_threshold": 0.8}
+def check_unmasking(config):
+    threshold = config.confidence_threshold
+    if threshold is not None and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
+        raise ValueError(f"confidence_threshold is {threshold!r}; it must lie in (0, 1]")
+class UnmaskingRule(NamedTuple):
+    threshold: float
+    def timestep(self, masked, step, steps): return masked.float().mean(-1)
+    def commit(self, p, masked, step, steps, uniform): return commit_confident(p.confidence, masked, steps-step, self.threshold)
+def unmasking_rule(config): return UnmaskingRule(config.confidence_threshold)

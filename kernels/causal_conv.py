@@ -31,12 +31,9 @@ def causal_conv(
     Returns:
         y (B, T, C) in x's dtype (the sum is taken in float32), and the new state (B, K - 1, C) in x's dtype.
     """
-    batch, tokens, channels = x.shape
     taps = weight.shape[1]
-    if state is None:
-        state = x.new_zeros(batch, taps - 1, channels)
-    padded = torch.cat([state.to(x.dtype), x], dim=1)
-    return causal_conv_reference(padded, weight, bias, tokens, activation), _last_inputs(padded, taps - 1, ends)
+    padded = inputs_after_state(x, taps, state)
+    return causal_conv_reference(padded, weight, bias, x.shape[1], activation), conv_state(padded, taps, ends)
 
 
 def causal_conv_reference(
@@ -52,16 +49,23 @@ def causal_conv_reference(
     return ACT2FN[activation](y).to(padded.dtype)
 
 
+def inputs_after_state(x: torch.Tensor, taps: int, state: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, T, C) inputs behind the (B, K - 1, C) before them, default zeros: (B, K - 1 + T, C)."""
+    if state is None:
+        state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    return torch.cat([state.to(x.dtype), x], dim=1)
+
+
+def conv_state(padded: torch.Tensor, taps: int, ends: torch.Tensor | None = None) -> torch.Tensor:
+    """The state (B, K - 1, C) after each row's first `ends` (B,) of T inputs, default all: from (B, K - 1 + T, C)."""
+    if ends is None:
+        return padded[:, padded.shape[1] - (taps - 1) :]
+    columns = ends[:, None] + torch.arange(taps - 1, device=padded.device)
+    return padded.gather(1, columns[..., None].expand(-1, -1, padded.shape[2]))
+
+
 def inputs_before_blocks(x: torch.Tensor, taps: int, block_size: int) -> torch.Tensor:
     """The convolution state at each block's start, zeros before the first: (B, T, C) -> (B, T / S, K - 1, C)."""
-    padded = torch.cat([x.new_zeros(x.shape[0], taps - 1, x.shape[2]), x], dim=1)
+    padded = inputs_after_state(x, taps)
     starts = torch.arange(0, x.shape[1], block_size, device=x.device)
     return padded[:, starts[:, None] + torch.arange(taps - 1, device=x.device)]
-
-
-def _last_inputs(padded: torch.Tensor, count: int, ends: torch.Tensor | None) -> torch.Tensor:
-    """The `count` inputs before each row's end: (B, K - 1 + T, C) -> (B, count, C)."""
-    if ends is None:
-        return padded[:, padded.shape[1] - count :]
-    columns = ends[:, None] + torch.arange(count, device=padded.device)
-    return padded.gather(1, columns[..., None].expand(-1, -1, padded.shape[2]))

@@ -4,7 +4,9 @@
 
 Within a chunk the recurrence is an attention-like product with the decay as its mask; only the state crosses
 chunks (Dao & Gu 2024, "Transformers are SSMs", section 6). A column with dt = 0 leaves the state as it is, which is
-how columns without a token are skipped.
+how columns without a token are skipped. The state alone, after T tokens, is one sum:
+
+    h[T] = exp(sum_t dt[t] A) h[0] + sum_t exp(sum_{r > t} dt[r] A) dt[t] x[t] B[t]^T
 
 Shapes: B batch, T tokens, H heads, P head dim, G groups (H a multiple of G), N state, L chunk length.
 """
@@ -65,6 +67,47 @@ def ssd_scan(
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     y = (y + D.float()[:, None] * x).to(dtype)
     return ScanOutput(y, state, torch.stack(chunk_states, dim=1) if return_chunk_states else None)
+
+
+def ssd_state(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    state: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The state after each row's first few tokens, without outputs.
+
+    Args:
+        x: (B, T, H, P) inputs.
+        dt: (B, T, H) step sizes, as in [`ssd_scan`].
+        A: (H,) negative decay rates.
+        B: (B, T, G, N) input projections.
+        state: (B, H, P, N) state before the first token, default zeros.
+        ends: (B,) tokens of each row that count, 0 to T; default T for all.
+
+    Returns:
+        (B, H, P, N) float32, as is all arithmetic.
+    """
+    x, dt, A, B = (tensor.float() for tensor in (x, dt, A, B))
+    if ends is not None:
+        dt = dt * (torch.arange(dt.shape[1], device=dt.device) < ends[:, None])[..., None]
+    if state is None:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+    return ssd_state_reference(x, dt, A, B, state.float())
+
+
+def ssd_state_reference(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, state: torch.Tensor
+) -> torch.Tensor:
+    """The sum above in float32: (B, H, P, N)."""
+    log_decay = (dt * A).cumsum(1)
+    total = log_decay[:, -1]
+    weighted = x * (dt * (total[:, None] - log_decay).exp())[..., None]  # (B, T, H, P)
+    grouped = weighted.unflatten(2, (B.shape[2], -1)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, G, H/G * P, T)
+    return total.exp()[..., None, None] * state + (grouped @ B.transpose(1, 2)).view_as(state)
 
 
 def ssd_chunk_reference(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import random_ids, tiny_config, tiny_model
+from tolerances import assert_close
 
 from twotower.cache_twotower import KeyValues, MambaState, TwoTowerCache
 
@@ -152,7 +153,119 @@ def test_select_rows(rows):
             assert torch.equal(part, expected)
 
 
-def test_select_rows_of_an_empty_cache():
+def test_rows_of_an_empty_cache():
     cache = TwoTowerCache(tiny_config())
     cache.select_rows(torch.tensor([0]))
-    assert cache.batch_size == -1
+    assert cache.batch_size == cache.copy_rows(torch.tensor([0])).batch_size == -1
+
+
+def ragged_cache(geometry: str = "all kinds", lengths: tuple[int, ...] = (6, 3, 4)) -> TwoTowerCache:
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return tiny_model(geometry)(random_ids(*mask.shape), attention_mask=mask.long()).past_key_values
+
+
+def assert_same_rows(cache: TwoTowerCache, rows: list[int], other: TwoTowerCache, other_rows: list[int]) -> None:
+    assert cache.lengths[rows].tolist() == other.lengths[other_rows].tolist()
+    for layer in range(len(cache.layers)):
+        held, others = cache.view(layer), other.view(layer)
+        for part, expected in zip(held or (), others or (), strict=True):
+            for row, other_row in zip(rows, other_rows, strict=True):
+                columns = slice(cache.lengths[row]) if isinstance(held, KeyValues) else slice(None)
+                assert torch.equal(part[row][:, columns], expected[other_row][:, columns])
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 0], [0, 0, 1]])
+def test_copies_of_rows_are_their_own_and_hold_no_more_than_they_use(rows):
+    cache = ragged_cache()
+    copied = cache.copy_rows(torch.tensor(rows))
+    assert isinstance(copied, TwoTowerCache)
+    assert_same_rows(copied, list(range(len(rows))), cache, rows)
+    assert copied.width == copied.lengths.max()
+    assert (copied.context_mask() is None) == (len(set(copied.lengths.tolist())) == 1)
+    untouched = cache.copy_rows(torch.arange(3))
+    for layer in copied.layers:
+        for part in (getattr(layer, "buffers", None) or getattr(layer, "state", None)) or ():
+            assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+            part.fill_(7.0)
+        assert layer not in cache.layers
+    assert_same_rows(cache, [0, 1, 2], untouched, [0, 1, 2])
+
+
+def test_rows_leave_and_come_back():
+    cache = ragged_cache()
+    before = cache.copy_rows(torch.arange(3))
+    first, second, third = (cache.copy_rows(torch.tensor([row])) for row in range(3))
+    layers = cache.layers
+    cache.replace_rows([third, first, second])
+    assert cache.layers is layers
+    assert cache.width == 6
+    assert_same_rows(cache, [1, 2, 0], before, [0, 1, 2])
+    cache.replace_rows([cache.copy_rows(torch.tensor([2]))])
+    assert (cache.width, cache.ragged) == (3, False)
+    assert_same_rows(cache, [0], before, [1])
+
+
+def test_a_cache_with_rows_of_others_reads_on():
+    """Rows of different caches, grown and trimmed, give what each gives by itself."""
+    model = tiny_model("all kinds")
+    cache, other = ragged_cache(), ragged_cache(lengths=(9, 2))
+    model(random_ids(3, 1), past_key_values=cache)
+    whole = TwoTowerCache(model.config)
+    whole.replace_rows([other, cache])
+    assert whole.lengths.tolist() == [9, 2, 7, 4, 5]
+    ids = random_ids(5, 3, seed=1)
+    logits = model(ids, past_key_values=whole).logits
+    assert_close(logits[:2], model(ids[:2], past_key_values=other).logits)
+    assert_close(logits[2:], model(ids[2:], past_key_values=cache).logits)
+
+
+# Chunks read tentatively; that what is accepted equals what is read plainly is tested in test_modeling.py
+
+
+@pytest.mark.parametrize(("counts", "ragged"), [([0, 4], True), ([2, 2], False), ([4, 4], False), ([0, 0], False)])
+def test_accepted_keys_are_those_of_the_first_tokens(counts, ragged):
+    cache = attention_cache()
+    read(cache, key_values(2, 3))
+    for column, lengths in ((3, [3, 3]), (5, [3 + count for count in counts])):
+        cache.write(0, key_values(2, 4, first=column))
+        cache.tentative = 4
+        assert cache.lengths.tolist() == lengths
+        cache.accept(torch.tensor(counts))
+        assert cache.ragged == ragged
+    first = [[*range(3), *range(3, 3 + count), *range(5, 5 + count)] for count in counts]
+    for row, (length, expected) in enumerate(zip(cache.lengths, first, strict=True)):
+        assert keys(cache)[row, :length].tolist() == [100 * row + column for column in expected]
+
+
+@pytest.mark.parametrize("counts", [[-1, 2], [0, 4]])
+def test_more_than_was_read_is_not_accepted(counts):
+    cache = attention_cache()
+    cache.write(0, key_values(2, 3))
+    cache.tentative = 3
+    with pytest.raises(ValueError, match=rf"counts are \[{counts[0]}, {counts[1]}\]; .* has 3 tokens"):
+        cache.accept(torch.tensor(counts))
+
+
+def test_nothing_is_accepted_without_a_tentative_read():
+    cache = attention_cache()
+    read(cache, key_values(2, 3))
+    with pytest.raises(ValueError, match="no chunk has been read with tentative=True"):
+        cache.accept(torch.tensor([1, 1]))
+
+
+def test_what_is_read_tentatively_must_be_accepted_first():
+    cache = attention_cache()
+    read(cache, key_values(2, 3))
+    settled = cache.copy_rows(torch.tensor([0]))
+    cache.write(0, key_values(2, 2))
+    cache.tentative = 2
+    rows = torch.tensor([0])
+    for call in (
+        lambda: cache.write(0, key_values(2, 1)),
+        lambda: cache.select_rows(rows),
+        lambda: cache.copy_rows(rows),
+        lambda: cache.replace_rows([settled]),
+        lambda: settled.replace_rows([cache]),
+    ):
+        with pytest.raises(ValueError, match=r"holds 2 tokens read tentatively; call accept\(counts\) first"):
+            call()

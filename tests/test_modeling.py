@@ -21,7 +21,7 @@ from tiny import (
 from tolerances import assert_close
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from twotower.cache_twotower import TwoTowerCache
+from twotower.cache_twotower import KeyValues, TwoTowerCache
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 MASK = 3
@@ -266,6 +266,110 @@ def test_padding_in_the_middle_of_a_conversation():
     for index in range(2):
         alone = model(torch.cat([first[index], second[index]])[None], logits_to_keep=len(second[index]))
         assert_close(output.logits[index][mask[index].bool()], alone.logits[0])
+
+
+# A block read tentatively, of which each row keeps a prefix
+
+
+def draft_by_draft(model, ids, lengths, drafts) -> tuple[TwoTowerCache, list[torch.Tensor]]:
+    """Read prompts of `lengths`, then each draft tentatively; the cache, and each row's tokens that count."""
+    cache = context(model, ids, attention_mask=(torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long())
+    rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    for draft, counts in drafts:
+        hidden_states = model.context_tower(draft, cache, tentative=True)
+        assert hidden_states.shape == (*draft.shape, model.config.hidden_size)
+        cache.accept(torch.tensor(counts))
+        rows = [torch.cat([row, new[:count]]) for row, new, count in zip(rows, draft, counts, strict=True)]
+    return cache, rows
+
+
+def assert_reads_on_as(model, cache, rows, slack=1.0):
+    """The cache holds what reading each row of tokens plainly gives, and everything after it follows."""
+    vocab_size = model.config.vocab_size
+    following, block = random_ids(1, 2, vocab_size=vocab_size), random_block(1, 3, vocab_size=vocab_size)
+    batch = len(rows)
+    denoised = model.denoise(block.expand(batch, -1), cache)
+    held = [cache.view(layer) for layer in range(len(cache.layers))]
+    logits = model(following.expand(batch, -1), past_key_values=cache).logits
+    for index, row in enumerate(rows):
+        alone = context(model, row[None])
+        for layer, expected in enumerate(held):
+            for part, own in zip(expected or (), alone.view(layer) or (), strict=True):
+                part = part[index : index + 1, :, : len(row)] if isinstance(expected, KeyValues) else part[[index]]
+                assert_close(part, own, slack=slack)
+        assert_close(denoised[index], model.denoise(block, alone)[0], slack=slack)
+        assert_close(logits[index], model(following, past_key_values=alone).logits[0], slack=slack)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 1, 4)])
+def test_what_is_accepted_is_what_reading_it_plainly_gives(lengths, geometry):
+    model = tiny_model(geometry)
+    vocab_size = model.config.vocab_size
+    drafts = [
+        (random_ids(3, 5, vocab_size=vocab_size, seed=1), [0, 5, 2]),
+        (random_ids(3, 9, vocab_size=vocab_size, seed=2), [9, 1, 3]),
+        (random_ids(3, 1, vocab_size=vocab_size, seed=3), [1, 1, 0]),
+    ]
+    assert_reads_on_as(model, *draft_by_draft(model, random_ids(3, 6, vocab_size=vocab_size), lengths, drafts))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16])
+def test_cycle_after_cycle(size):
+    model = tiny_model("all kinds")
+    drafts = [(random_ids(2, size, seed=cycle), [cycle % (size + 1), size - cycle % size]) for cycle in range(7)]
+    assert_reads_on_as(model, *draft_by_draft(model, random_ids(2, 3), (3, 2), drafts), slack=2.0)
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [3, 3], [4, 4]])
+def test_rows_that_keep_equally_much_stay_equally_long(counts):
+    model = tiny_model("all kinds")
+    cache, rows = draft_by_draft(model, random_ids(2, 3), (3, 3), [(random_ids(2, 4, seed=1), counts)])
+    assert cache.context_mask() is None
+    assert cache.width == 3 + counts[0]
+    assert_reads_on_as(model, cache, rows)
+
+
+@pytest.mark.parametrize("geometry", ["all kinds", "odd"])
+def test_a_tentative_read_sees_what_a_plain_one_sees(geometry):
+    model = tiny_model(geometry)
+    vocab_size = model.config.vocab_size
+    ids, draft = random_ids(2, 5, vocab_size=vocab_size), random_ids(2, 7, vocab_size=vocab_size, seed=1)
+    mask = torch.tensor([[1] * 5, [1] * 2 + [0] * 3])
+    plain, cache = (context(model, ids, attention_mask=mask) for _ in range(2))
+    hidden_states = model.context_tower(draft, cache, tentative=True)
+    assert cache.width == 5
+    assert_close(hidden_states, model.context_tower(draft, plain))
+    # The denoiser sees only what counts, before as after.
+    block = random_block(2, 3, vocab_size=vocab_size)
+    expected = model.denoise(block, context(model, ids, attention_mask=mask))
+    assert_close(model.denoise(block, cache), expected)
+    cache.accept(torch.tensor([0, 0]))
+    assert_close(model.denoise(block, cache), expected)
+
+
+def test_a_tentative_read_from_the_beginning():
+    model = tiny_model("all kinds")
+    cache, draft = TwoTowerCache(model.config), random_ids(2, 6)
+    model.context_tower(draft, cache, tentative=True)
+    cache.accept(torch.tensor([2, 6]))
+    assert_reads_on_as(model, cache, [draft[0, :2], draft[1]])
+
+
+def test_accepted_states_of_a_bfloat16_model():
+    """Rounded as they come, the chunk's inputs give states as precise as a plain read's."""
+    model = tiny_model("pure Mamba").to(torch.bfloat16)
+    ids, draft = random_ids(2, 5), random_ids(2, 7, seed=1)
+    cache, rows = draft_by_draft(model, ids, (5, 3), [(draft, [4, 7])])
+    for index, row in enumerate(rows):
+        alone = context(model, ids[index : index + 1, : (5, 3)[index]])
+        model(row[None, (5, 3)[index] :], past_key_values=alone)
+        held, expected = cache.view(0), alone.view(0)
+        assert held.ssm.dtype == torch.float32
+        assert held.conv.dtype == torch.bfloat16
+        assert torch.equal(held.conv[index], expected.conv[0])
+        assert_close(held.ssm[index], expected.ssm[0])
+        assert_close(cache.view(1).ssm[index], alone.view(1).ssm[0], torch.bfloat16)
 
 
 def test_an_attention_mask_of_ones_changes_nothing():
@@ -529,6 +633,19 @@ def test_prompts_of_one_token():
 
 
 # What is refused
+
+
+def test_tentative_reads_that_are_refused():
+    model = tiny_model()
+    ids, cache = random_ids(2, 5), TwoTowerCache(model.config)
+    for arguments in ((ids, None), (ids, cache, torch.tensor([1, 2]))):
+        with pytest.raises(ValueError, match="tentative=True needs past_key_values, and counts=None"):
+            model.context_tower(*arguments, tentative=True)
+    model.context_tower(ids, cache, tentative=True)
+    for tentative in (True, False):
+        with pytest.raises(ValueError, match="holds 5 tokens read tentatively"):
+            model.context_tower(ids, cache, tentative=tentative)
+
 
 MASKS = {
     "a hole": ([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1]], r"row 1 of attention_mask has holes: \[1, 0, 1, 1, 1\]"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerances import assert_close
 from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn
 
-from twotower.kernels.causal_conv import causal_conv, inputs_before_blocks
+from twotower.kernels.causal_conv import causal_conv, conv_state, inputs_after_state, inputs_before_blocks
 
 BATCH, CHANNELS = 2, 6
 
@@ -89,6 +89,19 @@ def test_the_state_ends_at_each_rows_last_token(ends):
         expected, expected_after = causal_conv(x[alone, :end], weight, bias, state[alone])
         assert_close(y[alone, :end], expected)
         assert torch.equal(after[alone], expected_after)
+
+
+@pytest.mark.parametrize("ends", [None, [0, 9], [3, 1]])
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("taps", [1, 2, 4, 12])
+def test_the_state_without_the_outputs(taps, state, ends):
+    x, weight, bias, before = draw(9, taps, state=state)
+    padded = inputs_after_state(x, taps, before)
+    assert padded.shape == (BATCH, taps - 1 + 9, CHANNELS)
+    after = conv_state(padded, taps, None if ends is None else torch.tensor(ends))
+    for row, end in enumerate(ends or [9, 9]):
+        _, expected = token_by_token(x[:, :end], weight, bias, before) if end else (None, padded[:, : taps - 1])
+        assert torch.equal(after[row], expected[row].float())
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 7])

@@ -5,7 +5,7 @@ import torch
 from tolerances import assert_close
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-from twotower.kernels.ssd import ssd_scan
+from twotower.kernels.ssd import ssd_scan, ssd_state
 
 BATCH, HEADS, HEAD_DIM, STATE, CHUNK = 2, 4, 5, 6, 8
 RAGGED = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -117,6 +117,33 @@ def test_chunk_states_are_those_before_each_chunk():
         assert_close(chunk_states[:, chunk], token_by_token(**prefix)[1], torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+@pytest.mark.parametrize("tokens", RAGGED)
+def test_the_state_without_the_outputs(tokens, groups, state, dtype):
+    arguments = draw(tokens, groups, state, dtype)
+    _, expected = token_by_token(**arguments)
+    after = ssd_state(*(arguments[name] for name in ("x", "dt", "A", "B", "state")))
+    assert after.dtype == torch.float32
+    assert_close(after, expected, torch.float32)
+
+
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("ends", [[0, 12], [5, 0], [1, 11], [7, 7]])
+def test_the_state_after_each_rows_end(ends, state):
+    arguments = draw(12, state=state)
+    after = ssd_state(*(arguments[name] for name in ("x", "dt", "A", "B", "state")), torch.tensor(ends))
+    for row, end in enumerate(ends):
+        if end == 0:
+            assert torch.equal(after[row], arguments["state"][row] if state else torch.zeros_like(after[row]))
+            continue
+        prefix = {
+            name: arguments[name][:, :end] if name in ("x", "dt", "B", "C") else arguments[name] for name in arguments
+        }
+        assert_close(after[row], token_by_token(**prefix)[1][row], torch.float32)
+
+
 def test_a_large_state_survives_bfloat16_inputs():
     arguments = draw(16, dtype=torch.bfloat16)
     arguments["state"] = arguments["state"] * 1e3
@@ -134,6 +161,8 @@ def test_strong_decay_stays_finite():
     expected, expected_after = token_by_token(**arguments)
     assert_close(y, expected, torch.float32)
     assert_close(after, expected_after, torch.float32)
+    alone = ssd_state(*(arguments[name] for name in ("x", "dt", "A", "B", "state")))
+    assert_close(alone, expected_after, torch.float32)
 
 
 def test_gradients_equal_those_of_the_recurrence():

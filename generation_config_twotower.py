@@ -1,0 +1,152 @@
+"""The knobs of `generate`: transformers' flags, the strategy's own, and what is refused."""
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .unmasking_twotower import UNMASKING_DEFAULTS, check_unmasking
+
+MODES = ("mask_diffusion", "self_speculative", "mock_ar", "ar")
+STRATEGY_DEFAULTS: dict[str, Any] = {
+    "mode": "mask_diffusion",
+    "block_size": None,
+    "steps_per_block": 16,
+    "draft_steps": 1,
+    "seed": None,
+    **UNMASKING_DEFAULTS,
+}
+# Flags without meaning for two towers, or for one cache that only this model has, and the values that ask for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    # beams
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "early_stopping": (False,),
+    "length_penalty": (1.0,),
+    "diversity_penalty": (0.0,),
+    "constraints": (),
+    "force_words_ids": (),
+    # other decoding methods, and other models beside this one
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "low_memory": (False,),
+    "guidance_scale": (1.0,),
+    "use_mtp": (False,),
+    "prompt_lookup_num_tokens": (),
+    "max_matching_ngram_size": (),
+    "is_assistant": (False,),
+    "num_assistant_tokens": (20,),
+    "num_assistant_tokens_schedule": ("constant",),
+    "assistant_confidence_threshold": (0.4,),
+    "assistant_early_exit": (),
+    "assistant_lookbehind": (10,),
+    "target_lookbehind": (10,),
+    "assistant_ensemble_weight": (),
+    "speculation_type": (),
+    # encoders
+    "decoder_start_token_id": (),
+    # the cache and the forward pass
+    "use_cache": (True,),
+    "cache_implementation": (),
+    "cache_config": (),
+    "max_cache_len": (),
+    "compile_config": (),
+    "disable_compile": (),
+    "continuous_batching_config": (),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    # the prompt, which is not to change between what the user gave and what comes back
+    "token_healing": (False,),
+}
+REFUSED_ARGUMENTS = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "inputs_embeds",
+)
+
+
+class TwoTowerGenerationConfig(GenerationConfig):
+    """
+    transformers' generation config and the knobs of the two towers.
+
+    Args:
+        mode (`str`, defaults to `"mask_diffusion"`):
+            `"mask_diffusion"` fills blocks in parallel; `"self_speculative"` lets the denoiser draft and the context
+            tower verify, with the text of `"ar"`; `"mock_ar"` takes one token per denoiser pass; `"ar"` is the
+            context tower alone.
+        block_size (`int`, defaults to the model config's, 16):
+            Tokens per block, at least 1, for `mask_diffusion`; at least 2 for `self_speculative`.
+        steps_per_block (`int`, defaults to 16):
+            Most denoiser passes per block, at least 1; for `mask_diffusion`.
+        draft_steps (`int`, defaults to 1):
+            Most denoiser passes per draft, at least 1; for `self_speculative`.
+        seed (`int` or a list of one per row, defaults to a new one from torch's global generator):
+            With `do_sample`, or the rule `"posterior"`: what a row draws depends on its seed and its text alone. Of
+            `num_return_sequences` the first uses the seed itself.
+        unmasking_rule (`str`, defaults to `"confidence"`), confidence_threshold (`float`, defaults to 0.8), ...:
+            Which predictions a pass commits, and the rules' parameters: see `unmasking_twotower.py`.
+        kwargs:
+            Any other generation flag of transformers.
+
+    Raises:
+        ValueError: for an unknown mode or rule or a value outside its range.
+    """
+
+    def __init__(self, **kwargs: Any):
+        for name in STRATEGY_DEFAULTS:
+            setattr(self, name, kwargs.pop(name, None))
+        kwargs.pop("_from_model_config", None)  # with it, transformers drops flags it does not know when loading
+        super().__init__(**kwargs)
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        super().validate(*args, **kwargs)
+        check_strategy(self)
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
+        """The generation flags of a model config; the strategy's own knobs are not among them."""
+        return cls(**GenerationConfig.from_model_config(model_config).to_dict())
+
+
+def check_strategy(config: GenerationConfig) -> None:
+    """Raise a ValueError for a strategy knob out of range; None means unset."""
+    if config.mode is not None and config.mode not in MODES:
+        raise ValueError(f"mode is {config.mode!r}; use one of {', '.join(MODES)}")
+    for name in ("block_size", "steps_per_block", "draft_steps"):
+        value = getattr(config, name)
+        if value is not None and not (_is_whole(value) and value >= 1):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    seeds = config.seed if isinstance(config.seed, list | tuple) else [config.seed]
+    for seed in seeds:
+        if seed is not None and not (_is_whole(seed) and -(2**63) <= seed < 2**63):
+            raise ValueError(f"seed is {config.seed!r}; give a whole number of 64 bits, or a list of one per row")
+    check_unmasking(config)
+
+
+def check_supported(config: GenerationConfig) -> None:
+    """Refuse by name what has no meaning for two towers."""
+    for name, unset in REFUSED.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in unset:
+            raise ValueError(f"{name}={value!r} is not supported by TwoTower's generate; leave it unset")
+    if config.do_sample and config.temperature is not None and config.temperature <= 0:
+        raise ValueError(f"temperature is {config.temperature!r}; sampling needs it above 0 (or do_sample=False)")
+    if config.mode == "self_speculative" and config.block_size < 2:
+        raise ValueError(f"block_size is {config.block_size}; self_speculative needs one token to know and one to draft")
+    chunk = config.prefill_chunk_size
+    if chunk is not None and not (_is_whole(chunk) and chunk >= 1):
+        raise ValueError(f"prefill_chunk_size is {chunk!r}; it must be a whole number of at least 1")
+    watermark = config.watermarking_config
+    if type(watermark).__name__ == "SynthIDTextWatermarkingConfig" and config.mode not in ("ar", "mock_ar"):
+        raise ValueError(
+            f"watermarking_config is {watermark!r}, which counts calls and needs one token at a time; "
+            f'use mode "ar" or "mock_ar" rather than {config.mode!r}'
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+__all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "check_strategy", "check_supported"]

@@ -1,0 +1,135 @@
+"""Choosing tokens: logits processors per row and position, and noise that depends on seed and position alone.
+
+A token is drawn by the Gumbel-max trick: the argmax of scores plus Gumbel noise is a sample of their softmax. The noise
+of a token is a hash of its row's seed, its position in the row's text and its id, so what a row draws depends neither
+on the rest of the batch nor on the order in which positions are decided.
+
+Shapes: R rows, S positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+# Processors of transformers that look at a position's scores only: all positions go through them at once.
+ELEMENTWISE = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+)
+_GOLDEN_GAMMA = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed number
+_UNIFORM_STREAM = 0x5851F42D4C957F2D
+
+
+class RowLogitsProcessors:
+    """
+    The logits processors of a batch.
+
+    Args:
+        build: row index -> the processors `generate` would make for that row alone. All rows' lists are alike in kind.
+        rows: how many rows there are.
+    """
+
+    def __init__(self, build: Callable[[int], LogitsProcessorList], rows: int):
+        first = build(0)
+        self.sees_text = any(type(processor) not in ELEMENTWISE for processor in first)
+        self.lists = [first, *(build(row) for row in range(1, rows))] if self.sees_text else [first]
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        texts: Callable[[], Sequence[torch.Tensor]],
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Process the logits of several positions of every row.
+
+        A processor that looks at the text is called for one row and position at a time, with that row's own tokens
+        before the position, (1, n), without padding.
+
+        Args:
+            logits: (R, S, V) float32.
+            rows: (R,) of the batch.
+            texts: gives per row its tokens before its last position; before position j are all but the last S - 1 - j.
+            wanted: (R, S) bool, positions that matter; default all.
+
+        Returns:
+            (R, S, V), the argument itself where there is nothing to do.
+        """
+        if not self.lists[0]:
+            return logits
+        scores = logits.clone()
+        where: list[list[int]] = []
+        if self.sees_text:
+            where = (torch.ones_like(logits[..., 0]) if wanted is None else wanted).nonzero().tolist()
+            before, batch_rows = texts(), rows.tolist()
+        for idx, processor in enumerate(self.lists[0]):
+            if type(processor) in ELEMENTWISE:
+                flat = scores.flatten(0, 1)
+                scores = processor(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
+                continue
+            for row, position in where:
+                text = before[row][: len(before[row]) - (logits.shape[1] - 1 - position)]
+                processed = self.lists[batch_rows[row]][idx](text[None], scores[row, position][None])
+                scores[row, position] = processed[0]
+        return scores
+
+
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """
+    Standard Gumbel noise for every token at some positions of some rows.
+
+    Args:
+        seeds: (R,) int64.
+        positions: (R, S) int64, in the row's text.
+        vocab_size: V.
+
+    Returns:
+        (R, S, V) float32, the same on every device.
+    """
+    tokens = torch.arange(vocab_size, device=positions.device)
+    hashed = _hash(_hash(_hash(seeds)[:, None] + positions)[..., None] + tokens)
+    return -(-torch.log1p(-_unit(hashed))).log()
+
+
+def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, step: int) -> torch.Tensor:
+    """(R, S) float32 in (0, 1), another one at every step and independent of [`gumbel_noise`]."""
+    return _unit(_hash(_hash(_hash(seeds ^ _UNIFORM_STREAM)[:, None] + positions) + step))
+
+
+def derived_seeds(seeds: torch.Tensor, copies: int) -> torch.Tensor:
+    """(R,) -> (R x copies,): the seed itself for a row's first copy, other ones for the others."""
+    copy = torch.arange(copies, device=seeds.device)
+    return torch.where(copy == 0, seeds[:, None], _hash(_hash(seeds)[:, None] - copy)).flatten()
+
+
+def _hash(x: torch.Tensor) -> torch.Tensor:
+    """One output of SplitMix64 (Steele et al. 2014) from each int64 state; products wrap around."""
+    x = x + _GOLDEN_GAMMA
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical, where int64's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _unit(hashed: torch.Tensor) -> torch.Tensor:
+    """int64 -> float32 in (0, 1), finest near 0: there lie the largest Gumbel values."""
+    return ((_shift_right(hashed, 11).float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
+
+
+__all__ = ["RowLogitsProcessors", "derived_seeds", "gumbel_noise", "uniform_noise"]

@@ -1,0 +1,265 @@
+"""What decoding writes on: the block in progress, the growing text of every row, and the result.
+
+A row's text ends at its first stop (an end-of-text token, its length limit, a stopping criterion), and what has ended
+leaves the batch. All criteria see one row at a time, without padding.
+
+Shapes: B batch, R rows still generating, P prompt columns, S block, N new tokens of the longest row, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria
+from transformers.utils import ModelOutput
+
+from .cache_twotower import TwoTowerCache
+from .padding_twotower import PackedTokens
+from .unmasking_twotower import Prediction
+
+# What can be recorded of each token, and how its padding is filled; the last two are (B, N, V).
+RECORDS = {"commit_steps": -1, "confidences": torch.nan, "log_probs": torch.nan, "scores": 0.0, "logits": 0.0}
+
+
+@dataclass
+class TwoTowerGenerateOutput(ModelOutput):
+    """
+    Result of `generate(..., return_dict_in_generate=True)`.
+
+    Args:
+        sequences: (B, P + N) the prompts as given, then the new tokens, padded after a row's end.
+        denoiser_forwards: (B,) denoiser passes of each row.
+        context_forwards: (B,) context tower passes of each row: the prompt's, then one per chunk read.
+        tokens_per_forward: (B,) float32, new tokens (end-of-text included) per pass of either tower.
+        tokens_per_denoiser_forward: (B,) float32, new tokens per denoiser pass; None in mode "ar", which has none.
+        commit_steps: (B, N) the denoiser pass of its block, from 0, that proposed each token; -1 for what the context
+            tower chose, what a starting block held, and padding.
+        confidences: (B, N) float32, each token's probability, untempered and before logits processors, under the
+            tower that decided it when it was committed; NaN on padding and what a starting block held.
+        log_probs: (B, N) float32, its log-probability then under the distribution it was taken from: after all
+            logits processors, temperature included; NaN likewise.
+        accepted_lengths: (B,) float32, in mode "self_speculative": mean number of tokens a cycle adds.
+        acceptance: (B, S - 1) float32, likewise: share of a row's cycles that kept the drafted token at each position.
+        scores, logits: N tensors (B, V) float32, with `output_scores` and `output_logits`: what the token was chosen
+            from, after and before logits processors; zero on padding and what a starting block held.
+        past_key_values: the cache after the last chunk read, for a next call.
+    """
+
+    sequences: torch.Tensor
+    denoiser_forwards: torch.Tensor | None = None
+    context_forwards: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    tokens_per_denoiser_forward: torch.Tensor | None = None
+    commit_steps: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    accepted_lengths: torch.Tensor | None = None
+    acceptance: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    past_key_values: TwoTowerCache | None = None
+
+
+class Block:
+    """
+    The canvas of the rows still generating.
+
+    Args:
+        ids: (R, S) tokens, the mask id where none is committed.
+        masked: (R, S) bool, positions still open.
+        recorded: names of what to keep of each token, of [`RECORDS`].
+    """
+
+    def __init__(self, ids: torch.Tensor, masked: torch.Tensor, recorded: tuple[str, ...] = ()):
+        self.ids, self.masked, self.recorded = ids, masked, recorded
+        self.checked = torch.zeros_like(ids[:, 0])  # how many committed tokens were looked at for a stop
+        self.records: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def chosen(
+        cls, prediction: Prediction, steps: torch.Tensor | int, recorded: tuple[str, ...] = ()
+    ) -> "Block":
+        """A block whose every position is what was predicted, committed at `steps`, an int or (R, S)."""
+        block = cls(prediction.tokens, torch.zeros_like(prediction.tokens, dtype=torch.bool), recorded)
+        block.records = block._records_of(prediction, steps)
+        return block
+
+    def commit(self, where: torch.Tensor, prediction: Prediction, step: int) -> None:
+        """Fix the predicted tokens `where` (R, S) says."""
+        self.ids = torch.where(where, prediction.tokens, self.ids)
+        self.masked = self.masked & ~where
+        for name, new in self._records_of(prediction, step).items():
+            old = self.records.get(name, torch.full((), RECORDS[name], dtype=new.dtype, device=new.device))
+            self.records[name] = torch.where(where if new.ndim == 2 else where[..., None], new, old)
+
+    def _records_of(self, prediction: Prediction, steps: torch.Tensor | int) -> dict[str, torch.Tensor]:
+        if not self.recorded:
+            return {}
+        if not isinstance(steps, torch.Tensor):
+            steps = torch.full_like(prediction.tokens, steps)
+        known = {"commit_steps": steps, "confidences": prediction.confidence, **prediction._asdict()}
+        return {name: known[name] for name in self.recorded}
+
+    def commit_steps(self) -> torch.Tensor:
+        """(R, S) as recorded; -1 if nothing is."""
+        return self.records.get("commit_steps", torch.full_like(self.ids, -1))
+
+    def prefix(self) -> torch.Tensor:
+        """(R,) how many positions are committed before the first open one."""
+        return (~self.masked).int().cumprod(1).sum(1)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        if len(rows) == len(self.ids):
+            return
+        self.ids, self.masked, self.checked = self.ids[rows], self.masked[rows], self.checked[rows]
+        self.records = {name: record[rows] for name, record in self.records.items()}
+
+
+class GeneratedText:
+    """
+    The growing texts of a batch: which rows still generate, and what each has cost.
+
+    Args:
+        prompt: the rows' prompts, packed.
+        limits: (B,) most tokens of each row, prompt included.
+        stopping_criteria: end-of-text, time and whatever the user gave; length limits are `limits`.
+        pad_token_id: fills what follows a row's end.
+        recorded: names of what to keep of each token, of [`RECORDS`].
+    """
+
+    def __init__(
+        self,
+        prompt: PackedTokens,
+        limits: torch.Tensor,
+        stopping_criteria: StoppingCriteriaList,
+        pad_token_id: int,
+        recorded: tuple[str, ...] = (),
+    ):
+        ids = prompt.ids
+        self.prompt, self.pad_token_id, self.recorded = ids, pad_token_id, recorded
+        self.prompt_lengths = torch.full_like(ids[:, 0], ids.shape[1]) if prompt.counts is None else prompt.counts
+        self.most_new_tokens = limits - self.prompt_lengths
+        self.eos_ids = [c.eos_token_id.to(ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        self.timers = [c for c in stopping_criteria if isinstance(c, MaxTimeCriteria)]
+        self.criteria = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxTimeCriteria)]
+        self.rows = torch.arange(len(ids), device=ids.device)  # of the batch, those still generating
+        self.new_tokens = torch.zeros_like(self.rows)
+        self.denoiser_forwards = torch.zeros_like(self.rows)
+        self.context_forwards = torch.zeros_like(self.rows)
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.capacity_needed = 0
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(R,) tokens of the rows still generating, prompt included."""
+        return (self.prompt_lengths + self.new_tokens)[self.rows]
+
+    def row(self, row: int) -> torch.Tensor:
+        """The tokens of one row of the batch, without padding."""
+        prompt = self.prompt[row, : int(self.prompt_lengths[row])]
+        if "ids" not in self.buffers:
+            return prompt
+        return torch.cat([prompt, self.buffers["ids"][row, : int(self.new_tokens[row])]])
+
+    def first_stop(
+        self, ids: torch.Tensor, counts: torch.Tensor, checked: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Where the rows' texts end within the next tokens.
+
+        Args:
+            ids: (R, S) tokens to come.
+            counts: (R,) how many of them are final.
+            checked: (R,) how many of those were looked at before; default none.
+
+        Returns:
+            (R,) tokens up to and including each row's first stop, `counts` where there is none, and (R,) bool whether
+            there is one.
+        """
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        stops = columns >= (self.most_new_tokens - self.new_tokens)[self.rows][:, None] - 1
+        for eos in self.eos_ids:
+            stops |= torch.isin(ids, eos)
+        stops &= columns < counts[:, None]
+        stopped = stops.any(1)
+        kept = torch.where(stopped, stops.int().argmax(1) + 1, counts)
+        if self.criteria:
+            kept, stopped = self._first_criterion(ids, kept, stopped, checked)
+        if any(bool(timer(ids, None).any()) for timer in self.timers):
+            stopped = torch.ones_like(stopped)
+        return kept, stopped
+
+    def _first_criterion(
+        self, ids: torch.Tensor, kept: torch.Tensor, stopped: torch.Tensor, checked: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask the user's criteria about every new length of every row; if there is none, again about the present one."""
+        first = [0] * len(ids) if checked is None else checked.tolist()
+        for idx, (row, done, count) in enumerate(zip(self.rows.tolist(), first, kept.tolist(), strict=True)):
+            text, scores = torch.cat([self.row(row), ids[idx, :count]]), self._scores_of(row)
+            before = len(text) - count
+            written = before - int(self.prompt_lengths[row])
+            for length in range(max(min(done + 1, count), written == 0), count + 1):
+                sequence = text[None, : before + length]
+                if any(bool(torch.as_tensor(criterion(sequence, scores)).any()) for criterion in self.criteria):
+                    kept[idx], stopped[idx] = length, True
+                    break
+        return kept, stopped
+
+    def _scores_of(self, row: int) -> tuple[torch.Tensor, ...] | None:
+        """Of the row's written tokens, as transformers hands them to stopping criteria when they are kept."""
+        if "scores" not in self.buffers:
+            return None
+        return tuple(self.buffers["scores"][row, : int(self.new_tokens[row])].unsqueeze(1).unbind(0))
+
+    def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+        """
+        Add each row's first `kept` (R,) tokens of the block; rows that `ended` (R,) generate no more.
+
+        Returns:
+            The indices of the rows that go on.
+        """
+        columns = self.new_tokens[self.rows][:, None] + torch.arange(block.ids.shape[1], device=block.ids.device)
+        self.capacity_needed += block.ids.shape[1]
+        for name, values in {"ids": block.ids, **block.records}.items():
+            # Columns beyond `kept` are written, too, and written over by the next block, or cut from the output.
+            self._buffer(name, values)[self.rows[:, None], columns] = values
+        self.new_tokens[self.rows] += kept
+        if not ended.any():
+            return torch.arange(len(self.rows), device=self.rows.device)
+        going_on = (~ended).nonzero()[:, 0]
+        self.rows = self.rows[going_on]
+        return going_on
+
+    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """(B, columns, ...) with room for what is to be written, doubled as it grows."""
+        held = self.buffers.get(name)
+        if held is None or held.shape[1] < self.capacity_needed:
+            grown = like.new_zeros(len(self.prompt), max(2 * self.capacity_needed, 64), *like.shape[2:])
+            if held is not None:
+                grown[:, : held.shape[1]] = held
+            self.buffers[name] = held = grown
+        return held
+
+    def output(self, prompt_columns: torch.Tensor) -> TwoTowerGenerateOutput:
+        """The result after (B, P) prompts as they were given."""
+        width = int(self.new_tokens.max())
+        padding = torch.arange(width, device=self.rows.device) >= self.new_tokens[:, None]
+        kept: dict[str, Any] = {}
+        for name in ("ids", *self.recorded):
+            values = self.buffers[name][:, :width]
+            fill = RECORDS.get(name, self.pad_token_id)
+            kept[name] = values.masked_fill(padding if values.ndim == 2 else padding[..., None], fill)
+        for name in ("scores", "logits"):
+            if name in kept:
+                kept[name] = kept[name].unbind(1)
+        return TwoTowerGenerateOutput(
+            sequences=torch.cat([prompt_columns, kept.pop("ids")], dim=1),
+            denoiser_forwards=self.denoiser_forwards,
+            context_forwards=self.context_forwards,
+            tokens_per_forward=self.new_tokens / (self.denoiser_forwards + self.context_forwards),
+            **kept,
+        )
+
+
+__all__ = ["Block", "GeneratedText", "TwoTowerGenerateOutput"]
