@@ -133,7 +133,7 @@ def check_supported(config: GenerationConfig) -> None:
     if config.do_sample and config.temperature is not None and config.temperature <= 0:
         raise ValueError(f"temperature is {config.temperature!r}; sampling needs it above 0 (or do_sample=False)")
     if config.mode == "self_speculative" and config.block_size < 2:
-        raise ValueError(f"block_size is {config.block_size}; self_speculative needs one token to know and one to draft")
+        raise ValueError(f"block_size is {config.block_size}; self_speculative needs at least 2")
     chunk = config.prefill_chunk_size
     if chunk is not None and not (_is_whole(chunk) and chunk >= 1):
         raise ValueError(f"prefill_chunk_size is {chunk!r}; it must be a whole number of at least 1")

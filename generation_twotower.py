@@ -8,7 +8,6 @@ Shapes: B batch, R rows still generating, P prompt columns, S block, V vocabular
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .cache_twotower import TwoTowerCache
+from .decoding_twotower import BlockStep, Decoding
 from .generation_config_twotower import (
     MODES,
     REFUSED_ARGUMENTS,
@@ -27,205 +27,14 @@ from .generation_config_twotower import (
     check_supported,
 )
 from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
-from .sampling_twotower import RowLogitsProcessors, derived_seeds, gumbel_noise, uniform_noise
+from .sampling_twotower import RowLogitsProcessors, derived_seeds, gumbel_noise
 from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput
-from .unmasking_twotower import Prediction, UnmaskingRule, unmasking_rule
+from .unmasking_twotower import Prediction, UnmaskingRule, log_prob
 
 logger = logging.get_logger(__name__)
 
 # Arguments of ours that `generate` passes through to the decoding method.
 CALL_ARGUMENTS = ("step_callback", "starting_block")
-
-
-@dataclass
-class BlockStep:
-    """
-    What `step_callback` sees after a denoiser pass and before its commits.
-
-    It may change `commit` (veto: False; commit more: True) and `tokens` (replace), in place or by assignment. What the
-    last step leaves open is committed by no later one, so a veto there is an error; replace the token instead.
-
-    Args:
-        rows: (R,) of the batch, those still generating.
-        block: number of the block, from 0.
-        step: number of the pass within the block, from 0.
-        steps: most passes of the block.
-        ids: (R, S) the block before this step's commits, the mask id where open.
-        committed: (R, S) bool, likewise.
-        timestep: (R,) float32 given to the denoiser.
-        logits: (R, S, V) float32, the mask id at -inf.
-        tokens: (R, S) predictions.
-        confidence: (R, S) their untempered probabilities.
-        commit: (R, S) bool, open positions the unmasking rule commits now.
-    """
-
-    rows: torch.Tensor
-    block: int
-    step: int
-    steps: int
-    ids: torch.Tensor
-    committed: torch.Tensor
-    timestep: torch.Tensor
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    confidence: torch.Tensor
-    commit: torch.Tensor
-
-
-@dataclass
-class Decoding:
-    """What the decoding methods share during one call."""
-
-    text: GeneratedText
-    cache: TwoTowerCache
-    unread: PackedTokens
-    config: GenerationConfig
-    processors: RowLogitsProcessors
-    rule: UnmaskingRule
-    seeds: torch.Tensor | None
-    mask_token_id: int
-    starting_block: torch.Tensor | None
-    step_callback: Callable[[BlockStep], None] | None
-    streamer: BaseStreamer | None
-    keep_cache: bool
-    cycles: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, (R, S - 1) drafts kept
-    # Rows that have ended, and their part of the cache.
-    ended: list[tuple[torch.Tensor, TwoTowerCache]] = field(default_factory=list)
-
-    def open_block(self, known: torch.Tensor) -> Block:
-        """A block that begins with `known` (R, n) tokens; the mask id among them is a token like any other."""
-        rows, size = len(known), self.config.block_size
-        masked = torch.arange(size, device=known.device).expand(rows, size) >= known.shape[1]
-        open_columns = known.new_full((rows, size - known.shape[1]), self.mask_token_id)
-        return Block(torch.cat([known, open_columns], dim=1), masked, self.text.recorded)
-
-    def first_block(self) -> Block:
-        """An open block, or the user's starting block."""
-        rows = self.text.rows
-        block = self.open_block(rows.new_empty(len(rows), 0))
-        if self.starting_block is not None:
-            given = self.starting_block.to(rows.device)
-            block.ids[:, : given.shape[1]] = given
-            block.masked = block.ids == self.mask_token_id
-        return block
-
-    def end_rows(self, block: Block) -> torch.Tensor:
-        """Write and drop the rows whose text ends within the block's committed beginning; see `write`."""
-        prefix = block.prefix()
-        kept, ended = self.text.first_stop(block.ids, prefix, block.checked)
-        block.checked = prefix
-        if not ended.any():
-            return self.text.rows
-        return self.write(block, kept.where(ended, 0), ended)
-
-    def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
-        """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
-        rows = self.text.rows
-        if self.streamer is not None:
-            self._stream(block.ids, kept)
-        going_on = self.text.write(block, kept, ended)
-        if len(going_on) < len(rows):
-            if self.keep_cache:
-                left = ended.nonzero()[:, 0]
-                self.ended.append((rows[left], self.cache.copy_rows(left)))
-            if len(going_on) > 0:
-                self.cache.select_rows(going_on)
-            block.select_rows(going_on)
-        return going_on
-
-    def _stream(self, ids: torch.Tensor, kept: torch.Tensor) -> None:
-        width = int(kept.max())
-        if self.streamer is not None and width > 0:
-            beyond = torch.arange(width, device=ids.device) >= kept[:, None]
-            self.streamer.put(ids[:, :width].masked_fill(beyond, self.text.pad_token_id).cpu())
-
-    def seeds_and_positions(self, positions: int, known: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(R,) seeds and (R, S) places in the rows' texts, of which the first `known` hold their newest tokens."""
-        assert self.seeds is not None
-        columns = torch.arange(positions, device=self.text.rows.device) - known
-        return self.seeds[self.text.rows], self.text.lengths[:, None] + columns
-
-    def uniform(self, block: Block, step: int, known: int) -> torch.Tensor:
-        return uniform_noise(*self.seeds_and_positions(block.ids.shape[1], known), step)
-
-    def ask(
-        self,
-        block: Block,
-        prediction: Prediction,
-        commit: torch.Tensor,
-        timestep: torch.Tensor,
-        step: int,
-        steps: int,
-        number: int,
-    ) -> tuple[Prediction, torch.Tensor]:
-        """What the user's callback makes of a pass."""
-        assert self.step_callback is not None
-        state = BlockStep(
-            rows=self.text.rows,
-            block=number,
-            step=step,
-            steps=steps,
-            ids=block.ids.clone(),
-            committed=~block.masked,
-            timestep=timestep,
-            logits=prediction.logits,
-            tokens=prediction.tokens.clone(),
-            confidence=prediction.confidence,
-            commit=commit.clone(),
-        )
-        self.step_callback(state)
-        commit = state.commit.bool() & block.masked
-        if step == steps - 1 and not torch.equal(commit, block.masked):
-            row, column = (block.masked & ~commit).nonzero()[0].tolist()
-            raise ValueError(
-                f"step_callback vetoed position {column} of row {int(self.text.rows[row])} in the last of {steps} steps; "
-                "replace its token or raise steps_per_block"
-            )
-        wrong = state.tokens[commit & ((state.tokens < 0) | (state.tokens >= prediction.logits.shape[-1]))]
-        if len(wrong) > 0:
-            raise ValueError(f"step_callback committed token {int(wrong[0])}, outside the vocabulary")
-        if (state.tokens[commit] == self.mask_token_id).any():
-            raise ValueError(f"step_callback committed the mask id {self.mask_token_id}; veto the position instead")
-        log_probs = None if prediction.log_probs is None else _log_prob(prediction.scores, state.tokens)
-        confidence = _log_prob(prediction.logits, state.tokens).exp()
-        return Prediction(prediction.logits, state.tokens, confidence, log_probs, prediction.scores), commit
-
-    def count_accepted(self, drafted: torch.Tensor) -> None:
-        """Remember one cycle: (R, S - 1) 1 where a drafted token was kept."""
-        self.cycles.append((self.text.rows, drafted))
-
-    def output(self, prompt_columns: torch.Tensor) -> TwoTowerGenerateOutput:
-        """The result after (B, P) prompts as they were given."""
-        output = self.text.output(prompt_columns)
-        if self.config.mode != "ar":
-            output.tokens_per_denoiser_forward = self.text.new_tokens / self.text.denoiser_forwards
-        if self.config.mode == "self_speculative":
-            batch, positions = len(self.text.new_tokens), self.config.block_size - 1
-            cycles = output.sequences.new_zeros(batch, dtype=torch.float32)
-            kept = cycles.new_zeros(batch, positions)
-            for rows, drafted in self.cycles:
-                cycles[rows] += 1
-                kept[rows] += drafted
-            output.acceptance = kept / cycles[:, None]
-            output.accepted_lengths = output.acceptance.sum(1) + 1
-        if self.keep_cache:
-            output.past_key_values = self.cache
-        return output
-
-    def show_draft(self, ids: torch.Tensor) -> None:
-        if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(ids.cpu())
-
-    def restore_cache(self) -> None:
-        """Bring the rows that left the cache back, in the order of the batch."""
-        if not self.ended:
-            return
-        order = torch.cat([rows for rows, _ in self.ended] + [self.text.rows])
-        parts = [part for _, part in self.ended]
-        if len(self.text.rows) > 0:
-            parts.append(self.cache.copy_rows(torch.arange(len(self.text.rows), device=order.device)))
-        self.cache.replace_rows(parts)
-        self.cache.select_rows(order.argsort())
 
 
 class TwoTowerGenerationMixin(GenerationMixin):
@@ -411,9 +220,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
             raise ValueError(
                 "synced_gpus=True is not supported: rows of different ranks take different numbers of passes"
             )
-        run = self._begin(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-        )
+        run = self._begin(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
         decode = {
             "mask_diffusion": self._mask_diffusion,
             "self_speculative": self._self_speculative,
@@ -462,7 +269,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
             unread=_unread(prompt, lengths, cache),
             config=config,
             processors=processors,
-            rule=unmasking_rule(config),
+            rule=UnmaskingRule(config),
             seeds=_seeds(config, len(input_ids), input_ids.device),
             mask_token_id=self.config.mask_token_id,
             starting_block=self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids)),
@@ -478,13 +285,15 @@ class TwoTowerGenerationMixin(GenerationMixin):
             return None
         if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
             raise ValueError(
-                f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, of at "
-                f"most block_size {config.block_size} tokens"
+                f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "
+                f"of at most block_size {config.block_size} tokens"
             )
         low, high = int(block.min()), int(block.max())
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
-            raise ValueError(f"starting_block holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
+            raise ValueError(
+                f"starting_block holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens"
+            )
         return block
 
     # The modes.
@@ -644,12 +453,8 @@ class TwoTowerGenerationMixin(GenerationMixin):
         if run.config.do_sample:
             noisy = scores + gumbel_noise(*run.seeds_and_positions(positions, known), logits.shape[-1])
         tokens = noisy.argmax(-1)
-        log_probs = _log_prob(scores, tokens) if run.text.recorded else None
-        return Prediction(logits, tokens, _log_prob(logits, tokens).exp(), log_probs, scores)
-
-
-def _log_prob(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+        log_probs = log_prob(scores, tokens) if run.text.recorded else None
+        return Prediction(logits, tokens, log_prob(logits, tokens).exp(), log_probs, scores)
 
 
 def _most_tokens(config: GenerationConfig, prompt_length: Any) -> Any:
@@ -674,13 +479,16 @@ def _seeds(config: GenerationConfig, rows: int, device: torch.device) -> torch.T
     if len(seeds) == rows:
         return seeds
     if len(seeds) * copies != rows:
-        raise ValueError(f"seed holds {len(seeds)} numbers for {rows // copies} prompts; give one for each, or one int")
+        raise ValueError(
+            f"seed holds {len(seeds)} numbers for {rows // copies} prompts; give one for each, or one int"
+        )
     return derived_seeds(seeds, copies)
 
 
 def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache:
     if cache.batch_size * copies != rows:
         raise ValueError(f"past_key_values holds {cache.batch_size} rows, input_ids {rows // copies}")
+    assert cache.lengths is not None
     return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
 
 
@@ -692,8 +500,8 @@ def _unread(prompt: PackedTokens, lengths: torch.Tensor, cache: TwoTowerCache) -
     if (counts < 1).any():
         row = int((counts < 1).nonzero()[0])
         raise ValueError(
-            f"past_key_values holds {int(cache.lengths[row])} tokens of row {row}, whose text has {int(lengths[row])}; "
-            "give the whole text as input_ids, at least one token longer"
+            f"past_key_values holds {int(cache.lengths[row])} tokens of row {row}, whose text has "
+            f"{int(lengths[row])}; give the whole text as input_ids, at least one token longer"
         )
     width = int(counts.max())
     columns = (lengths - counts)[:, None] + torch.arange(width, device=lengths.device)

@@ -47,6 +47,7 @@ from .loading_twotower import (
 )
 from .objective_twotower import LossWeighting, check_objective, masked_cross_entropy, sample_masked
 from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
+from .released_twotower import ReleasedInterface
 
 
 @dataclass
@@ -128,7 +129,7 @@ TWOTOWER_PARTS = (
 )
 
 
-class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, TwoTowerGenerationMixin):
+class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoTowerGenerationMixin):
     """
     Context tower, denoiser tower, their heads and the time conditioning, under the released checkpoint's names.
 

@@ -1,8 +1,8 @@
 """Choosing tokens: logits processors per row and position, and noise that depends on seed and position alone.
 
-A token is drawn by the Gumbel-max trick: the argmax of scores plus Gumbel noise is a sample of their softmax. The noise
-of a token is a hash of its row's seed, its position in the row's text and its id, so what a row draws depends neither
-on the rest of the batch nor on the order in which positions are decided.
+A token is drawn by the Gumbel-max trick: the argmax of scores plus Gumbel noise is a sample of their softmax. The
+noise of a token is a hash of its row's seed, its position in the row's text and its id, so what a row draws depends
+neither on the rest of the batch nor on the order in which positions are decided.
 
 Shapes: R rows, S positions, V vocabulary.
 """

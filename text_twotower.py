@@ -77,9 +77,7 @@ class Block:
         self.records: dict[str, torch.Tensor] = {}
 
     @classmethod
-    def chosen(
-        cls, prediction: Prediction, steps: torch.Tensor | int, recorded: tuple[str, ...] = ()
-    ) -> "Block":
+    def chosen(cls, prediction: Prediction, steps: torch.Tensor | int, recorded: tuple[str, ...] = ()) -> "Block":
         """A block whose every position is what was predicted, committed at `steps`, an int or (R, S)."""
         block = cls(prediction.tokens, torch.zeros_like(prediction.tokens, dtype=torch.bool), recorded)
         block.records = block._records_of(prediction, steps)
@@ -193,7 +191,7 @@ class GeneratedText:
     def _first_criterion(
         self, ids: torch.Tensor, kept: torch.Tensor, stopped: torch.Tensor, checked: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ask the user's criteria about every new length of every row; if there is none, again about the present one."""
+        """Ask the user's criteria about every new length of every row; if there is none, the present one."""
         first = [0] * len(ids) if checked is None else checked.tolist()
         for idx, (row, done, count) in enumerate(zip(self.rows.tolist(), first, kept.tolist(), strict=True)):
             text, scores = torch.cat([self.row(row), ids[idx, :count]]), self._scores_of(row)

@@ -1,0 +1,212 @@
+"""What the decoding methods share during one call: text, cache, knobs, and how tokens get from one to the other.
+
+Shapes: B batch, R rows still generating, P prompt columns, S block, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from .cache_twotower import TwoTowerCache
+from .padding_twotower import PackedTokens
+from .sampling_twotower import RowLogitsProcessors, uniform_noise
+from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput
+from .unmasking_twotower import Prediction, UnmaskingRule, log_prob
+
+
+@dataclass
+class BlockStep:
+    """
+    What `step_callback` sees after a denoiser pass and before its commits.
+
+    It may change `commit` (veto: False; commit more: True) and `tokens` (replace), in place or by assignment. What the
+    last step leaves open is committed by no later one, so a veto there is an error; replace the token instead.
+
+    Args:
+        rows: (R,) of the batch, those still generating.
+        block: number of the block, from 0.
+        step: number of the pass within the block, from 0.
+        steps: most passes of the block.
+        ids: (R, S) the block before this step's commits, the mask id where open.
+        committed: (R, S) bool, likewise.
+        timestep: (R,) float32 given to the denoiser.
+        logits: (R, S, V) float32, the mask id at -inf.
+        tokens: (R, S) predictions.
+        confidence: (R, S) their untempered probabilities.
+        commit: (R, S) bool, open positions the unmasking rule commits now.
+    """
+
+    rows: torch.Tensor
+    block: int
+    step: int
+    steps: int
+    ids: torch.Tensor
+    committed: torch.Tensor
+    timestep: torch.Tensor
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    confidence: torch.Tensor
+    commit: torch.Tensor
+
+
+@dataclass
+class Decoding:
+    """What the decoding methods share during one call."""
+
+    text: GeneratedText
+    cache: TwoTowerCache
+    unread: PackedTokens
+    config: GenerationConfig
+    processors: RowLogitsProcessors
+    rule: UnmaskingRule
+    seeds: torch.Tensor | None
+    mask_token_id: int
+    starting_block: torch.Tensor | None
+    step_callback: Callable[[BlockStep], None] | None
+    streamer: BaseStreamer | None
+    keep_cache: bool
+    cycles: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, (R, S - 1) drafts kept
+    # Rows that have ended, and their part of the cache.
+    ended: list[tuple[torch.Tensor, TwoTowerCache]] = field(default_factory=list)
+
+    def open_block(self, known: torch.Tensor) -> Block:
+        """A block that begins with `known` (R, n) tokens; the mask id among them is a token like any other."""
+        rows, size = len(known), self.config.block_size
+        masked = torch.arange(size, device=known.device).expand(rows, size) >= known.shape[1]
+        open_columns = known.new_full((rows, size - known.shape[1]), self.mask_token_id)
+        return Block(torch.cat([known, open_columns], dim=1), masked, self.text.recorded)
+
+    def first_block(self) -> Block:
+        """An open block, or the user's starting block."""
+        rows = self.text.rows
+        block = self.open_block(rows.new_empty(len(rows), 0))
+        if self.starting_block is not None:
+            given = self.starting_block.to(rows.device)
+            block.ids[:, : given.shape[1]] = given
+            block.masked = block.ids == self.mask_token_id
+        return block
+
+    def end_rows(self, block: Block) -> torch.Tensor:
+        """Write and drop the rows whose text ends within the block's committed beginning; see `write`."""
+        prefix = block.prefix()
+        kept, ended = self.text.first_stop(block.ids, prefix, block.checked)
+        block.checked = prefix
+        if not ended.any():
+            return self.text.rows
+        return self.write(block, kept.where(ended, 0), ended)
+
+    def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+        """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
+        rows = self.text.rows
+        if self.streamer is not None:
+            self._stream(block.ids, kept)
+        going_on = self.text.write(block, kept, ended)
+        if len(going_on) < len(rows):
+            if self.keep_cache:
+                left = ended.nonzero()[:, 0]
+                self.ended.append((rows[left], self.cache.copy_rows(left)))
+            if len(going_on) > 0:
+                self.cache.select_rows(going_on)
+            block.select_rows(going_on)
+        return going_on
+
+    def _stream(self, ids: torch.Tensor, kept: torch.Tensor) -> None:
+        width = int(kept.max())
+        if self.streamer is not None and width > 0:
+            beyond = torch.arange(width, device=ids.device) >= kept[:, None]
+            self.streamer.put(ids[:, :width].masked_fill(beyond, self.text.pad_token_id).cpu())
+
+    def seeds_and_positions(self, positions: int, known: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R,) seeds and (R, S) places in the rows' texts, of which the first `known` hold their newest tokens."""
+        assert self.seeds is not None
+        columns = torch.arange(positions, device=self.text.rows.device) - known
+        return self.seeds[self.text.rows], self.text.lengths[:, None] + columns
+
+    def uniform(self, block: Block, step: int, known: int) -> torch.Tensor:
+        return uniform_noise(*self.seeds_and_positions(block.ids.shape[1], known), step)
+
+    def ask(
+        self,
+        block: Block,
+        prediction: Prediction,
+        commit: torch.Tensor,
+        timestep: torch.Tensor,
+        step: int,
+        steps: int,
+        number: int,
+    ) -> tuple[Prediction, torch.Tensor]:
+        """What the user's callback makes of a pass."""
+        assert self.step_callback is not None
+        state = BlockStep(
+            rows=self.text.rows,
+            block=number,
+            step=step,
+            steps=steps,
+            ids=block.ids.clone(),
+            committed=~block.masked,
+            timestep=timestep,
+            logits=prediction.logits,
+            tokens=prediction.tokens.clone(),
+            confidence=prediction.confidence,
+            commit=commit.clone(),
+        )
+        self.step_callback(state)
+        commit = state.commit.bool() & block.masked
+        if step == steps - 1 and not torch.equal(commit, block.masked):
+            row, column = (block.masked & ~commit).nonzero()[0].tolist()
+            raise ValueError(
+                f"step_callback vetoed position {column} of row {int(self.text.rows[row])} in the last of {steps} "
+                "steps; replace its token or raise steps_per_block"
+            )
+        wrong = state.tokens[commit & ((state.tokens < 0) | (state.tokens >= prediction.logits.shape[-1]))]
+        if len(wrong) > 0:
+            raise ValueError(f"step_callback committed token {int(wrong[0])}, outside the vocabulary")
+        if (state.tokens[commit] == self.mask_token_id).any():
+            raise ValueError(f"step_callback committed the mask id {self.mask_token_id}; veto the position instead")
+        scores = prediction.scores
+        log_probs = None if scores is None else log_prob(scores, state.tokens)
+        confidence = log_prob(prediction.logits, state.tokens).exp()
+        return Prediction(prediction.logits, state.tokens, confidence, log_probs, prediction.scores), commit
+
+    def count_accepted(self, drafted: torch.Tensor) -> None:
+        """Remember one cycle: (R, S - 1) 1 where a drafted token was kept."""
+        self.cycles.append((self.text.rows, drafted))
+
+    def output(self, prompt_columns: torch.Tensor) -> TwoTowerGenerateOutput:
+        """The result after (B, P) prompts as they were given."""
+        output = self.text.output(prompt_columns)
+        if self.config.mode != "ar":
+            output.tokens_per_denoiser_forward = self.text.new_tokens / self.text.denoiser_forwards
+        if self.config.mode == "self_speculative":
+            batch, positions = len(self.text.new_tokens), self.config.block_size - 1
+            cycles = output.sequences.new_zeros(batch, dtype=torch.float32)
+            kept = cycles.new_zeros(batch, positions)
+            for rows, drafted in self.cycles:
+                cycles[rows] += 1
+                kept[rows] += drafted
+            output.acceptance = kept / cycles[:, None]
+            output.accepted_lengths = output.acceptance.sum(1) + 1
+        if self.keep_cache:
+            output.past_key_values = self.cache
+        return output
+
+    def show_draft(self, ids: torch.Tensor) -> None:
+        if self.streamer is not None and hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(ids.cpu())
+
+    def restore_cache(self) -> None:
+        """Bring the rows that left the cache back, in the order of the batch."""
+        if not self.ended:
+            return
+        order = torch.cat([rows for rows, _ in self.ended] + [self.text.rows])
+        parts = [part for _, part in self.ended]
+        if len(self.text.rows) > 0:
+            parts.append(self.cache.copy_rows(torch.arange(len(self.text.rows), device=order.device)))
+        self.cache.replace_rows(parts)
+        self.cache.select_rows(order.argsort())
+
+
+__all__ = ["BlockStep", "Decoding"]
