@@ -69,8 +69,12 @@ class Decoding:
     streamer: BaseStreamer | None
     keep_cache: bool
     cycles: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, (R, S - 1) drafts kept
-    # Rows that have ended, and their part of the cache.
+    # Rows that have left the cache and what it held of them, and those it still holds.
     ended: list[tuple[torch.Tensor, TwoTowerCache]] = field(default_factory=list)
+    cached_rows: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cached_rows = self.text.rows
 
     def open_block(self, known: torch.Tensor) -> Block:
         """A block that begins with `known` (R, n) tokens; the mask id among them is a token like any other."""
@@ -104,13 +108,13 @@ class Decoding:
         if self.streamer is not None:
             self._stream(block.ids, kept)
         going_on = self.text.write(block, kept, ended)
-        if len(going_on) < len(rows):
+        block.select_rows(going_on)
+        if 0 < len(going_on) < len(rows):  # the last rows to end need not leave
             if self.keep_cache:
                 left = ended.nonzero()[:, 0]
                 self.ended.append((rows[left], self.cache.copy_rows(left)))
-            if len(going_on) > 0:
-                self.cache.select_rows(going_on)
-            block.select_rows(going_on)
+            self.cache.select_rows(going_on)
+            self.cached_rows = self.text.rows
         return going_on
 
     def _stream(self, ids: torch.Tensor, kept: torch.Tensor) -> None:
@@ -198,15 +202,13 @@ class Decoding:
             self.streamer.put_draft(ids.cpu())
 
     def restore_cache(self) -> None:
-        """Bring the rows that left the cache back, in the order of the batch."""
-        if not self.ended:
-            return
-        order = torch.cat([rows for rows, _ in self.ended] + [self.text.rows])
-        parts = [part for _, part in self.ended]
-        if len(self.text.rows) > 0:
-            parts.append(self.cache.copy_rows(torch.arange(len(self.text.rows), device=order.device)))
-        self.cache.replace_rows(parts)
-        self.cache.select_rows(order.argsort())
+        """Bring the rows that left the cache back, in the order of the batch; of a failed cycle nothing counts."""
+        if self.cache.tentative:
+            self.cache.accept(torch.zeros_like(self.cached_rows))
+        if self.ended:
+            remaining = torch.arange(len(self.cached_rows), device=self.cached_rows.device)
+            self.cache.replace_rows([part for _, part in self.ended] + [self.cache.copy_rows(remaining)])
+            self.cache.select_rows(torch.cat([rows for rows, _ in self.ended] + [self.cached_rows]).argsort())
 
 
 __all__ = ["BlockStep", "Decoding"]

@@ -77,11 +77,14 @@ class TwoTowerGenerationMixin(GenerationMixin):
             return super().generate(None, generation_config, **kwargs)
         attention_mask = kwargs.pop("attention_mask", None)
         continued = kwargs.get("past_key_values") is not None
-        input_ids, attention_mask = self._check_prompt(input_ids, attention_mask, generation_config, continued)
-        if attention_mask is None:
-            return super().generate(input_ids, generation_config, **kwargs)
+        bos_token_id = kwargs.get("bos_token_id", getattr(generation_config, "bos_token_id", None))
+        input_ids, padding_mask = self._check_prompt(input_ids, attention_mask, bos_token_id, continued)
+        if padding_mask is None:
+            # A mask of ones is passed on: without one, transformers takes every padding id for padding.
+            mask = None if attention_mask is None else torch.ones_like(input_ids)
+            return super().generate(input_ids, generation_config, attention_mask=mask, **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
-        left_ids, left_mask = _pad_left(input_ids, attention_mask)
+        left_ids, left_mask = _pad_left(input_ids, padding_mask)
         output = super().generate(left_ids, generation_config, attention_mask=left_mask, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
@@ -91,14 +94,13 @@ class TwoTowerGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        generation_config: GenerationConfig | None,
+        bos_token_id: int | None,
         continued: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
         mask = check_attention_mask(input_ids, attention_mask, holes=continued)
         if input_ids.shape[1] == 0:
-            given = None if generation_config is None else generation_config.bos_token_id
-            bos = self.generation_config.bos_token_id if given is None else given
+            bos = self.generation_config.bos_token_id if bos_token_id is None else bos_token_id
             if bos is None:
                 raise ValueError(
                     "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
