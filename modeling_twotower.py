@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHAttention,
+    NemotronHExperts,
     NemotronHMamba2Mixer,
     NemotronHMLP,
     NemotronHMoE,
@@ -106,6 +108,13 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for its decorator in this file; it stands on the experts we import
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Where none is asked for by name, grouped_mm with a loop over the experts of a lone token."""
+        if requested_experts == GROUPED_MM_OR_LOOP:
+            return requested_experts
+        chosen = super().get_correct_experts_implementation(requested_experts)
+        return GROUPED_MM_OR_LOOP if requested_experts is None and chosen == "grouped_mm" else chosen
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """torch's grouped product wants rows of whole 16 bytes; experts of other sizes fall back to "eager"."""
@@ -595,6 +604,23 @@ class TwoTowerRouter(NemotronHTopkRouter):
         strongest = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1, sorted=False).indices
         weak = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, strongest, False)
         return grouped.masked_fill(weak[..., None], 0.0).flatten(-2)
+
+
+def grouped_mm_or_loop(
+    experts: NemotronHExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """(T, H) tokens through their experts: torch's grouped product, whose preparation one token on a CPU is spared."""
+    if len(hidden_states) > 1 or hidden_states.device.type != "cpu" or torch.is_grad_enabled():
+        return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
+    out = torch.zeros((), dtype=weights.dtype)
+    for expert, weight in zip(indices[0].tolist(), weights[0], strict=True):
+        activated = experts.act_fn(F.linear(hidden_states, experts.up_proj[expert]))
+        out = out + F.linear(activated, experts.down_proj[expert]) * weight
+    return out.to(hidden_states.dtype)
+
+
+GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"
+ExpertsInterface.register(GROUPED_MM_OR_LOOP, grouped_mm_or_loop)
 
 
 class TwoTowerMoE(NemotronHMoE):

@@ -41,9 +41,12 @@ def causal_conv_reference(
 ) -> torch.Tensor:
     """The equation above in float32, one shifted product per tap; `padded` is (B, K - 1 + T, C)."""
     inputs, weight = padded.float(), weight.float()
-    y = inputs[:, :tokens] * weight[:, 0]
-    for tap in range(1, weight.shape[1]):
-        y = torch.addcmul(y, inputs[:, tap : tap + tokens], weight[:, tap])
+    if tokens == 1:
+        y = (inputs * weight.T).sum(1, keepdim=True)
+    else:
+        y = inputs[:, :tokens] * weight[:, 0]
+        for tap in range(1, weight.shape[1]):
+            y = torch.addcmul(y, inputs[:, tap : tap + tokens], weight[:, tap])
     if bias is not None:
         y = y + bias.float()
     return ACT2FN[activation](y).to(padded.dtype)

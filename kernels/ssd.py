@@ -56,8 +56,11 @@ def ssd_scan(
     x, dt, A, B, C = (tensor.float() for tensor in (x, dt, A, B, C))
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
-    outputs, chunk_states = [], []
     state = state.float()
+    if x.shape[1] == 1 and not return_chunk_states:
+        y, state = ssd_step_reference(x, dt, A, B, C, state)
+        return ScanOutput(torch.addcmul(y, D.float()[:, None], x).to(dtype), state)
+    outputs, chunk_states = [], []
     for start in range(0, x.shape[1], chunk_size):
         columns = slice(start, start + chunk_size)
         if return_chunk_states:
@@ -108,6 +111,19 @@ def ssd_state_reference(
     weighted = x * (dt * (total[:, None] - log_decay).exp())[..., None]  # (B, T, H, P)
     grouped = weighted.unflatten(2, (B.shape[2], -1)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, G, H/G * P, T)
     return total.exp()[..., None, None] * state + (grouped @ B.transpose(1, 2)).view_as(state)
+
+
+def ssd_step_reference(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence itself for one token, T = 1, in float32 without the skip term: as [`ssd_chunk_reference`]."""
+    batch, _, heads, head_dim = x.shape
+    groups = B.shape[2]
+    xdt = (x * dt[..., None]).view(batch, groups, -1, 1)  # (B, G, H/G * P, 1)
+    decayed = (state * (dt * A).exp().view(batch, heads, 1, 1)).view(batch, groups, xdt.shape[2], -1)
+    state = torch.addcmul(decayed, xdt, B.transpose(1, 2))  # (B, G, H/G * P, N)
+    y = state @ C.transpose(1, 2).transpose(-1, -2)
+    return y.view(batch, 1, heads, head_dim), state.view(batch, heads, head_dim, -1)
 
 
 def ssd_chunk_reference(

@@ -188,7 +188,7 @@ def test_the_correction_bias_decides_but_does_not_weigh():
 def test_expert_sizes_torch_cannot_group():
     odd, even = tiny_model("odd").config, tiny_model().config
     assert odd._experts_implementation == "eager"
-    assert even._experts_implementation == "grouped_mm"
+    assert even._experts_implementation == "grouped_mm_or_loop"
     with pytest.raises(ValueError, match=r"multiples of 8, not \(30, 9\)"):
         TwoTowerForBlockDiffusion(tiny_config("odd", experts_implementation="grouped_mm"))
 
@@ -707,3 +707,18 @@ def test_other_rows_than_the_caches_are_refused():
             call(ids, cache)
     with pytest.raises(ValueError, match="input_ids has 3 rows, but past_key_values holds 2"):
         model(ids, past_key_values=cache)
+
+
+def test_a_lone_token_gets_from_its_experts_what_it_gets_among_others():
+    moe = tiny_model("base").context_tower.layers[1].mixer
+    hidden_states = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = moe(hidden_states)
+        alone = torch.cat([moe(hidden_states[:, idx : idx + 1]) for idx in range(5)], dim=1)
+    assert_close(alone, together)
+
+
+def test_an_experts_implementation_asked_for_by_name_is_kept():
+    for name in ("eager", "batched_mm", "grouped_mm", "grouped_mm_or_loop"):
+        model = TwoTowerForBlockDiffusion(tiny_config(experts_implementation=name))
+        assert model.config._experts_implementation == name

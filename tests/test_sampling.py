@@ -280,7 +280,9 @@ def test_ar_is_transformers_generate(model, rows, name, side):
 @pytest.mark.parametrize("name", WARPERS)
 def test_scores_are_those_of_transformers(model, rows, name):
     baseline = context_tower_in_transformers(model)
-    ours = generate(model, rows[0][None], mode="ar", do_sample=True, seed=1, max_new_tokens=1, output_scores=True, **WARPERS[name])
+    ours = generate(
+        model, rows[0][None], mode="ar", do_sample=True, seed=1, max_new_tokens=1, output_scores=True, **WARPERS[name]
+    )
     flags = {"do_sample": True, "max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True}
     theirs = baseline.generate(rows[0][None], output_scores=True, **flags, **WARPERS[name])
     assert torch.equal(ours.scores[0].isinf(), theirs.scores[0].isinf())
@@ -341,7 +343,14 @@ def test_pairs_are_drawn_with_their_exact_probabilities(small_vocabulary, mode, 
     model, prompt = small_vocabulary, random_ids(1, 5, vocab_size=12, seed=2)
     seeds = (torch.arange(SEEDS) + offset).tolist()
     text = generate(
-        model, prompt.expand(SEEDS, -1), mode=mode, do_sample=True, top_k=0, seed=seeds, max_new_tokens=2, eos_token_id=None
+        model,
+        prompt.expand(SEEDS, -1),
+        mode=mode,
+        do_sample=True,
+        top_k=0,
+        seed=seeds,
+        max_new_tokens=2,
+        eos_token_id=None,
     ).sequences
     counts = torch.zeros(12, 12).index_put((text[:, 5], text[:, 6]), torch.ones(SEEDS), accumulate=True)
     assert chi_square_is_plausible(counts, SEEDS * exact_pairs(model, prompt))
@@ -371,7 +380,15 @@ def test_a_later_token_is_drawn_given_what_was_drawn_before(small_vocabulary, mo
 def test_copies_of_a_row_are_drawn_independently(small_vocabulary):
     model, prompt = small_vocabulary, random_ids(1, 5, vocab_size=12, seed=2)
     copies = generate(
-        model, prompt, mode="ar", do_sample=True, top_k=0, seed=7, num_return_sequences=SEEDS, max_new_tokens=2, eos_token_id=None
+        model,
+        prompt,
+        mode="ar",
+        do_sample=True,
+        top_k=0,
+        seed=7,
+        num_return_sequences=SEEDS,
+        max_new_tokens=2,
+        eos_token_id=None,
     ).sequences
     counts = torch.zeros(12, 12).index_put((copies[:, 5], copies[:, 6]), torch.ones(SEEDS), accumulate=True)
     assert chi_square_is_plausible(counts, SEEDS * exact_pairs(model, prompt))

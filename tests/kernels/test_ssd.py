@@ -5,7 +5,7 @@ import torch
 from tolerances import assert_close
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-from twotower.kernels.ssd import ssd_scan, ssd_state
+from twotower.kernels.ssd import ssd_chunk_reference, ssd_scan, ssd_state, ssd_step_reference
 
 BATCH, HEADS, HEAD_DIM, STATE, CHUNK = 2, 4, 5, 6, 8
 RAGGED = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -174,3 +174,22 @@ def test_gradients_equal_those_of_the_recurrence():
     expected_gradients = torch.autograd.grad(expected.square().sum() + expected_after.sum(), inputs)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert_close(gradient, expected_gradient, torch.float32)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_is_the_recurrence_and_a_chunk_of_one(batch, groups):
+    generator = torch.Generator().manual_seed(0)
+    heads, head_dim, states = 4, 5, 6
+    x = torch.randn(batch, 1, heads, head_dim, generator=generator)
+    dt = torch.rand(batch, 1, heads, generator=generator)
+    A, D = -torch.rand(heads, generator=generator), torch.randn(heads, generator=generator)
+    B, C = torch.randn(2, batch, 1, groups, states, generator=generator)
+    state = torch.randn(batch, heads, head_dim, states, generator=generator)
+    y, after = ssd_step_reference(x, dt, A, B, C, state)
+    chunk_y, chunk_after = ssd_chunk_reference(x, dt, A, B, C, state)
+    assert_close(y, chunk_y)
+    assert_close(after, chunk_after)
+    scan = ssd_scan(x, dt, A, B, C, D, state)
+    assert_close(scan.y, chunk_y + D[:, None] * x)
+    assert_close(scan.state, chunk_after)
