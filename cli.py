@@ -46,11 +46,17 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="A question, or with --raw the beginning of a text.")],
     model: Model = None,
     mode: Annotated[
-        str | None, typer.Option(help="mask_diffusion, mock_ar or ar; default the checkpoint's, else mask_diffusion.")
+        str | None, typer.Option(help="mask_diffusion, self_speculative, mock_ar or ar; default the checkpoint's.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     block_size: Annotated[int | None, typer.Option(help="Tokens per block; default as trained.")] = None,
     steps_per_block: Annotated[int | None, typer.Option(help="Most denoiser passes per block; default 16.")] = None,
+    draft_steps: Annotated[
+        int | None, typer.Option(help="Most denoiser passes per draft of self_speculative; default 1.")
+    ] = None,
+    unmasking_rule: Annotated[
+        str | None, typer.Option(help="Which predictions a pass commits: confidence (default), fixed, entropy, ...")
+    ] = None,
     confidence_threshold: Annotated[
         float | None, typer.Option(help="Commit predictions surer than this at once, in (0, 1]; default 0.8.")
     ] = None,
@@ -65,8 +71,6 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
 ) -> None:
     """Answer PROMPT: the text on standard output, a line about its cost on standard error."""
-    import torch
-
     from .evaluation import cut_after_end, end_ids
     from .generation_twotower import TwoTowerGenerationConfig
     from .terminal import DraftStreamer, output_console
@@ -76,6 +80,9 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "block_size": block_size,
         "steps_per_block": steps_per_block,
+        "draft_steps": draft_steps,
+        "unmasking_rule": unmasking_rule,
+        "seed": seed,
         "confidence_threshold": confidence_threshold,
         "do_sample": do_sample,
         "temperature": temperature,
@@ -86,9 +93,7 @@ def generate(
     # Loading may take minutes; what is wrong with the options is known before.
     TwoTowerGenerationConfig(**options).validate()
     two_towers, tokenizer = _load(model)
-    _check_sampling({**options, "seed": seed}, two_towers.generation_config.do_sample)
-    if seed is not None:
-        torch.manual_seed(seed)
+    _check_sampling(options, two_towers.generation_config.do_sample)
     inputs = _encode(prompt, tokenizer, raw).to(two_towers.device)
     console = output_console()
     show = DraftStreamer(tokenizer, two_towers.config.mask_token_id, console) if console.is_terminal else None
@@ -167,32 +172,52 @@ def evaluate(
     problems: Annotated[int, typer.Option(help="Held-out word problems to ask.")] = 208,
     seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated; accuracy is that of the first.")] = "1,16",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Comma-separated; accuracy is that of the first, of --rules that of the last.")
+    ] = "1,16",
+    repeats: Annotated[int, typer.Option(help="Time everything so often, in turn; speeds are the median's.")] = 1,
+    rules: Annotated[bool, typer.Option("--rules", help="Compare the unmasking rules instead of the modes.")] = False,
+    png_file: Annotated[Path | None, typer.Option("--png", help="With --rules: draw the curves here.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
-    """Measure accuracy, passes and speed of every mode on held-out problems, next to transformers' own NemotronH."""
+    """
+    Measure accuracy, passes and speed of every mode on held-out problems, next to transformers' own NemotronH; with
+    --rules accuracy against passes of every unmasking rule.
+    """
     import torch
     from transformers.utils import logging
 
-    from . import evaluation
+    from . import evaluation, rules_evaluation
     from .terminal import output_console, show_table, track
 
     sizes = _whole_numbers(batch_sizes, "--batch-sizes")
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        # A file that cannot be written is reported now rather than after the work.
-        json_file.open("a").close()
+    if png_file is not None and not rules:
+        raise ValueError("--png draws the unmasking rules; give --rules, too")
+    if rules and repeats != 1:
+        raise ValueError(f"--repeats is {repeats}, but --rules times nothing; leave it out")
+    for file in (json_file, png_file):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # A file that cannot be written is reported now rather than after the work.
+            file.open("a").close()
     two_towers, tokenizer = _load(model)
     torch.set_num_threads(threads)
     # transformers' NemotronH says once per kernel that this machine has none.
     logging.set_verbosity_error()
-    report = evaluation.evaluate(two_towers, tokenizer, problems, seed, sizes, track)
+    if rules:
+        report = rules_evaluation.compare_rules(two_towers, tokenizer, problems, seed, sizes[-1], track=track)
+    else:
+        report = evaluation.evaluate(two_towers, tokenizer, problems, seed, sizes, repeats, track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     console = output_console()
-    show_table(console, evaluation.title(report), *evaluation.table(report))
-    console.print(evaluation.footnote(report), soft_wrap=True)
+    table = rules_evaluation.rules_table(report) if rules else evaluation.table(report)
+    show_table(console, evaluation.title(report), *table, left_columns=2 if rules else 1)
+    if not rules:
+        console.print(evaluation.footnote(report), soft_wrap=True)
+    if png_file is not None:
+        rules_evaluation.draw_rules(report, png_file)
 
 
 def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":
@@ -240,6 +265,8 @@ def _quiet_unless_watched(model: str | Path | None) -> None:
 
 def _check_sampling(options: dict[str, Any], sampling_is_default: bool | None) -> None:
     given = [name for name in ("temperature", "top_k", "top_p", "seed") if options.get(name) is not None]
+    if options.get("unmasking_rule") == "posterior" and "seed" in given:
+        given.remove("seed")  # which this rule draws with
     if given and not options.get("do_sample", sampling_is_default):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names} given without sampling, where it has no effect; add --do-sample or leave it out")
@@ -256,6 +283,7 @@ def _cost(tokens: int, denoiser_passes: int, context_passes: int, seconds: float
     parts = [f"{tokens} tokens", f"{denoiser_passes} denoiser passes", f"{context_passes} context passes"]
     if denoiser_passes:
         parts.append(f"{tokens / denoiser_passes:.2f} tokens per denoiser pass")
+    parts.append(f"{tokens / (denoiser_passes + context_passes):.2f} per pass of either tower")
     return ", ".join([*parts, f"{tokens / seconds:.1f} tokens/s"])
 
 

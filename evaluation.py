@@ -9,6 +9,7 @@ Shapes: B batch, P prompt columns, N new columns.
 import math
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,10 +32,11 @@ BASELINE = "transformers NemotronH"
 
 
 class Generated(NamedTuple):
-    """`sequences` (B, P + N), padded after a row's end, and `denoiser_forwards` (B,), None without a denoiser."""
+    """`sequences` (B, P + N), padded after a row's end, and (B,) passes of each tower, None where there is none."""
 
     sequences: torch.Tensor
     denoiser_forwards: torch.Tensor | None = None
+    context_forwards: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,16 @@ class Run:
     Args:
         answers: per problem, its new tokens up to and including end-of-text.
         denoiser_forwards: per problem; empty without a denoiser.
-        seconds: wall time of all its `generate` calls.
+        context_forwards: per problem; empty where they are not counted.
+        seconds: wall time of all its `generate` calls, the median if the run was repeated.
+        seconds_of_runs: of each repetition.
     """
 
     answers: list[list[int]] = field(default_factory=list)
     denoiser_forwards: list[int] = field(default_factory=list)
+    context_forwards: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    seconds_of_runs: list[float] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -83,6 +89,7 @@ def evaluate(
     problems: int = 208,
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 16),
+    repeats: int = 1,
     track: Callable[[list[BatchEncoding], str], Iterable[BatchEncoding]] = lambda batches, _: batches,
 ) -> dict[str, Any]:
     """
@@ -94,6 +101,7 @@ def evaluate(
         problems: how many, at least 1.
         seed: of the problems.
         batch_sizes: accuracy and passes are those of the first one.
+        repeats: how often everything is timed, in turn; speeds are those of the median run.
         track: wraps the batches of one batch size and a description, to show progress; default shows none.
 
     Returns:
@@ -103,17 +111,24 @@ def evaluate(
         raise ValueError(f"problems is {problems}; give at least 1")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes is {list(batch_sizes)}; give whole numbers of at least 1")
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; give at least 1")
     asked = held_out_problems(problems, seed)
     variants = [*twotower_variants(model), baseline_variant(model)]
     runs: dict[int, dict[str, Run]] = {}
     for batch_size in batch_sizes:
-        batches = [tokenizer(prompts, **_TOKENIZED).to(model.device) for prompts in _prompts(asked, batch_size)]
-        tracked = track(batches, f"batch {batch_size}")
-        runs[batch_size] = answer(variants, batches[0], tracked, end_ids(model))
+        batches = tokenized_batches(asked, batch_size, tokenizer, model)
+        runs[batch_size] = median_runs(
+            [
+                answer(variants, batches[0], track(batches, f"batch {batch_size}, run {number + 1}"), end_ids(model))
+                for number in range(repeats)
+            ]
+        )
     settings = {
         "problems": problems,
         "seed": seed,
         "batch_sizes": list(batch_sizes),
+        "repeats": repeats,
         "max_new_tokens": MAX_NEW_TOKENS,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -130,24 +145,29 @@ _TOKENIZED: dict[str, Any] = {
 
 
 def twotower_variants(model: TwoTowerForBlockDiffusion) -> list[Variant]:
-    """The three modes, mask diffusion at two operating points; "ar" comes first: retention is against it."""
+    """The four modes, mask diffusion at two operating points; "ar" comes first: retention is against it."""
     settings: dict[str, dict[str, Any]] = {
         "ar": {"mode": "ar"},
+        "self_speculative": {"mode": "self_speculative", "draft_steps": 1},
         "mask_diffusion, threshold 0.8": {"mode": "mask_diffusion", "confidence_threshold": 0.8},
         "mask_diffusion, threshold 0.95": {"mode": "mask_diffusion", "confidence_threshold": 0.95},
         "mock_ar": {"mode": "mock_ar"},
     }
 
-    def with_options(options: dict[str, Any]) -> Callable[[BatchEncoding, int], Generated]:
-        def generate(inputs: BatchEncoding, max_new_tokens: int) -> Generated:
-            output: Any = model.generate(
-                **inputs, **options, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
-            )
-            return Generated(output.sequences, None if options["mode"] == "ar" else output.denoiser_forwards)
+    return [variant_of(model, name, options) for name, options in settings.items()]
 
-        return generate
 
-    return [Variant(name, options, with_options(options)) for name, options in settings.items()]
+def variant_of(model: TwoTowerForBlockDiffusion, name: str, options: dict[str, Any]) -> Variant:
+    """Greedy `generate` with some options."""
+
+    def generate(inputs: BatchEncoding, max_new_tokens: int) -> Generated:
+        output: Any = model.generate(
+            **inputs, **options, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
+        )
+        denoiser_forwards = None if options["mode"] == "ar" else output.denoiser_forwards
+        return Generated(output.sequences, denoiser_forwards, output.context_forwards)
+
+    return Variant(name, options, generate)
 
 
 def baseline_variant(model: TwoTowerForBlockDiffusion) -> Variant:
@@ -205,6 +225,17 @@ def answer(
             run.answers += [cut_after_end(row, ends) for row in rows]
             if generated.denoiser_forwards is not None:
                 run.denoiser_forwards += generated.denoiser_forwards.tolist()
+            if generated.context_forwards is not None:
+                run.context_forwards += generated.context_forwards.tolist()
+    return runs
+
+
+def median_runs(repetitions: list[dict[str, Run]]) -> dict[str, Run]:
+    """The first repetition's answers, with the median of the repetitions' times."""
+    runs = repetitions[0]
+    for name, run in runs.items():
+        run.seconds_of_runs = [repetition[name].seconds for repetition in repetitions]
+        run.seconds = statistics.median(run.seconds_of_runs)
     return runs
 
 
@@ -227,8 +258,8 @@ def summarize(
         tokenizer: to read the answers.
 
     Returns:
-        `rows`, one per variant, and `baseline_same_answers`, how many answers of the first variant the last one
-        (transformers) gave token for token.
+        `rows`, one per variant, each with `same_answers_as_first`, how many answers of the first variant it gave
+        token for token, and `speedup`, tokens per second over the first variant's.
     """
     first = next(iter(runs.values()))
     correct = {variant.name: are_correct(first[variant.name].answers, problems, tokenizer) for variant in variants}
@@ -238,10 +269,16 @@ def summarize(
         | accuracy_figures(correct[variant.name], correct[reference])
         | pass_figures(first[variant.name])
         | speed_figures({size: runs[size][variant.name] for size in runs})
+        | {
+            "same_answers_as_first": same_answers([first[reference], first[variant.name]]),
+            "speedup": {
+                str(size): run[variant.name].tokens_per_second / run[reference].tokens_per_second
+                for size, run in runs.items()
+            },
+        }
         for variant in variants
     ]
-    same = same_answers([first[reference], first[variants[-1].name]])
-    return {"rows": rows, "baseline_same_answers": same}
+    return {"rows": rows}
 
 
 def are_correct(answers: list[list[int]], problems: list[Problem], tokenizer: Any) -> list[bool]:
@@ -268,11 +305,15 @@ def accuracy_figures(correct: list[bool], reference: list[bool]) -> dict[str, An
 
 
 def pass_figures(run: Run) -> dict[str, Any]:
+    """Of both towers where they are counted, and of the denoiser alone."""
     passes = sum(run.denoiser_forwards) if run.denoiser_forwards else None
+    reads = sum(run.context_forwards) if run.context_forwards else None
     return {
         "tokens": run.tokens,
         "denoiser_passes": passes,
+        "context_passes": reads,
         "tokens_per_denoiser_pass": run.tokens / passes if passes else None,
+        "tokens_per_pass": run.tokens / (reads + (passes or 0)) if reads else None,
     }
 
 
@@ -281,6 +322,7 @@ def speed_figures(runs: dict[int, Run]) -> dict[str, Any]:
     return {
         "tokens_per_second": {str(size): run.tokens_per_second for size, run in runs.items()},
         "seconds": {str(size): run.seconds for size, run in runs.items()},
+        "seconds_of_runs": {str(size): run.seconds_of_runs for size, run in runs.items()},
         "same_answers_at_every_batch_size": same_answers(runs.values()),
     }
 
@@ -317,14 +359,17 @@ def title(report: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
     sizes = [str(size) for size in report["batch_sizes"]]
-    header = ["mode", "exact match", "of AR's", "tokens/denoiser pass", *(f"tokens/s, batch {size}" for size in sizes)]
+    header = ["mode", "exact match", "of AR's", "tokens/denoiser pass", "tokens/pass of either tower"]
+    header += ["same text as AR", *(f"tokens/s, batch {size}" for size in sizes)]
     rows = [
         [
             row["name"],
-            _percent(row["accuracy"], row["accuracy_stderr"]),
-            _percent(row["retention"], row["retention_stderr"]),
-            "-" if row["tokens_per_denoiser_pass"] is None else f"{row['tokens_per_denoiser_pass']:.2f}",
-            *(f"{row['tokens_per_second'][size]:.1f}" for size in sizes),
+            percent(row["accuracy"], row["accuracy_stderr"]),
+            percent(row["retention"], row["retention_stderr"]),
+            ratio_text(row["tokens_per_denoiser_pass"]),
+            ratio_text(row["tokens_per_pass"]),
+            str(row["same_answers_as_first"]),
+            *(f"{row['tokens_per_second'][size]:.1f} ({row['speedup'][size]:.2f}x)" for size in sizes),
         ]
         for row in report["rows"]
     ]
@@ -338,16 +383,26 @@ def footnote(report: dict[str, Any]) -> str:
     processor = machine["gpu"] if report["device"].startswith("cuda") else machine["cpu"]
     return (
         f"± is one standard error; accuracy and passes at batch {first}. transformers' NemotronH is the same context "
-        f"tower; {report['baseline_same_answers']} of its {report['problems']} answers are AR's token for token. "
-        f"tokens/s counts tokens up to end-of-text, all problems at every batch size.\n"
+        f"tower. tokens/s counts tokens up to end-of-text, all problems at every batch size, the median of "
+        f"{report['repeats']} interleaved runs, and next to AR's.\n"
         f"{report['dtype']} on {report['device']}, {processor}, {machine['threads']} of "
         f"{machine['cores']} cores; torch {versions['torch']}, transformers {versions['transformers']}; "
         f"{report['date']}"
     )
 
 
-def _percent(value: float | None, stderr: float | None) -> str:
+def ratio_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def percent(value: float | None, stderr: float | None) -> str:
     return "-" if value is None or stderr is None else f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+
+
+def tokenized_batches(
+    problems: list[Problem], batch_size: int, tokenizer: PreTrainedTokenizerBase, model: TwoTowerForBlockDiffusion
+) -> list[BatchEncoding]:
+    return [tokenizer(prompts, **_TOKENIZED).to(model.device) for prompts in _prompts(problems, batch_size)]
 
 
 def _prompts(problems: list[Problem], batch_size: int) -> Iterator[list[str]]:

@@ -2,11 +2,11 @@
 
 import io
 import json
+import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import tiny_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 import twotower
 from twotower import TwoTowerForBlockDiffusion, cli, evaluation
 from twotower.cli import app
+from twotower.rules_evaluation import draw_rules
 from twotower.train import loop
 from twotower.train.problems import training_problems
 from twotower.train.tokenizer import train_tokenizer
+from twotower.unmasking_twotower import UNMASKING_RULES
 
 QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 
@@ -39,7 +41,7 @@ def answer(checkpoint, prompt, seed=None, **options):
     """What the library generates for the same request: text, number of tokens, output."""
     model, tokenizer = TwoTowerForBlockDiffusion.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     if seed is not None:
-        torch.manual_seed(seed)
+        options["seed"] = seed
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, **options, return_dict_in_generate=True)
     new = output.sequences[0, inputs.input_ids.shape[1] :]
@@ -54,6 +56,17 @@ def test_generate_prints_the_text_and_its_cost(checkpoint):
     assert result.stderr.startswith(f"{tokens} tokens, {passes} denoiser passes, {reads} context passes, ")
     assert f"{tokens / passes:.2f} tokens per denoiser pass, " in result.stderr
     assert result.stderr.endswith(" tokens/s\n")
+
+
+def test_generate_takes_the_strategys_knobs(checkpoint):
+    options = {"mode": "self_speculative", "draft_steps": 2, "unmasking_rule": "fixed", "max_new_tokens": 12}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = run("generate", QUESTION, "--model", checkpoint, *flags)
+    text, tokens, output = answer(checkpoint, f"Question: {QUESTION}\nAnswer:", **options)
+    assert result.stdout == text + "\n"
+    both = int(output.denoiser_forwards) + int(output.context_forwards)
+    assert f"{tokens / both:.2f} per pass of either tower" in result.stderr
+    assert "use one of" in run("generate", QUESTION, "--model", checkpoint, "--unmasking-rule", "x", code=2).stderr
 
 
 @pytest.mark.parametrize("mode, denoiser_passes", [("ar", 0), ("mock_ar", 6)])
@@ -168,6 +181,29 @@ def test_eval_writes_and_prints_its_figures(checkpoint, tmp_path, monkeypatch):
         assert f"{row['tokens_per_second']['2']:.1f}" in result.stdout
     assert result.stderr == ""
     assert run("eval", "--model", checkpoint, *arguments[:-1], tmp_path, code=1).stderr.startswith("error: ")
+
+
+def test_eval_compares_the_rules_and_draws_them(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 8)
+    figures, drawing = tmp_path / "rules.json", tmp_path / "new" / "rules.png"
+    arguments = ("eval", "--model", checkpoint, "--problems", 2, "--seed", 3, "--batch-sizes", 2)
+    result = run(*arguments, "--rules", "--json", figures, "--png", drawing)
+    report = json.loads(figures.read_text())
+    assert {row["line"].split(",")[0].split()[0] for row in report["rows"]} == set(UNMASKING_RULES)
+    for row in report["rows"]:
+        assert row["line"] in result.stdout
+        assert row["tokens"] / row["denoiser_passes"] == row["tokens_per_denoiser_pass"]
+    assert drawing.read_bytes().startswith(b"\x89PNG\r\n")
+    fixed = {row["tokens_per_step"]: row["denoiser_passes"] for row in report["rows"] if row["line"] == "fixed"}
+    assert fixed[1] > fixed[2] > fixed[8]
+    assert "--png draws the unmasking rules" in run(*arguments, "--png", drawing, code=2).stderr
+    assert "--repeats is 2" in run(*arguments, "--rules", "--repeats", 2, code=2).stderr
+
+
+def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r'pip install "twotower\[eval\]"'):
+        draw_rules({"rows": []}, tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("sizes", ["1,x", "", "1,0"])

@@ -23,7 +23,9 @@ from twotower.evaluation import (
     cut_after_end,
     environment,
     evaluate,
+    median_runs,
     nemotron_config,
+    pass_figures,
     summarize,
 )
 from twotower.train.problems import held_out_problems, training_problems
@@ -107,6 +109,7 @@ def test_figures_of_known_answers(tokenizer):
     report = summarize(variants, runs, problems, tokenizer)
     ar, diffusion, baseline = report["rows"]
     tokens = len(right[0]) + len(right[1]) + 2 * len(wrong)
+    ar_at_2 = tokens
     assert [row["correct"] for row in report["rows"]] == [3, 2, 2]
     assert ar["accuracy_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert (ar["retention"], ar["retention_stderr"]) == (1.0, 0.0)
@@ -117,7 +120,21 @@ def test_figures_of_known_answers(tokenizer):
     assert diffusion["tokens_per_second"] == {"1": tokens / 1.0, "2": tokens / 0.5}
     assert baseline["denoiser_passes"] is None
     assert [row["same_answers_at_every_batch_size"] for row in report["rows"]] == [3, 4, 4]
-    assert report["baseline_same_answers"] == 3
+    assert [row["same_answers_as_first"] for row in report["rows"]] == [4, 3, 3]
+    assert diffusion["speedup"] == pytest.approx({"1": 2 * tokens / ar["tokens"], "2": 2 * tokens / ar_at_2})
+    assert baseline["tokens_per_pass"] is None
+
+
+def test_repeated_runs_report_the_median_of_their_times():
+    repetitions = [{"a": Run([[5]], seconds=seconds)} for seconds in (3.0, 1.0, 2.0)]
+    run = median_runs(repetitions)["a"]
+    assert (run.seconds, run.seconds_of_runs, run.answers) == (2.0, [3.0, 1.0, 2.0], [[5]])
+
+
+def test_passes_count_both_towers_and_the_denoiser_alone():
+    figures = pass_figures(Run([[5, 6, 7], [5, 6, 7]], [2, 1], [1, 2]))
+    assert (figures["tokens_per_denoiser_pass"], figures["tokens_per_pass"]) == (2.0, 1.0)
+    assert pass_figures(Run([[5, 6]], [], [2]))["tokens_per_pass"] == 1.0
 
 
 def test_retention_has_a_paired_standard_error():
@@ -169,23 +186,26 @@ def test_evaluate_asks_every_mode_and_transformers(model, tokenizer, monkeypatch
         seen.append((len(batches), description))
         return batches
 
-    report = evaluate(model, tokenizer, problems=3, seed=5, batch_sizes=(1, 2), track=track)
+    report = evaluate(model, tokenizer, problems=3, seed=5, batch_sizes=(1, 2), repeats=2, track=track)
     assert [row["name"] for row in report["rows"]] == [
-        *("ar", "mask_diffusion, threshold 0.8", "mask_diffusion, threshold 0.95", "mock_ar"),
+        *("ar", "self_speculative", "mask_diffusion, threshold 0.8", "mask_diffusion, threshold 0.95", "mock_ar"),
         BASELINE,
     ]
-    assert seen == [(3, "batch 1"), (2, "batch 2")]
+    assert seen == [
+        *((3, "batch 1, run 1"), (3, "batch 1, run 2"), (2, "batch 2, run 1"), (2, "batch 2, run 2")),
+    ]
+    assert all(len(row["seconds_of_runs"]["2"]) == 2 for row in report["rows"])
     assert (report["problems"], report["seed"], report["dtype"]) == (3, 5, "float32")
-    # Greedy text of the same weights: transformers' and ours, in any batch.
-    assert report["baseline_same_answers"] == 3
+    # Greedy text of the same weights: transformers' and ours, verified drafts, in any batch.
+    assert [report["rows"][idx]["same_answers_as_first"] for idx in (0, 1, -1)] == [3, 3, 3]
     assert all(row["same_answers_at_every_batch_size"] == 3 for row in report["rows"])
     assert all(row["tokens"] > 0 for row in report["rows"])
-    assert report["rows"][3]["tokens_per_denoiser_pass"] == 1
+    assert report["rows"][4]["tokens_per_denoiser_pass"] == 1
     assert json.loads(json.dumps(report)) == report
     header, rows = evaluation.table(report)
     assert all(len(row) == len(header) for row in rows)
     assert "3 held-out problems (seed 5)" in evaluation.title({**report, "model": "x"})
-    assert "3 of its 3 answers" in evaluation.footnote(report)
+    assert "median of 2 interleaved runs" in evaluation.footnote(report)
 
 
 def test_baseline_ends_at_the_models_end_of_text(model):
@@ -201,6 +221,7 @@ def test_baseline_ends_at_the_models_end_of_text(model):
     "settings, message",
     [
         ({"problems": 0}, "problems is 0"),
+        ({"repeats": 0}, "repeats is 0"),
         ({"batch_sizes": ()}, "batch_sizes is"),
         ({"batch_sizes": (1, 0)}, r"batch_sizes is \[1, 0\]"),
     ],

@@ -1,0 +1,400 @@
+"""Mode "self_speculative" gives the text of mode "ar", whatever the denoiser drafts, and counts what it does."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LogitsProcessor
+
+import twotower
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+from twotower.train.problems import held_out_problems
+from twotower.unmasking_twotower import UNMASKING_RULES
+
+PAD, EOS, MASK = 0, 2, 3
+# No answer of the embedded checkpoint is longer.
+MOST = 96
+
+
+class Answer(NamedTuple):
+    """One row's new tokens, end-of-text included, and its part of the rest of the output."""
+
+    tokens: list[int]
+    output: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The embedded checkpoint: its denoiser drafts well, but not always."""
+    return TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
+    return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_problems(200, seed=0)]
+
+
+@pytest.fixture(scope="module")
+def ar(model, prompts):
+    """Mode "ar" on all prompts."""
+    return answers(model, prompts, mode="ar")
+
+
+@pytest.fixture(scope="module")
+def few(prompts):
+    """Eight prompts of different lengths."""
+    by_length = sorted(prompts, key=len)
+    few = by_length[::28]
+    assert len({len(prompt) for prompt in few}) == len(few) == 8
+    return few
+
+
+def padded(rows, side="left"):
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros_like(ids)
+    for idx, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[idx, columns], mask[idx, columns] = torch.tensor(row), 1
+    return ids, mask
+
+
+def answers(model, rows, batch=8, side="left", seed=None, **knobs: Any) -> list[Answer]:
+    """Every row's answer, in ragged batches; `seed` lists one per row."""
+    knobs = {"mode": "self_speculative", "max_new_tokens": MOST, "pad_token_id": PAD, **knobs}
+    found = []
+    for start in range(0, len(rows), batch):
+        ids, mask = padded(rows[start : start + batch], side)
+        if seed is not None:
+            knobs["seed"] = seed[start : start + batch]
+        output = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **knobs)
+        new = output.sequences[:, ids.shape[1] :]
+        lengths = (~output.log_probs.isnan()).sum(1).tolist()
+        assert new.shape[1] == max(lengths)
+        for idx, length in enumerate(lengths):
+            assert (new[idx, length:] == PAD).all()
+            row = {name: value[idx] for name, value in output.items() if isinstance(value, torch.Tensor)}
+            found.append(Answer(new[idx, :length].tolist(), row))
+    return found
+
+
+def tokens(answers):
+    return [answer.tokens for answer in answers]
+
+
+def cycles(answer: Answer) -> list[int]:
+    """How many tokens each cycle added; the context tower's own choice ends every one but perhaps the last."""
+    steps = answer.output["commit_steps"][: len(answer.tokens)].tolist()
+    assert steps[0] == -1
+    lengths, length = [], 0
+    for step in steps[1:]:
+        length += 1
+        if step == -1:
+            lengths.append(length)
+            length = 0
+    return lengths + [length] * (length > 0)
+
+
+# The text is that of "ar".
+
+
+def test_greedy_text_on_nvidias_checkpoint(goldens):
+    model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint").eval()
+    tensors = load_file(goldens / "tensors.safetensors")
+    prompts = [tensors[f"p{idx}.ids"].tolist() for idx in range(5)]
+    free = {"max_new_tokens": 40, "eos_token_id": None}
+    expected = tokens(answers(model, prompts, batch=1, mode="ar", **free))
+    assert [len(text) for text in expected] == [40] * 5
+    for batch in (1, 5):
+        for draft_steps in (1, 3):
+            for block_size in (2, 5, 16):
+                knobs = {"draft_steps": draft_steps, "block_size": block_size, **free}
+                assert tokens(answers(model, prompts, batch, **knobs)) == expected, knobs
+
+
+def test_greedy_text_of_many_problems(model, prompts, ar):
+    assert all(text[-1] == EOS for text in tokens(ar))
+    speculative = answers(model, prompts)
+    assert tokens(speculative) == tokens(ar)
+    # It is what the mode is for: most drafts are kept.
+    passes = sum(int(each.output["context_forwards"] + each.output["denoiser_forwards"]) for each in speculative)
+    assert passes < 0.3 * sum(int(each.output["context_forwards"]) for each in ar)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("draft_steps", [1, 2, 4])
+@pytest.mark.parametrize("block_size", [4, 8, 16, 32])
+def test_greedy_text_at_every_setting(model, prompts, ar, batch, draft_steps, block_size):
+    found = answers(model, prompts[:8], batch, draft_steps=draft_steps, block_size=block_size)
+    assert tokens(found) == tokens(ar[:8])
+
+
+@pytest.mark.parametrize("rule", UNMASKING_RULES)
+def test_greedy_text_whatever_the_draft_commits_first(model, prompts, ar, rule):
+    found = answers(model, prompts[:8], draft_steps=3, unmasking_rule=rule)
+    assert tokens(found) == tokens(ar[:8])
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
+def test_sampled_text(model, prompts, ar, temperature):
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "seed": list(range(16))}
+    expected = tokens(answers(model, prompts[:16], mode="ar", **sampling))
+    settings = ((1, 16, 0.8, 8), (2, 5, 0.3, 3), (4, 9, 1.0, 16))
+    for draft_steps, block_size, threshold, batch in settings:
+        knobs = {"draft_steps": draft_steps, "block_size": block_size, "confidence_threshold": threshold}
+        assert tokens(answers(model, prompts[:16], batch, **knobs, **sampling)) == expected, knobs
+    # Temperature 2.5 leaves the greedy text everywhere, the others somewhere.
+    changed = sum(text != greedy for text, greedy in zip(expected, tokens(ar), strict=False))
+    assert changed == 16 if temperature == 2.5 else changed >= 0
+
+
+class Shifting(LogitsProcessor):
+    """Prefers other tokens after every text: sees whether the text before a position is the right one."""
+
+    def __call__(self, input_ids, scores):
+        weights = torch.arange(1, input_ids.shape[1] + 1)
+        bias = torch.zeros_like(scores)
+        bias[0, int((input_ids[0] * weights).sum()) % scores.shape[1]] = 12.0
+        return scores + bias
+
+
+PROCESSORS: dict[str, Any] = {
+    "no_repeat_ngram_size": 2,
+    "encoder_no_repeat_ngram_size": 3,
+    "repetition_penalty": 1.5,
+    "encoder_repetition_penalty": 0.5,
+    "bad_words_ids": None,  # of the text
+    "sequence_bias": None,
+    "min_new_tokens": 70,
+    "min_length": 200,
+    "exponential_decay_length_penalty": (5, 1.8),
+    "forced_eos_token_id": EOS,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "logits_processor": [Shifting()],
+    "prefix_allowed_tokens_fn": lambda row, text: [(7 * row + 3 * len(text) + k) % 60 + 4 for k in range(20)],
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_text_with_a_logits_processor(model, few, name, sample):
+    most = 24 if name == "forced_eos_token_id" else 200 - min(map(len, few)) if name == "min_length" else 72
+    few = few[:4] if most > 100 else few
+    knobs = {"max_new_tokens": most, "batch": len(few)}
+    if sample:
+        knobs |= {"do_sample": True, "temperature": 0.7, "seed": list(range(len(few)))}
+    plain = tokens(answers(model, few, mode="ar", **knobs))
+    first = plain[0]
+    of_text = {
+        "bad_words_ids": [first[3:5], first[8:9], first[10:13]],
+        "sequence_bias": {tuple(first[2:4]): -20.0, (first[6],): 3.0},
+        "suppress_tokens": first[4:6],
+        "begin_suppress_tokens": first[:1],
+    }
+    knobs[name] = of_text.get(name, PROCESSORS[name])
+    expected = tokens(answers(model, few, mode="ar", **knobs))
+    assert expected != plain, "the processor must matter"
+    assert tokens(answers(model, few, **knobs)) == expected
+    assert tokens(answers(model, few, draft_steps=2, block_size=7, **knobs)) == expected
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["biased", "forced"])
+def test_the_mask_id_is_a_token_like_any_other(model, few, forced):
+    class PrefersTheMask(LogitsProcessor):
+        """At every third place; forced, it is not even impossible to the denoiser."""
+
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] % 3 == 0:
+                scores[:, MASK] = 1e3 if forced else scores[:, MASK] + 1e3
+            return scores
+
+    knobs = {"logits_processor": [PrefersTheMask()], "max_new_tokens": 30, "eos_token_id": None}
+    expected = tokens(answers(model, few, mode="ar", **knobs))
+    assert all(text.count(MASK) == 10 for text in expected)
+    for settings in ({}, {"draft_steps": 3, "block_size": 5}, {"batch": 1}):
+        assert tokens(answers(model, few, **settings, **knobs)) == expected, settings
+
+
+def test_bfloat16_differs_only_where_two_tokens_tie(prompts):
+    model = TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint(), dtype=torch.bfloat16).eval()
+    rows = prompts[:64]
+    expected, found = (tokens(answers(model, rows, mode=mode)) for mode in ("ar", "self_speculative"))
+    different = 0
+    for prompt, text, other in zip(rows, expected, found, strict=True):
+        if text == other:
+            continue
+        different += 1
+        place = next(idx for idx, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
+        logits = next_logits(model, prompt + text[:place])
+        best = logits.topk(2)
+        assert {text[place], other[place]} == set(best.indices.tolist())
+        assert best.values[0] - best.values[1] <= 4 * 2**-8 * logits.abs().max()
+    assert different <= len(rows) // 4
+
+
+def next_logits(model, text):
+    """(V,) of the context tower, which reads the whole text at once."""
+    options = {"mode": "ar", "max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(torch.tensor([text]), **options).logits[0][0]
+
+
+# What it counts and records.
+
+
+@pytest.mark.parametrize(("draft_steps", "block_size"), [(1, 16), (3, 7), (2, 2)])
+def test_passes_and_acceptance_agree_with_the_cycles_of_the_text(model, few, draft_steps, block_size):
+    for most in (MOST, 20):
+        knobs = {"draft_steps": draft_steps, "block_size": block_size, "max_new_tokens": most}
+        for answer in answers(model, few, confidence_threshold=0.99, **knobs):
+            lengths, output = cycles(answer), answer.output
+            count = len(lengths)
+            assert output["context_forwards"] == 1 + count
+            assert count <= output["denoiser_forwards"] <= draft_steps * count
+            new = len(answer.tokens)
+            assert output["tokens_per_denoiser_forward"] == pytest.approx(new / int(output["denoiser_forwards"]))
+            passes = int(output["denoiser_forwards"] + output["context_forwards"])
+            assert output["tokens_per_forward"] == pytest.approx(new / passes)
+            assert output["acceptance"].shape == (block_size - 1,)
+            # Every cycle but the last adds all it accepts; what that one drafted beyond the text's end may count.
+            kept = [sum(length - 1 > position for length in lengths[:-1]) for position in range(block_size - 1)]
+            seen = (output["acceptance"] * count).round().int().tolist()
+            assert all(0 <= now - before <= 1 for now, before in zip(seen, kept, strict=True))
+            assert seen == sorted(seen, reverse=True)
+            assert output["accepted_lengths"] == pytest.approx(1 + sum(seen) / count)
+            assert new - 1 <= count * output["accepted_lengths"] + 1e-3 <= new - 1 + block_size
+
+
+def test_records_are_those_of_ar(model, few):
+    knobs = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.1, "max_new_tokens": 40}
+    ids, mask = padded(few)
+    options = {"attention_mask": mask, "return_dict_in_generate": True, **knobs}
+    expected = model.generate(ids, mode="ar", **options)
+    for draft_steps, block_size in ((1, 16), (3, 6)):
+        settings = {"draft_steps": draft_steps, "block_size": block_size}
+        found = model.generate(ids, mode="self_speculative", **settings, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        for name in ("log_probs", "confidences"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0, equal_nan=True)
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(torch.stack(found[name]), torch.stack(expected[name]), atol=1e-3, rtol=0)
+        assert (expected.commit_steps == -1).all()
+        assert set(found.commit_steps.unique().tolist()) <= set(range(-1, draft_steps))
+        own = ((found.commit_steps == -1) & ~found.log_probs.isnan()).sum(1)
+        lengths = (~found.log_probs.isnan()).sum(1)
+        last = found.commit_steps[torch.arange(8), lengths - 1]
+        # One for the prompt, and one for each cycle that was not cut before it.
+        assert torch.equal(own, found.context_forwards - (last >= 0).long())
+
+
+def test_sampled_log_probs_are_those_of_ar(model, few):
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "seed": list(range(8))}
+    for one, other in zip(answers(model, few, mode="ar", **sampling), answers(model, few, **sampling), strict=True):
+        expected = one.output["log_probs"]
+        torch.testing.assert_close(other.output["log_probs"], expected, atol=1e-4, rtol=0, equal_nan=True)
+
+
+# Where the text ends.
+
+
+def test_a_length_limit_inside_a_cycle(model, few):
+    free = {"eos_token_id": None}
+    longest = tokens(answers(model, few, mode="ar", max_new_tokens=40, **free))
+    for most in (1, 2, 3, 9, 16, 17, 18, 33):
+        assert tokens(answers(model, few, max_new_tokens=most, **free)) == [text[:most] for text in longest]
+
+
+def test_an_end_of_text_inside_a_cycle(model, few):
+    free = tokens(answers(model, few, mode="ar", max_new_tokens=40, eos_token_id=None))
+    for place in range(20):
+        stops = sorted({free[place % 8][place], free[(place + 3) % 8][place + 7]})
+        found = tokens(answers(model, few, max_new_tokens=40, eos_token_id=stops))
+        for text, whole in zip(found, free, strict=True):
+            end = next((idx + 1 for idx, token in enumerate(whole) if token in stops), 40)
+            assert text == whole[:end]
+
+
+def test_a_users_criterion_inside_a_cycle(model, few):
+    def at_eleventh(input_ids, scores, **kwargs):
+        return torch.tensor([(input_ids.shape[1] % 11) == 0])
+
+    knobs = {"stopping_criteria": [at_eleventh], "eos_token_id": None}
+    expected = tokens(answers(model, few, mode="ar", **knobs))
+    assert [(len(text) + len(prompt)) % 11 for text, prompt in zip(expected, few, strict=True)] == [0] * 8
+    assert tokens(answers(model, few, **knobs)) == expected
+
+
+# Rows go their own ways.
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_rows_that_drift_apart_get_what_they_get_alone(model, few, sample):
+    knobs = {"block_size": 8, "draft_steps": 2}
+    seeds = list(range(8)) if sample else None
+    if sample:
+        knobs |= {"do_sample": True, "temperature": 1.5}
+    alone = answers(model, few, batch=1, seed=seeds, **knobs)
+    assert len({int(answer.output["context_forwards"]) for answer in alone}) > 2
+    for order, side in ((range(8), "left"), ((3, 0, 5, 7, 2, 4, 1, 6), "right")):
+        shuffled = [seeds[idx] for idx in order] if sample else None
+        together = answers(model, [few[idx] for idx in order], side=side, seed=shuffled, **knobs)
+        for answer, idx in zip(together, order, strict=True):
+            assert answer.tokens == alone[idx].tokens
+            assert cycles(answer) == cycles(alone[idx])
+            for name in ("denoiser_forwards", "context_forwards", "accepted_lengths", "acceptance"):
+                assert torch.equal(answer.output[name], alone[idx].output[name]), name
+
+
+class Scripted:
+    """A denoiser that drafts given texts: (R, positions) by row, the same tokens whatever the block says."""
+
+    def __init__(self, vocab_size, texts):
+        self.vocab_size, self.texts = vocab_size, texts
+
+    def __call__(self, block_ids, past_key_values, timestep):
+        # The block begins with the token after the cached ones.
+        columns = past_key_values.lengths[:, None] + torch.arange(block_ids.shape[1])
+        logits = torch.zeros(*block_ids.shape, self.vocab_size)
+        return logits.scatter(-1, self.texts.gather(1, columns)[..., None], 20.0)
+
+
+@pytest.mark.parametrize("draft_steps", [1, 3])
+def test_a_denoiser_that_is_always_wrong(model, few, monkeypatch, draft_steps):
+    expected = answers(model, few, mode="ar")
+    unused = max(set(range(4, model.config.vocab_size)) - {token for text in tokens(expected) for token in text})
+    texts = torch.full((1, 1000), unused).expand(8, -1)
+
+    def denoise(block_ids, past_key_values, timestep):
+        return Scripted(model.config.vocab_size, texts[: len(block_ids)])(block_ids, past_key_values, timestep)
+
+    monkeypatch.setattr(model, "denoise", denoise)
+    found = answers(model, few, draft_steps=draft_steps)
+    assert tokens(found) == tokens(expected)
+    for answer in found:
+        assert answer.output["context_forwards"] == len(answer.tokens)
+        assert answer.output["accepted_lengths"] == 1
+        assert (answer.output["acceptance"] == 0).all()
+        assert (answer.output["commit_steps"] == -1).all()
+
+
+@pytest.mark.parametrize("block_size", [2, 5, 16])
+def test_a_denoiser_that_is_always_right(model, few, monkeypatch, block_size):
+    free = {"eos_token_id": None, "block_size": block_size}
+    expected = tokens(answers(model, few, mode="ar", max_new_tokens=40 + block_size, **free))
+    whole = [prompt + text for prompt, text in zip(few, expected, strict=True)]
+    texts, _ = padded(whole, "right")
+    for most in (1 + 2 * block_size, 38):
+        count = -(-(most - 1) // block_size)
+        for draft_steps in (1, 3):
+            # All rows end with the same cycle, so that none leaves the script.
+            monkeypatch.setattr(model, "denoise", Scripted(model.config.vocab_size, texts))
+            found = answers(model, few, max_new_tokens=most, draft_steps=draft_steps, **free)
+            assert tokens(found) == [text[:most] for text in expected]
+            for answer in found:
+                assert answer.output["context_forwards"] == 1 + count
+                assert answer.output["denoiser_forwards"] == count
+                assert answer.output["accepted_lengths"] == block_size
+                steps = torch.arange(most - 1) % block_size
+                assert torch.equal(answer.output["commit_steps"][1:], torch.where(steps == block_size - 1, -1, 0))
