@@ -170,10 +170,10 @@ class Decoding:
             raise ValueError(f"step_callback committed token {int(wrong[0])}, outside the vocabulary")
         if (state.tokens[commit] == self.mask_token_id).any():
             raise ValueError(f"step_callback committed the mask id {self.mask_token_id}; veto the position instead")
-        scores = prediction.scores
-        log_probs = None if scores is None else log_prob(scores, state.tokens)
-        confidence = log_prob(prediction.logits, state.tokens).exp()
-        return Prediction(prediction.logits, state.tokens, confidence, log_probs, prediction.scores), commit
+        tokens, scores = state.tokens.where(commit, prediction.tokens), prediction.scores
+        log_probs = None if scores is None else log_prob(scores, tokens)
+        confidence = log_prob(prediction.logits, tokens).exp()
+        return Prediction(prediction.logits, tokens, confidence, log_probs, scores), commit
 
     def count_accepted(self, drafted: torch.Tensor) -> None:
         """Remember one cycle: (R, S - 1) 1 where a drafted token was kept."""

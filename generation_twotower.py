@@ -80,8 +80,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
         bos_token_id = kwargs.get("bos_token_id", getattr(generation_config, "bos_token_id", None))
         input_ids, padding_mask = self._check_prompt(input_ids, attention_mask, bos_token_id, continued)
         if padding_mask is None:
-            # A mask of ones is passed on: without one, transformers takes every padding id for padding.
-            mask = None if attention_mask is None else torch.ones_like(input_ids)
+            # Without a mask, transformers takes every padding id for padding; a row alone needs none.
+            whole = attention_mask is not None or len(input_ids) == 1
+            mask = torch.ones_like(input_ids) if whole else None
             return super().generate(input_ids, generation_config, attention_mask=mask, **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
         left_ids, left_mask = _pad_left(input_ids, padding_mask)
@@ -250,7 +251,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
         device = self.context_tower.embeddings.weight.device
         if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
             input_ids = input_ids.to(device)
-        prompt = pack_tokens(input_ids, model_kwargs.get("attention_mask"))
+        prompt = pack_tokens(input_ids, model_kwargs.get("attention_mask"), holes=True)
         with_dict = config.return_dict_in_generate
         recorded = ["commit_steps", "confidences", "log_probs"] if with_dict else []
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]

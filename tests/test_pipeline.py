@@ -36,7 +36,11 @@ CALLS = {
         "batch_size": 2,
     },
     "an end": {"inputs": TEXTS[:2], "call": {**GREEDY, "eos_token_id": list(range(4, 90))}, "batch_size": 2},
-    "sampling": {"inputs": TEXTS[:2], "call": {**GREEDY, "do_sample": True, "temperature": 1.3, "seed": 5}, "batch_size": 2},
+    "sampling": {
+        "inputs": TEXTS[:2],
+        "call": {**GREEDY, "do_sample": True, "temperature": 1.3, "seed": 5},
+        "batch_size": 2,
+    },
     "a dict": {"inputs": TEXTS[:2], "call": {**GREEDY, "return_dict_in_generate": True}, "batch_size": 2},
     **{f"mode {mode}": {"inputs": TEXTS[:2], "call": {**GREEDY, "mode": mode}, "batch_size": 2} for mode in MODES},
 }

@@ -104,14 +104,12 @@ def test_greedy_text_on_nvidias_checkpoint(goldens):
     model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint").eval()
     tensors = load_file(goldens / "tensors.safetensors")
     prompts = [tensors[f"p{idx}.ids"].tolist() for idx in range(5)]
-    free = {"max_new_tokens": 40, "eos_token_id": None}
+    free = {"max_new_tokens": 24, "eos_token_id": None}
     expected = tokens(answers(model, prompts, batch=1, mode="ar", **free))
-    assert [len(text) for text in expected] == [40] * 5
-    for batch in (1, 5):
-        for draft_steps in (1, 3):
-            for block_size in (2, 5, 16):
-                knobs = {"draft_steps": draft_steps, "block_size": block_size, **free}
-                assert tokens(answers(model, prompts, batch, **knobs)) == expected, knobs
+    assert [len(text) for text in expected] == [24] * 5
+    for draft_steps, block_size, batch in ((1, 16, 1), (1, 16, 5), (3, 16, 5), (1, 2, 5), (3, 5, 5)):
+        knobs = {"draft_steps": draft_steps, "block_size": block_size, **free}
+        assert tokens(answers(model, prompts, batch, **knobs)) == expected, knobs
 
 
 def test_greedy_text_of_many_problems(model, prompts, ar):
@@ -127,8 +125,9 @@ def test_greedy_text_of_many_problems(model, prompts, ar):
 @pytest.mark.parametrize("draft_steps", [1, 2, 4])
 @pytest.mark.parametrize("block_size", [4, 8, 16, 32])
 def test_greedy_text_at_every_setting(model, prompts, ar, batch, draft_steps, block_size):
-    found = answers(model, prompts[:8], batch, draft_steps=draft_steps, block_size=block_size)
-    assert tokens(found) == tokens(ar[:8])
+    rows = prompts[: max(batch, 4)]
+    found = answers(model, rows, batch, draft_steps=draft_steps, block_size=block_size)
+    assert tokens(found) == tokens(ar[: len(rows)])
 
 
 @pytest.mark.parametrize("rule", UNMASKING_RULES)
@@ -137,7 +136,7 @@ def test_greedy_text_whatever_the_draft_commits_first(model, prompts, ar, rule):
     assert tokens(found) == tokens(ar[:8])
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_sampled_text(model, prompts, ar, temperature):
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "seed": list(range(16))}
     expected = tokens(answers(model, prompts[:16], mode="ar", **sampling))
@@ -145,9 +144,25 @@ def test_sampled_text(model, prompts, ar, temperature):
     for draft_steps, block_size, threshold, batch in settings:
         knobs = {"draft_steps": draft_steps, "block_size": block_size, "confidence_threshold": threshold}
         assert tokens(answers(model, prompts[:16], batch, **knobs, **sampling)) == expected, knobs
-    # Temperature 2.5 leaves the greedy text everywhere, the others somewhere.
-    changed = sum(text != greedy for text, greedy in zip(expected, tokens(ar), strict=False))
-    assert changed == 16 if temperature == 2.5 else changed >= 0
+    assert expected != tokens(ar[:16]), "sampling must matter"
+
+
+def test_a_draft_is_drawn_by_the_noise_it_is_verified_by(model, few):
+    """Where both towers have the same distribution, a draft is the verifier's own draw."""
+
+    def uniform(input_ids, scores):
+        return torch.zeros_like(scores).index_fill(1, torch.tensor([MASK]), -torch.inf)
+
+    knobs = {"do_sample": True, "top_k": 0, "seed": list(range(3)), "logits_processor": [uniform]}
+    knobs |= {"eos_token_id": None, "max_new_tokens": 25}
+    expected = tokens(answers(model, few[:3], mode="ar", **knobs))
+    assert len({tuple(text) for text in expected}) == 3
+    for draft_steps in (1, 3):
+        for answer, text in zip(
+            answers(model, few[:3], block_size=8, draft_steps=draft_steps, **knobs), expected, strict=True
+        ):
+            assert answer.tokens == text
+            assert (answer.output["acceptance"] == 1).all()
 
 
 class Shifting(LogitsProcessor):
@@ -156,7 +171,7 @@ class Shifting(LogitsProcessor):
     def __call__(self, input_ids, scores):
         weights = torch.arange(1, input_ids.shape[1] + 1)
         bias = torch.zeros_like(scores)
-        bias[0, int((input_ids[0] * weights).sum()) % scores.shape[1]] = 12.0
+        bias[0, int((input_ids[0] * weights).sum()) % scores.shape[1]] = 40.0
         return scores + bias
 
 
@@ -167,8 +182,8 @@ PROCESSORS: dict[str, Any] = {
     "encoder_repetition_penalty": 0.5,
     "bad_words_ids": None,  # of the text
     "sequence_bias": None,
-    "min_new_tokens": 70,
-    "min_length": 200,
+    "min_new_tokens": 60,
+    "min_length": 120,
     "exponential_decay_length_penalty": (5, 1.8),
     "forced_eos_token_id": EOS,
     "suppress_tokens": None,
@@ -181,9 +196,8 @@ PROCESSORS: dict[str, Any] = {
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_text_with_a_logits_processor(model, few, name, sample):
-    most = 24 if name == "forced_eos_token_id" else 200 - min(map(len, few)) if name == "min_length" else 72
-    few = few[:4] if most > 100 else few
-    knobs = {"max_new_tokens": most, "batch": len(few)}
+    few = few[1::3]
+    knobs: dict[str, Any] = {"max_new_tokens": 24 if name == "forced_eos_token_id" else 64}
     if sample:
         knobs |= {"do_sample": True, "temperature": 0.7, "seed": list(range(len(few)))}
     plain = tokens(answers(model, few, mode="ar", **knobs))
@@ -197,8 +211,8 @@ def test_text_with_a_logits_processor(model, few, name, sample):
     knobs[name] = of_text.get(name, PROCESSORS[name])
     expected = tokens(answers(model, few, mode="ar", **knobs))
     assert expected != plain, "the processor must matter"
-    assert tokens(answers(model, few, **knobs)) == expected
-    assert tokens(answers(model, few, draft_steps=2, block_size=7, **knobs)) == expected
+    settings = {"draft_steps": 2, "block_size": 7} if sample else {}
+    assert tokens(answers(model, few, **settings, **knobs)) == expected
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["biased", "forced"])
@@ -211,28 +225,41 @@ def test_the_mask_id_is_a_token_like_any_other(model, few, forced):
                 scores[:, MASK] = 1e3 if forced else scores[:, MASK] + 1e3
             return scores
 
-    knobs = {"logits_processor": [PrefersTheMask()], "max_new_tokens": 30, "eos_token_id": None}
+    knobs = {"logits_processor": [PrefersTheMask()], "max_new_tokens": 24, "eos_token_id": None}
     expected = tokens(answers(model, few, mode="ar", **knobs))
-    assert all(text.count(MASK) == 10 for text in expected)
-    for settings in ({}, {"draft_steps": 3, "block_size": 5}, {"batch": 1}):
+    assert all(text.count(MASK) == 8 for text in expected)
+    for settings in ({}, {"draft_steps": 3, "block_size": 5}):
         assert tokens(answers(model, few, **settings, **knobs)) == expected, settings
 
 
 def test_bfloat16_differs_only_where_two_tokens_tie(prompts):
+    """A tie: eight roundings of the largest logit, what the ten layers' own add up to."""
     model = TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint(), dtype=torch.bfloat16).eval()
-    rows = prompts[:64]
-    expected, found = (tokens(answers(model, rows, mode=mode)) for mode in ("ar", "self_speculative"))
+    # Beginnings of questions, which the model was not trained to go on from, leave it unsure.
+    rows = [prompt[:12] for prompt in prompts[:48]]
+    knobs = {"max_new_tokens": 32, "eos_token_id": None}
+    expected, found = (tokens(answers(model, rows, mode=mode, **knobs)) for mode in ("ar", "self_speculative"))
     different = 0
     for prompt, text, other in zip(rows, expected, found, strict=True):
         if text == other:
             continue
         different += 1
-        place = next(idx for idx, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
-        logits = next_logits(model, prompt + text[:place])
-        best = logits.topk(2)
-        assert {text[place], other[place]} == set(best.indices.tolist())
-        assert best.values[0] - best.values[1] <= 4 * 2**-8 * logits.abs().max()
-    assert different <= len(rows) // 4
+        place = next(idx for idx, (one, two) in enumerate(zip(text, other, strict=True)) if one != two)
+        best, gap, size = two_best(model, prompt + text[:place])
+        assert best == {text[place], other[place]}
+        assert gap <= 8 * 2**-8 * size
+    assert different <= 12
+    # Such ties are rare, so that differences elsewhere would show.
+    contexts = [prompt + text[:place] for prompt, text in zip(rows, expected, strict=True) for place in (5, 17)]
+    ties = [gap <= 8 * 2**-8 * size for _, gap, size in (two_best(model, context) for context in contexts)]
+    assert sum(ties) < 0.2 * len(ties)
+
+
+def two_best(model, text):
+    """The context tower's two best next tokens, how far their logits are apart, and the largest magnitude of all."""
+    logits = next_logits(model, text)
+    best = logits.topk(2)
+    return set(best.indices.tolist()), best.values[0] - best.values[1], logits.abs().max()
 
 
 def next_logits(model, text):
