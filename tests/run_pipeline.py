@@ -1,7 +1,7 @@
 """Generate through transformers' pipeline, in a process of its own that cannot import twotower; see test_pipeline.py.
 
-`python -I run_pipeline.py FOLDER` reads cases, the arguments of `run`, as JSON from standard input. On its last line it
-prints per case what the pipeline gave, and what `generate` gives each prompt alone.
+`python -I run_pipeline.py FOLDER` reads cases, the arguments of `run`, as JSON from standard input. On its last line
+it prints per case what the pipeline gave, and what `generate` gives each prompt alone.
 """
 
 import json
