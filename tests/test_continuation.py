@@ -162,6 +162,19 @@ def test_max_length_counts_a_rows_own_tokens(model, rows, mode):
         assert torch.equal(sequence[7 : 7 + 12 - len(row)], alone[len(row) :])
 
 
+@pytest.mark.xfail(raises=ValueError, reason="max_length counts columns when no row fills the first ones")
+def test_max_length_counts_no_holes(model):
+    # Eight columns, of which no row uses more than six.
+    ids = random_ids(2, 8, seed=3)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]])
+    cache = generate(model, ids[:, 2:3], mode="ar", max_new_tokens=1).past_key_values
+    ids[0, 0] = ids[0, 2]
+    output = generate(
+        model, ids, attention_mask=mask, mode="ar", past_key_values=cache, max_new_tokens=None, max_length=8
+    )
+    assert output.sequences.shape == (2, 10)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_cache_that_does_not_fit_is_refused(model, mode):
     prompt = random_ids(2, 6, seed=1)
@@ -189,12 +202,15 @@ def test_a_cache_survives_an_error_in_the_middle(model, rows, mode):
     text = torch.cat([begun.sequences, random_ids(3, 1, seed=5)], dim=1)
     mask = torch.cat([text_mask(begun, mask), torch.ones(3, 1, dtype=torch.long)], dim=1)
 
+    # Text ends after so few puts in two of the modes.
+    last_put = 4 if mode in ("ar", "self_speculative") else 2
+
     class Break(BaseStreamer):
         puts = 0
 
         def put(self, value):
             self.puts += 1
-            if self.puts == 2:
+            if self.puts == last_put:
                 raise InterruptedError
 
     flags = {"attention_mask": mask, "mode": mode, "max_new_tokens": 40, "eos_token_id": list(range(28, 34))}
@@ -470,7 +486,18 @@ def test_an_iterator_streams_the_decoded_output(writer, tokenizer, mode, skip_pr
     assert text == tokenizer.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("mode", ["ar", "mock_ar"])  # in the others rows go on by different numbers of tokens
+UNALIGNED = pytest.mark.xfail(raises=RuntimeError, reason="a put holds the rows still generating only, not all")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "ar",
+        "mock_ar",
+        pytest.param("mask_diffusion", marks=UNALIGNED),
+        pytest.param("self_speculative", marks=UNALIGNED),
+    ],
+)
 def test_a_streamer_gets_a_batch_column_by_column(model, rows, mode):
     class Collect(BaseStreamer):
         def __init__(self):

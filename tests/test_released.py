@@ -2,12 +2,15 @@
 
 import inspect
 import json
+from functools import partial
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors.torch import load_file
 from tiny import random_ids, tiny_model
 
+from twotower import released_twotower
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 from twotower.released_twotower import CONTEXT_PARTS, DENOISER_PARTS
 
@@ -216,6 +219,34 @@ class TestPlacement:
         expected = model.generate_mask_diffusion(PROMPT, **DIFFUSION)
         assert model.place_towers_on_devices("cpu", "cpu") is model
         assert torch.equal(model.generate_mask_diffusion(PROMPT, **DIFFUSION), expected)
+
+    def test_hooks_with_everything_in_memory(self, monkeypatch):
+        """As on two accelerators, where no weight is offloaded, but every part has its device."""
+        model = tiny_model()
+        expected = _all_modes(model)
+        monkeypatch.setattr(released_twotower, "dispatch_model", partial(dispatch_model, force_hooks=True))
+        model.place_towers_on_devices("cpu", "cpu")
+        assert all(hasattr(model.get_submodule(part), "_hf_hook") for part in CONTEXT_PARTS + DENOISER_PARTS)
+        assert _all_modes(model) == expected
+
+    # Of these two names of the one CPU, accelerate takes "cpu" for a place to keep weights, the other for a device.
+    @pytest.mark.parametrize(
+        ("ctx_device", "den_device", "offloaded"),
+        [("cpu", torch.device("cpu"), CONTEXT_PARTS), (torch.device("cpu"), "cpu", DENOISER_PARTS)],
+    )
+    def test_one_on_each(self, ctx_device, den_device, offloaded):
+        model = tiny_model(hybrid_override_pattern="M-*E*-M")
+        expected = _all_modes(model)
+        assert model.place_towers_on_devices(ctx_device, den_device) is model
+        assert {name.split(".")[0] for name, p in model.named_parameters() if p.is_meta} == set(offloaded)
+        places = dict.fromkeys(CONTEXT_PARTS, ctx_device) | dict.fromkeys(DENOISER_PARTS, den_device)
+        assert model.hf_device_map == places
+        assert _all_modes(model) == expected
+        # Placed again, every weight comes back.
+        model.place_towers_on_devices("cpu", "cpu")
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+        assert _all_modes(model) == expected
 
     def test_all_parts_are_placed(self, model):
         assert {name for name, _ in model.named_children()} == {*CONTEXT_PARTS, *DENOISER_PARTS}
