@@ -88,9 +88,7 @@ class Decoding:
         rows = self.text.rows
         block = self.open_block(rows.new_empty(len(rows), 0))
         if self.starting_block is not None:
-            given = self.starting_block.to(rows.device)
-            block.ids[:, : given.shape[1]] = given
-            block.masked = block.ids == self.mask_token_id
+            block.give(self.starting_block.to(rows.device), self.mask_token_id)
         return block
 
     def end_rows(self, block: Block) -> torch.Tensor:
@@ -105,8 +103,7 @@ class Decoding:
     def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
         rows = self.text.rows
-        if self.streamer is not None:
-            self._stream(block.ids, kept)
+        self._stream(block.ids, kept)
         going_on = self.text.write(block, kept, ended)
         block.select_rows(going_on)
         if 0 < len(going_on) < len(rows):  # the last rows to end need not leave
@@ -118,10 +115,10 @@ class Decoding:
         return going_on
 
     def _stream(self, ids: torch.Tensor, kept: torch.Tensor) -> None:
-        width = int(kept.max())
-        if self.streamer is not None and width > 0:
-            beyond = torch.arange(width, device=ids.device) >= kept[:, None]
-            self.streamer.put(ids[:, :width].masked_fill(beyond, self.text.pad_token_id).cpu())
+        if self.streamer is None or (width := int(kept.max())) == 0:
+            return
+        beyond = torch.arange(width, device=ids.device) >= kept[:, None]
+        self.streamer.put(ids[:, :width].masked_fill(beyond, self.text.pad_token_id).cpu())
 
     def seeds_and_positions(self, positions: int, known: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) seeds and (R, S) places in the rows' texts, of which the first `known` hold their newest tokens."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .unmasking_twotower import UNMASKING_DEFAULTS, check_unmasking
+from .unmasking_twotower import UNMASKING_DEFAULTS, check_unmasking, is_whole
 
 MODES = ("mask_diffusion", "self_speculative", "mock_ar", "ar")
 STRATEGY_DEFAULTS: dict[str, Any] = {
@@ -115,11 +115,11 @@ def check_strategy(config: GenerationConfig) -> None:
         raise ValueError(f"mode is {config.mode!r}; use one of {', '.join(MODES)}")
     for name in ("block_size", "steps_per_block", "draft_steps"):
         value = getattr(config, name)
-        if value is not None and not (_is_whole(value) and value >= 1):
+        if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
     seeds = config.seed if isinstance(config.seed, list | tuple) else [config.seed]
     for seed in seeds:
-        if seed is not None and not (_is_whole(seed) and -(2**63) <= seed < 2**63):
+        if seed is not None and not (is_whole(seed) and -(2**63) <= seed < 2**63):
             raise ValueError(f"seed is {config.seed!r}; give a whole number of 64 bits, or a list of one per row")
     check_unmasking(config)
 
@@ -135,7 +135,7 @@ def check_supported(config: GenerationConfig) -> None:
     if config.mode == "self_speculative" and config.block_size < 2:
         raise ValueError(f"block_size is {config.block_size}; self_speculative needs at least 2")
     chunk = config.prefill_chunk_size
-    if chunk is not None and not (_is_whole(chunk) and chunk >= 1):
+    if chunk is not None and not (is_whole(chunk) and chunk >= 1):
         raise ValueError(f"prefill_chunk_size is {chunk!r}; it must be a whole number of at least 1")
     watermark = config.watermarking_config
     if type(watermark).__name__ == "SynthIDTextWatermarkingConfig" and config.mode not in ("ar", "mock_ar"):
@@ -143,10 +143,6 @@ def check_supported(config: GenerationConfig) -> None:
             f"watermarking_config is {watermark!r}, which counts calls and needs one token at a time; "
             f'use mode "ar" or "mock_ar" rather than {config.mode!r}'
         )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 __all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "check_strategy", "check_supported"]

@@ -107,11 +107,14 @@ class TwoTowerGenerationMixin(GenerationMixin):
                     "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
                 )
             return input_ids.new_full((len(input_ids), 1), bos), None
-        low, high = int(input_ids.min()), int(input_ids.max())
+        self._check_vocabulary("input_ids", input_ids)
+        return input_ids, mask
+
+    def _check_vocabulary(self, name: str, ids: torch.Tensor) -> None:
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
-            raise ValueError(f"input_ids holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
-        return input_ids, mask
+            raise ValueError(f"{name} holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
 
     # What transformers' `generate` calls on its way.
 
@@ -255,10 +258,9 @@ class TwoTowerGenerationMixin(GenerationMixin):
         with_dict = config.return_dict_in_generate
         recorded = ["commit_steps", "confidences", "log_probs"] if with_dict else []
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
-        lengths = torch.full_like(prompt.ids[:, 0], prompt.ids.shape[1]) if prompt.counts is None else prompt.counts
         text = GeneratedText(
             prompt,
-            _most_tokens(config, lengths),
+            _most_tokens(config, prompt.lengths),
             stopping_criteria,
             0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
             tuple(recorded),
@@ -269,7 +271,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
         return Decoding(
             text=text,
             cache=cache,
-            unread=_unread(prompt, lengths, cache),
+            unread=_unread(prompt, cache),
             config=config,
             processors=processors,
             rule=UnmaskingRule(config),
@@ -291,12 +293,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
                 f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "
                 f"of at most block_size {config.block_size} tokens"
             )
-        low, high = int(block.min()), int(block.max())
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"starting_block holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens"
-            )
+        self._check_vocabulary("starting_block", block)
         return block
 
     # The modes.
@@ -495,10 +492,11 @@ def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache
     return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
 
 
-def _unread(prompt: PackedTokens, lengths: torch.Tensor, cache: TwoTowerCache) -> PackedTokens:
+def _unread(prompt: PackedTokens, cache: TwoTowerCache) -> PackedTokens:
     """What of each row the cache does not hold yet."""
     if cache.lengths is None:
         return prompt
+    lengths = prompt.lengths
     counts = lengths - cache.lengths.to(lengths.device)
     if (counts < 1).any():
         row = int((counts < 1).nonzero()[0])

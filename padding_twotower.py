@@ -15,6 +15,11 @@ class PackedTokens(NamedTuple):
     counts: torch.Tensor | None = None
     columns: torch.Tensor | None = None
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) tokens of each row."""
+        return torch.full_like(self.ids[:, 0], self.ids.shape[1]) if self.counts is None else self.counts
+
     def mask(self) -> torch.Tensor | None:
         """(B, T) bool, True on tokens; None when all columns hold one."""
         if self.counts is None:

@@ -83,6 +83,15 @@ class Block:
         block.records = block._records_of(prediction, steps)
         return block
 
+    def give(self, ids: torch.Tensor, mask_token_id: int) -> None:
+        """Begin with the user's (R, at most S) tokens, of which nothing is to be recorded; the mask id stays open."""
+        self.ids[:, : ids.shape[1]] = ids
+        self.masked = self.ids == mask_token_id
+        for name in self.recorded:
+            if name not in ("scores", "logits"):
+                dtype = torch.long if name == "commit_steps" else torch.float32
+                self.records[name] = torch.full_like(self.ids, RECORDS[name], dtype=dtype)
+
     def commit(self, where: torch.Tensor, prediction: Prediction, step: int) -> None:
         """Fix the predicted tokens `where` (R, S) says."""
         self.ids = torch.where(where, prediction.tokens, self.ids)
@@ -136,7 +145,7 @@ class GeneratedText:
     ):
         ids = prompt.ids
         self.prompt, self.pad_token_id, self.recorded = ids, pad_token_id, recorded
-        self.prompt_lengths = torch.full_like(ids[:, 0], ids.shape[1]) if prompt.counts is None else prompt.counts
+        self.prompt_lengths = prompt.lengths
         self.most_new_tokens = limits - self.prompt_lengths
         self.eos_ids = [c.eos_token_id.to(ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         self.timers = [c for c in stopping_criteria if isinstance(c, MaxTimeCriteria)]
@@ -219,9 +228,7 @@ class GeneratedText:
         """
         columns = self.new_tokens[self.rows][:, None] + torch.arange(block.ids.shape[1], device=block.ids.device)
         self.capacity_needed += block.ids.shape[1]
-        given = {name: torch.full_like(block.ids, fill, dtype=_dtype(fill)) for name, fill in RECORDS.items()}
-        narrow = {name: given[name] for name in self.recorded if name not in ("scores", "logits")}
-        for name, values in {"ids": block.ids, **narrow, **block.records}.items():
+        for name, values in {"ids": block.ids, **block.records}.items():
             # Columns beyond `kept` are written, too, and written over by the next block, or cut from the output.
             self._buffer(name, values)[self.rows[:, None], columns] = values
         self.new_tokens[self.rows] += kept
@@ -260,10 +267,6 @@ class GeneratedText:
             tokens_per_forward=self.new_tokens / (self.denoiser_forwards + self.context_forwards),
             **kept,
         )
-
-
-def _dtype(fill: float) -> torch.dtype:
-    return torch.long if isinstance(fill, int) else torch.float32
 
 
 __all__ = ["Block", "GeneratedText", "TwoTowerGenerateOutput"]

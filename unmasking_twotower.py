@@ -58,7 +58,7 @@ def check_unmasking(config: Any) -> None:
         if value is not None and value not in allowed:
             raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
     tokens = config.tokens_per_step
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+    if tokens is not None and not (is_whole(tokens) and tokens >= 1):
         raise ValueError(f"tokens_per_step is {tokens!r}; it must be a whole number of at least 1")
     ranges: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         ("confidence_threshold", "lie in (0, 1]", lambda value: 0 < value <= 1),
@@ -71,6 +71,10 @@ def check_unmasking(config: Any) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (is_number and holds(value)):
             raise ValueError(f"{name} is {value!r}; it must {requirement}")
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class UnmaskingRule:
@@ -273,4 +277,12 @@ UNMASKING_RULES: dict[str, Callable[..., torch.Tensor]] = {
     "predict_and_noise": _predict_and_noise,
 }
 
-__all__ = ["UNMASKING_DEFAULTS", "UNMASKING_RULES", "Prediction", "UnmaskingRule", "check_unmasking", "log_prob"]
+__all__ = [
+    "UNMASKING_DEFAULTS",
+    "UNMASKING_RULES",
+    "Prediction",
+    "UnmaskingRule",
+    "check_unmasking",
+    "is_whole",
+    "log_prob",
+]
