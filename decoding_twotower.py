@@ -100,6 +100,10 @@ class Decoding:
             return self.text.rows
         return self.write(block, kept.where(ended, 0), ended)
 
+    def append(self, block: Block) -> torch.Tensor:
+        """Write what is committed of a block from its beginning on, up to each row's first stop; see `write`."""
+        return self.write(block, *self.text.first_stop(block.ids, block.prefix(), block.checked))
+
     def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
         rows = self.text.rows

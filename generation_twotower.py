@@ -315,7 +315,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
                 self._denoise_step(run, block, step, run.config.steps_per_block, number)
                 if len(run.end_rows(block)) == 0:
                     return
-            going_on = run.write(block, *run.text.first_stop(block.ids, block.prefix(), block.checked))
+            going_on = run.append(block)
             if len(going_on) == 0:
                 return
             self._read(run, PackedTokens(block.ids))
@@ -333,7 +333,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
         Choices are those of mode "ar": the same logits, processors and noise, so the text is, too.
         """
         block = self._context_choice(run, self._read_prompt(run))
-        going_on = run.write(block, *run.text.first_stop(block.ids, block.prefix()))
+        going_on = run.append(block)
         newest = block.ids
         while len(going_on) > 0:
             draft = run.open_block(newest)
@@ -365,7 +365,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
             run.text.denoiser_forwards[run.text.rows] += 1
             logits = self.predict_next(token, run.cache).to(token.device)
             block = Block.chosen(self._predict(run, logits[:, None]), 0, run.text.recorded)
-            going_on = run.write(block, *run.text.first_stop(block.ids, block.prefix()))
+            going_on = run.append(block)
             if len(going_on) == 0:
                 return
             self._read(run, PackedTokens(token[going_on]))
@@ -374,7 +374,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
     def _ar(self, run: Decoding) -> None:
         """The context tower alone, one token per pass."""
         block = self._context_choice(run, self._read_prompt(run))
-        while len(run.write(block, *run.text.first_stop(block.ids, block.prefix()))) > 0:
+        while len(run.append(block)) > 0:
             block = self._context_choice(run, self._read(run, PackedTokens(block.ids)))
 
     # What they are made of.

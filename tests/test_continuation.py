@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 import torch
 from test_generation import padded
-from tiny import random_ids, tiny_model
+from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import DynamicCache, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -37,12 +37,6 @@ def writer(tokenizer):
 @pytest.fixture(scope="module")
 def rows():
     return [random_ids(length, seed=length) for length in (7, 3, 5)]
-
-
-def without_special_tokens(model):
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, None)
-    return model
 
 
 def generate(model, ids, **kwargs):

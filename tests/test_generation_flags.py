@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import random_ids, tiny_model
+from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import GenerationConfig, WatermarkingConfig
 from transformers.generation import CompileConfig, ContinuousBatchingConfig
 
@@ -98,10 +98,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny_model("all kinds")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, None)
-    return model
+    return without_special_tokens(tiny_model("all kinds"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from test_generation import padded
-from tiny import random_ids, tiny_model
+from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from twotower.evaluation import context_tower_in_transformers
@@ -46,10 +46,7 @@ WARPERS = {
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny_model("all kinds")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, None)
-    return model
+    return without_special_tokens(tiny_model("all kinds"))
 
 
 @pytest.fixture(scope="module")
@@ -337,22 +334,22 @@ def exact_pairs(model, prompt):
     return first[:, None] * model(longer).logits[:, -1].double().softmax(-1)
 
 
+def drawn(model, ids, **flags):
+    """Text sampled from the whole vocabulary, which no token ends."""
+    return generate(model, ids, do_sample=True, top_k=0, eos_token_id=None, **flags).sequences
+
+
+def count_pairs(text):
+    """(12, 12) how often each two tokens follow the prompt of five."""
+    return torch.zeros(12, 12).index_put((text[:, 5], text[:, 6]), torch.ones(len(text)), accumulate=True)
+
+
 @pytest.mark.parametrize("mode", ["ar", "self_speculative"])
 @pytest.mark.parametrize("offset", [0, 10**12])
 def test_pairs_are_drawn_with_their_exact_probabilities(small_vocabulary, mode, offset):
     model, prompt = small_vocabulary, random_ids(1, 5, vocab_size=12, seed=2)
     seeds = (torch.arange(SEEDS) + offset).tolist()
-    text = generate(
-        model,
-        prompt.expand(SEEDS, -1),
-        mode=mode,
-        do_sample=True,
-        top_k=0,
-        seed=seeds,
-        max_new_tokens=2,
-        eos_token_id=None,
-    ).sequences
-    counts = torch.zeros(12, 12).index_put((text[:, 5], text[:, 6]), torch.ones(SEEDS), accumulate=True)
+    counts = count_pairs(drawn(model, prompt.expand(SEEDS, -1), mode=mode, seed=seeds, max_new_tokens=2))
     assert chi_square_is_plausible(counts, SEEDS * exact_pairs(model, prompt))
     assert not chi_square_is_plausible(counts, torch.full((12, 12), SEEDS / 144)), "the test can tell"
 
@@ -360,16 +357,7 @@ def test_pairs_are_drawn_with_their_exact_probabilities(small_vocabulary, mode, 
 @pytest.mark.parametrize("mode", ["ar", "self_speculative"])
 def test_a_later_token_is_drawn_given_what_was_drawn_before(small_vocabulary, mode):
     model, prompt = small_vocabulary, random_ids(1, 4, vocab_size=12, seed=6)
-    text = generate(
-        model,
-        prompt.expand(SEEDS, -1),
-        mode=mode,
-        do_sample=True,
-        top_k=0,
-        seed=list(range(SEEDS)),
-        max_new_tokens=5,
-        eos_token_id=None,
-    ).sequences
+    text = drawn(model, prompt.expand(SEEDS, -1), mode=mode, seed=list(range(SEEDS)), max_new_tokens=5)
     with torch.no_grad():
         expected = model(text).logits.double().softmax(-1)
     for position in range(4, 9):
@@ -379,18 +367,7 @@ def test_a_later_token_is_drawn_given_what_was_drawn_before(small_vocabulary, mo
 
 def test_copies_of_a_row_are_drawn_independently(small_vocabulary):
     model, prompt = small_vocabulary, random_ids(1, 5, vocab_size=12, seed=2)
-    copies = generate(
-        model,
-        prompt,
-        mode="ar",
-        do_sample=True,
-        top_k=0,
-        seed=7,
-        num_return_sequences=SEEDS,
-        max_new_tokens=2,
-        eos_token_id=None,
-    ).sequences
-    counts = torch.zeros(12, 12).index_put((copies[:, 5], copies[:, 6]), torch.ones(SEEDS), accumulate=True)
+    counts = count_pairs(drawn(model, prompt, mode="ar", seed=7, num_return_sequences=SEEDS, max_new_tokens=2))
     assert chi_square_is_plausible(counts, SEEDS * exact_pairs(model, prompt))
 
 

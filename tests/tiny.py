@@ -100,6 +100,13 @@ def tiny_model(geometry: str = "base", seed: int = 0, **fields: Any) -> TwoTower
     return model
 
 
+def without_special_tokens(model: TwoTowerForBlockDiffusion) -> TwoTowerForBlockDiffusion:
+    """A model whose text ends at no token, so that random weights write as much as they are asked to."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, None)
+    return model
+
+
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     """Draw every parameter and buffer, at scales that keep activations of order one, and gates that vary."""
