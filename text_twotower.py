@@ -39,8 +39,9 @@ class TwoTowerGenerateOutput(ModelOutput):
             tower that decided it when it was committed; NaN on padding and what a starting block held.
         log_probs: (B, N) float32, its log-probability then under the distribution it was taken from: after all
             logits processors, temperature included; NaN likewise.
-        accepted_lengths: (B,) float32, in mode "self_speculative": mean number of tokens a cycle adds.
-        acceptance: (B, S - 1) float32, likewise: share of a row's cycles that kept the drafted token at each position.
+        accepted_lengths: (B,) float32, in mode "self_speculative": mean number of tokens a cycle verified, those past
+            the end of the text in the last cycle included; NaN for a row that ended before its first cycle.
+        acceptance: (B, S - 1) float32, likewise: share of a row's cycles that verified the draft at each position.
         scores, logits: N tensors (B, V) float32, with `output_scores` and `output_logits`: what the token was chosen
             from, after and before logits processors; zero on padding and what a starting block held.
         past_key_values: the cache after the last chunk read, for a next call.
