@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,6 +196,9 @@ def evaluate(
         raise ValueError("--png draws the unmasking rules; give --rules, too")
     if rules and repeats != 1:
         raise ValueError(f"--repeats is {repeats}, but --rules times nothing; leave it out")
+    # Known now rather than after the work.
+    if png_file is not None and find_spec("matplotlib") is None:
+        raise ValueError('--png needs matplotlib; pip install "twotower[eval]"')
     for file in (json_file, png_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -289,6 +293,9 @@ def _cost(tokens: int, denoiser_passes: int, context_passes: int, seconds: float
 
 def _whole_numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} is {text!r}; give whole numbers separated by commas, e.g. 1,16") from None
+        numbers = []
+    if min(numbers, default=0) < 1:
+        raise ValueError(f"{option} is {text!r}; give whole numbers of at least 1 separated by commas, e.g. 1,16")
+    return numbers

@@ -32,11 +32,15 @@ BASELINE = "transformers NemotronH"
 
 
 class Generated(NamedTuple):
-    """`sequences` (B, P + N), padded after a row's end, and (B,) passes of each tower, None where there is none."""
+    """
+    `sequences` (B, P + N), padded after a row's end; (B,) passes of each tower and, of mode "self_speculative", mean
+    tokens accepted per cycle; None where there is none.
+    """
 
     sequences: torch.Tensor
     denoiser_forwards: torch.Tensor | None = None
     context_forwards: torch.Tensor | None = None
+    accepted_lengths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Run:
         answers: per problem, its new tokens up to and including end-of-text.
         denoiser_forwards: per problem; empty without a denoiser.
         context_forwards: per problem; empty where they are not counted.
+        accepted_lengths: per problem, the mean of its cycles; empty without drafts.
         seconds: wall time of all its `generate` calls, the median if the run was repeated.
         seconds_of_runs: of each repetition.
     """
@@ -71,6 +76,7 @@ class Run:
     answers: list[list[int]] = field(default_factory=list)
     denoiser_forwards: list[int] = field(default_factory=list)
     context_forwards: list[int] = field(default_factory=list)
+    accepted_lengths: list[float] = field(default_factory=list)
     seconds: float = 0.0
     seconds_of_runs: list[float] = field(default_factory=list)
 
@@ -129,11 +135,8 @@ def evaluate(
         "seed": seed,
         "batch_sizes": list(batch_sizes),
         "repeats": repeats,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
     }
-    return settings | summarize(variants, runs, asked, tokenizer) | environment()
+    return settings | summarize(variants, runs, asked, tokenizer) | environment(model)
 
 
 _TOKENIZED: dict[str, Any] = {
@@ -157,15 +160,25 @@ def twotower_variants(model: TwoTowerForBlockDiffusion) -> list[Variant]:
     return [variant_of(model, name, options) for name, options in settings.items()]
 
 
-def variant_of(model: TwoTowerForBlockDiffusion, name: str, options: dict[str, Any]) -> Variant:
-    """Greedy `generate` with some options."""
+def variant_of(
+    model: TwoTowerForBlockDiffusion,
+    name: str,
+    options: dict[str, Any],
+    seeds: Callable[[BatchEncoding], list[int]] | None = None,
+) -> Variant:
+    """Greedy `generate` with some options; `seeds` are the rows', of an unmasking rule that draws."""
 
     def generate(inputs: BatchEncoding, max_new_tokens: int) -> Generated:
         output: Any = model.generate(
-            **inputs, **options, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
+            **inputs,
+            **options,
+            seed=None if seeds is None else seeds(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
         )
         denoiser_forwards = None if options["mode"] == "ar" else output.denoiser_forwards
-        return Generated(output.sequences, denoiser_forwards, output.context_forwards)
+        return Generated(output.sequences, denoiser_forwards, output.context_forwards, output.accepted_lengths)
 
     return Variant(name, options, generate)
 
@@ -227,6 +240,8 @@ def answer(
                 run.denoiser_forwards += generated.denoiser_forwards.tolist()
             if generated.context_forwards is not None:
                 run.context_forwards += generated.context_forwards.tolist()
+            if generated.accepted_lengths is not None:
+                run.accepted_lengths += generated.accepted_lengths.tolist()
     return runs
 
 
@@ -252,18 +267,18 @@ def summarize(
     Turn runs into figures.
 
     Args:
-        variants: the first is what retention is against.
+        variants: the first, "ar", is what retention is against; the last is transformers.
         runs: per batch size and variant name; accuracy and passes are taken from the first batch size.
         problems: in the order of the answers.
         tokenizer: to read the answers.
 
     Returns:
         `rows`, one per variant, each with `same_answers_as_first`, how many answers of the first variant it gave
-        token for token, and `speedup`, tokens per second over the first variant's.
+        token for token, `speedup`, tokens per second over the first variant's, and `speedup_over_transformers`.
     """
     first = next(iter(runs.values()))
     correct = {variant.name: are_correct(first[variant.name].answers, problems, tokenizer) for variant in variants}
-    reference = variants[0].name
+    reference, yardstick = variants[0].name, variants[-1].name
     rows = [
         {"name": variant.name, **variant.options}
         | accuracy_figures(correct[variant.name], correct[reference])
@@ -271,10 +286,8 @@ def summarize(
         | speed_figures({size: runs[size][variant.name] for size in runs})
         | {
             "same_answers_as_first": same_answers([first[reference], first[variant.name]]),
-            "speedup": {
-                str(size): run[variant.name].tokens_per_second / run[reference].tokens_per_second
-                for size, run in runs.items()
-            },
+            "speedup": speedup(runs, variant.name, reference),
+            "speedup_over_transformers": speedup(runs, variant.name, yardstick),
         }
         for variant in variants
     ]
@@ -314,6 +327,7 @@ def pass_figures(run: Run) -> dict[str, Any]:
         "context_passes": reads,
         "tokens_per_denoiser_pass": run.tokens / passes if passes else None,
         "tokens_per_pass": run.tokens / (reads + (passes or 0)) if reads else None,
+        "mean_accepted_length": statistics.fmean(run.accepted_lengths) if run.accepted_lengths else None,
     }
 
 
@@ -321,10 +335,18 @@ def speed_figures(runs: dict[int, Run]) -> dict[str, Any]:
     """Of one variant's runs by batch size."""
     return {
         "tokens_per_second": {str(size): run.tokens_per_second for size, run in runs.items()},
+        "tokens_per_second_of_runs": {
+            str(size): [run.tokens / seconds for seconds in run.seconds_of_runs] for size, run in runs.items()
+        },
         "seconds": {str(size): run.seconds for size, run in runs.items()},
         "seconds_of_runs": {str(size): run.seconds_of_runs for size, run in runs.items()},
         "same_answers_at_every_batch_size": same_answers(runs.values()),
     }
+
+
+def speedup(runs: dict[int, dict[str, Run]], name: str, over: str) -> dict[str, float]:
+    """Of one variant over another, timed side by side, by batch size."""
+    return {str(size): run[name].tokens_per_second / run[over].tokens_per_second for size, run in runs.items()}
 
 
 def same_answers(runs: Iterable[Run]) -> int:
@@ -333,9 +355,12 @@ def same_answers(runs: Iterable[Run]) -> int:
     return sum(all(answer == first for answer in others) for first, *others in answers)
 
 
-def environment() -> dict[str, Any]:
-    """Where and when: machine, versions, commit of the code, date."""
+def environment(model: TwoTowerForBlockDiffusion) -> dict[str, Any]:
+    """How, where and when: length limit, the model's dtype and device, machine, versions, commit of the code, date."""
     return {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -383,11 +408,20 @@ def footnote(report: dict[str, Any]) -> str:
     processor = machine["gpu"] if report["device"].startswith("cuda") else machine["cpu"]
     return (
         f"± is one standard error; accuracy and passes at batch {first}. transformers' NemotronH is the same context "
-        f"tower. tokens/s counts tokens up to end-of-text, all problems at every batch size, the median of "
-        f"{report['repeats']} interleaved runs, and next to AR's.\n"
+        f"tower. {_accepted_text(report)}tokens/s counts tokens up to end-of-text, all problems at every batch "
+        f"size, the median of {report['repeats']} interleaved runs, and next to AR's.\n"
         f"{report['dtype']} on {report['device']}, {processor}, {machine['threads']} of "
         f"{machine['cores']} cores; torch {versions['torch']}, transformers {versions['transformers']}; "
         f"{report['date']}"
+    )
+
+
+def _accepted_text(report: dict[str, Any]) -> str:
+    lengths = {row["name"]: row["mean_accepted_length"] for row in report["rows"]}
+    return "".join(
+        f"A cycle of {name} accepts {length:.2f} tokens on average, those past the end included. "
+        for name, length in lengths.items()
+        if length is not None
     )
 
 

@@ -1,8 +1,10 @@
 """Accuracy against denoiser passes of every unmasking rule on held-out word problems, as figures and as a curve."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -71,15 +73,17 @@ def compare_rules(
     Returns:
         A report that json can write: settings, `rows`, one per line and setting, and where it ran.
     """
-    if problems < 1:
-        raise ValueError(f"problems is {problems}; give at least 1")
+    for name, number in (("problems", problems), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; give at least 1")
     asked = held_out_problems(problems, seed)
     variants = {}
     for line, tried in settings.items():
         rule = line.split(",")[0].split()[0]
-        options = {"mode": "mask_diffusion", "unmasking_rule": rule} | ({"seed": seed} if rule == "posterior" else {})
+        options = {"mode": "mask_diffusion", "unmasking_rule": rule}
+        seeds = partial(seeds_of_prompts, seed=seed) if rule == "posterior" else None
         for number, values in enumerate(tried):
-            variants[line, number] = variant_of(model, f"{line} {number}", options | values)
+            variants[line, number] = variant_of(model, f"{line} {number}", options | values, seeds)
     reference = variant_of(model, "ar", {"mode": "ar"})
     batches = tokenized_batches(asked, batch_size, tokenizer, model)
     runs = answer([reference, *variants.values()], batches[0], track(batches, "rules"), end_ids(model))
@@ -90,7 +94,14 @@ def compare_rules(
         | pass_figures(runs[variant.name])
         for (line, number), variant in variants.items()
     ]
-    return {"problems": problems, "seed": seed, "ar_accuracy": sum(base) / problems, "rows": rows} | environment()
+    settled = {"problems": problems, "seed": seed, "batch_size": batch_size}
+    return settled | {"ar_accuracy": sum(base) / problems, "rows": rows} | environment(model)
+
+
+def seeds_of_prompts(inputs: BatchEncoding, seed: int) -> list[int]:
+    """A seed for each row that depends on its prompt and `seed` alone, so that no two problems share their noise."""
+    rows = zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)
+    return [crc32(str(ids[mask].tolist()).encode(), seed) for ids, mask in rows]
 
 
 def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -49,7 +49,7 @@ UNMASKING_DEFAULTS: dict[str, Any] = {
 def check_unmasking(config: Any) -> None:
     """Raise a ValueError for an unknown name or a parameter out of range; None means unset."""
     choices = (
-        ("unmasking_rule", UNMASKING_RULES),
+        ("unmasking_rule", tuple(UNMASKING_RULES)),
         ("noise_schedule", NOISE_SCHEDULES),
         ("noising_order", NOISING_ORDERS),
     )
@@ -93,7 +93,7 @@ class UnmaskingRule:
         """(R,) float32 the time the denoiser is told: the masked fraction, or what the noise schedule says."""
         if self.scheduled:
             noise = noise_level(self.config.noise_schedule, step, steps)
-            return torch.full((len(masked),), noise, device=masked.device)
+            return torch.full((len(masked),), noise, dtype=torch.float32, device=masked.device)
         return masked.float().mean(-1)
 
     def commit(
@@ -208,21 +208,14 @@ def commit_scheduled(
     (E2D2, arXiv 2510.22852); (R, S) priority is the confidence or the margin.
     """
     due = int(noise_level(schedule, step + 1, steps) * masked.shape[-1]) if step < steps - 1 else 0
-    open_ = masked.sum(-1)
-    return _commit_first(priority, masked, open_ - (open_ - 1).clamp(max=due), steps_left=None)
+    return _commit_first(priority, masked, masked.sum(-1) - due, steps_left=None)
 
 
 def commit_adaptive(confidence: torch.Tensor, masked: torch.Tensor, step: int, steps: int) -> torch.Tensor:
-    """
-    The surest one per step in the first half of the steps, then even shares.
-
-    Equals Megatron-LM's adaptive unmasking at the 4, 8 and 16 steps of its trajectories here; Megatron changes over
-    at 0.4 of the steps, which other numbers of steps can tell.
-    """
-    steps_left = steps - step
-    if 2 * step < steps and steps_left > 1:
-        return _commit_first(confidence, masked, torch.ones_like(masked[:, 0], dtype=torch.long), None)
-    return _commit_first(confidence, masked, torch.zeros_like(masked[:, 0], dtype=torch.long), steps_left)
+    """The surest one per step in the first 40 % of the steps, then even shares: Megatron-LM's adaptive unmasking."""
+    one_each = 5 * step < 2 * steps and step < steps - 1
+    one = torch.ones_like(masked[:, 0], dtype=torch.long)
+    return _commit_first(confidence, masked, one, None if one_each else steps - step)
 
 
 def noise_level(schedule: str, step: int, steps: int) -> float:

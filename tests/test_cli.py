@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import twotower
-from twotower import TwoTowerForBlockDiffusion, cli, evaluation
+from twotower import TwoTowerForBlockDiffusion, cli, evaluation, rules_evaluation
 from twotower.cli import app
 from twotower.rules_evaluation import draw_rules
 from twotower.train import loop
@@ -189,6 +189,7 @@ def test_eval_compares_the_rules_and_draws_them(checkpoint, tmp_path, monkeypatc
     arguments = ("eval", "--model", checkpoint, "--problems", 2, "--seed", 3, "--batch-sizes", 2)
     result = run(*arguments, "--rules", "--json", figures, "--png", drawing)
     report = json.loads(figures.read_text())
+    assert (report["batch_size"], report["max_new_tokens"], report["dtype"]) == (2, 8, "float32")
     assert {row["line"].split(",")[0].split()[0] for row in report["rows"]} == set(UNMASKING_RULES)
     for row in report["rows"]:
         assert row["line"] in result.stdout
@@ -198,6 +199,21 @@ def test_eval_compares_the_rules_and_draws_them(checkpoint, tmp_path, monkeypatc
     assert fixed[1] > fixed[2] > fixed[8]
     assert "--png draws the unmasking rules" in run(*arguments, "--png", drawing, code=2).stderr
     assert "--repeats is 2" in run(*arguments, "--rules", "--repeats", 2, code=2).stderr
+
+
+@pytest.mark.parametrize("sizes", ["0", "-1", "16,-1"])
+def test_eval_rules_refuse_an_impossible_batch_size(checkpoint, sizes):
+    result = run("eval", "--model", checkpoint, "--problems", 2, "--rules", f"--batch-sizes={sizes}", code=2)
+    assert f"--batch-sizes is '{sizes}'" in result.stderr
+
+
+def test_eval_misses_matplotlib_before_the_work(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(rules_evaluation, "compare_rules", lambda *_, **__: pytest.fail("the work was begun"))
+    drawing = tmp_path / "rules.png"
+    result = run("eval", "--model", checkpoint, "--rules", "--png", drawing, code=2)
+    assert 'pip install "twotower[eval]"' in result.stderr
+    assert not drawing.exists()
 
 
 def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):

@@ -26,8 +26,11 @@ from twotower.evaluation import (
     median_runs,
     nemotron_config,
     pass_figures,
+    speed_figures,
     summarize,
+    tokenized_batches,
 )
+from twotower.rules_evaluation import compare_rules, seeds_of_prompts
 from twotower.train.problems import held_out_problems, training_problems
 from twotower.train.tokenizer import train_tokenizer
 
@@ -122,6 +125,9 @@ def test_figures_of_known_answers(tokenizer):
     assert [row["same_answers_at_every_batch_size"] for row in report["rows"]] == [3, 4, 4]
     assert [row["same_answers_as_first"] for row in report["rows"]] == [4, 3, 3]
     assert diffusion["speedup"] == pytest.approx({"1": 2 * tokens / ar["tokens"], "2": 2 * tokens / ar_at_2})
+    assert diffusion["speedup_over_transformers"] == pytest.approx(
+        {"1": 4 * tokens / baseline["tokens"], "2": 4 * tokens / baseline["tokens"]}
+    )
     assert baseline["tokens_per_pass"] is None
 
 
@@ -129,6 +135,14 @@ def test_repeated_runs_report_the_median_of_their_times():
     repetitions = [{"a": Run([[5]], seconds=seconds)} for seconds in (3.0, 1.0, 2.0)]
     run = median_runs(repetitions)["a"]
     assert (run.seconds, run.seconds_of_runs, run.answers) == (2.0, [3.0, 1.0, 2.0], [[5]])
+    figures = speed_figures({4: run})
+    assert figures["tokens_per_second"] == {"4": 1 / 2}
+    assert figures["tokens_per_second_of_runs"] == {"4": [1 / 3, 1.0, 1 / 2]}
+
+
+def test_accepted_lengths_are_averaged_over_problems():
+    assert pass_figures(Run([[5], [6], [7]], accepted_lengths=[4.0, 2.0, 9.0]))["mean_accepted_length"] == 5.0
+    assert pass_figures(Run([[5]]))["mean_accepted_length"] is None
 
 
 def test_passes_count_both_towers_and_the_denoiser_alone():
@@ -206,6 +220,10 @@ def test_evaluate_asks_every_mode_and_transformers(model, tokenizer, monkeypatch
     assert all(len(row) == len(header) for row in rows)
     assert "3 held-out problems (seed 5)" in evaluation.title({**report, "model": "x"})
     assert "median of 2 interleaved runs" in evaluation.footnote(report)
+    lengths = [row["mean_accepted_length"] for row in report["rows"]]
+    assert [length is None for length in lengths] == [True, False, True, True, True, True]
+    assert 1 <= lengths[1] <= model.config.block_size
+    assert f"A cycle of self_speculative accepts {lengths[1]:.2f} tokens" in evaluation.footnote(report)
 
 
 def test_baseline_ends_at_the_models_end_of_text(model):
@@ -231,10 +249,25 @@ def test_impossible_settings(model, tokenizer, settings, message):
         evaluate(model, tokenizer, **settings)
 
 
-def test_environment_is_written_down(tmp_path):
-    found = environment()
+def test_environment_is_written_down(model, tmp_path):
+    found = environment(model)
+    assert (found["dtype"], found["device"]) == ("float32", "cpu")
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
     assert evaluation._git_commit(tmp_path) is None, "a folder that is no checkout has no commit"
     (tmp_path / ".git").mkdir()
     assert evaluation._git_commit(tmp_path) is None, "nor has a broken one"
+
+
+def test_a_prompt_draws_with_a_seed_of_its_own_whatever_its_batch(model, tokenizer):
+    asked = held_out_problems(5, 0)
+    one_by_one, together = tokenized_batches(asked, 1, tokenizer, model), tokenized_batches(asked, 5, tokenizer, model)
+    seeds = seeds_of_prompts(together[0], seed=3)
+    assert seeds == [seed for batch in one_by_one for seed in seeds_of_prompts(batch, seed=3)]
+    assert len(set(seeds) | set(seeds_of_prompts(together[0], seed=4))) == 10
+
+
+def test_rules_of_no_problems_or_rows(model, tokenizer):
+    for name in ("problems", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} is 0; give at least 1"):
+            compare_rules(model, tokenizer, **{name: 0})

@@ -205,6 +205,106 @@ def test_every_rule_keeps_the_step_budget_and_what_is_committed(name, rows, size
     assert not masked.any()
 
 
+# What Megatron-LM tells the denoiser in 4 steps.
+TIMES = {
+    "linear": [1.0, 0.7500025, 0.500005, 0.2500075],
+    "cosine": [1.0, 0.6173202, 0.2928988, 0.0761250],
+    "exponential": [1.0, 0.9414749, 0.8175780, 0.5552904],
+}
+
+
+@pytest.mark.parametrize("name", ["posterior", "predict_and_noise"])
+@pytest.mark.parametrize("schedule", TIMES)
+def test_a_scheduled_rule_tells_the_schedules_time_whatever_is_masked(name, schedule):
+    chosen, masked = rule(name, noise_schedule=schedule), torch.tensor([[True, False], [False, False]])
+    for step, time in enumerate(TIMES[schedule]):
+        torch.testing.assert_close(chosen.timestep(masked, step, 4), torch.full((2,), time))
+
+
+def test_other_rules_tell_the_masked_fraction():
+    masked = torch.tensor([[True, False], [False, False]])
+    assert rule("entropy", noise_schedule="cosine").timestep(masked, 1, 4).tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "order", "left"),
+    [
+        ("linear", "confidence", [12, 8, 4, 0]),
+        ("cosine", "confidence", [9, 4, 1, 0]),
+        ("exponential", "confidence", [15, 13, 8, 0]),
+        ("linear", "margin", [12, 8, 4, 0]),
+        ("linear", "adaptive", [15, 14, 7, 0]),
+        # The first 40 % of five steps are two.
+        ("linear", "adaptive", [15, 14, 9, 4, 0]),
+        # Adaptive does not look at the schedule.
+        ("cosine", "adaptive", [15, 14, 13, 12, 9, 6, 3, 0]),
+        ("linear", "adaptive", [0]),
+    ],
+)
+def test_predict_and_noise_leaves_the_schedules_share_of_the_least_sure(schedule, order, left):
+    chosen = rule("predict_and_noise", noise_schedule=schedule, noising_order=order)
+    masked = torch.ones(2, 16, dtype=torch.bool)
+    for step, expected in enumerate(left):
+        predicted = prediction(2, 16, seed=step)
+        best, second = predicted.logits.softmax(-1).sort(descending=True).values[..., :2].unbind(-1)
+        key = best - second if order == "margin" else best
+        commit = chosen.commit(predicted, masked, step, len(left), None)
+        masked = masked & ~commit
+        assert masked.sum(-1).tolist() == [expected, expected]
+        surest_left = key.masked_fill(~masked, -torch.inf).amax(-1)
+        assert (key.masked_fill(~commit, torch.inf).amin(-1) > surest_left).all()
+
+
+@pytest.mark.parametrize("order", ["confidence", "margin"])
+def test_predict_and_noise_commits_one_where_the_schedule_would_leave_more_than_is_masked(order):
+    masked = torch.arange(16)[None] < 5
+    assert rule("predict_and_noise", noising_order=order).commit(prediction(1, 16, 0), masked, 0, 4, None).sum() == 1
+
+
+@pytest.mark.parametrize("schedule", TIMES)
+def test_the_posterior_unmasks_with_the_ancestral_samplers_probability(schedule):
+    chosen, noise = rule("posterior", noise_schedule=schedule), torch.linspace(0.001, 0.999, 999)[None]
+    masked = torch.arange(999)[None] % 5 > 0
+    for step in range(4):
+        # (alpha_s - alpha_t) / (1 - alpha_t), where the time told is 1 - alpha_t.
+        times = [*TIMES[schedule], 0]
+        expected = noise < (times[step] - times[step + 1]) / times[step]
+        commit = chosen.commit(prediction(1, 1, 0), masked, step, 4, lambda: noise)
+        assert torch.equal(commit, expected & masked), step
+
+
+def test_the_posteriors_last_step_commits_all_whatever_is_drawn():
+    masked, noise = torch.ones(1, 4, dtype=torch.bool), torch.full((1, 4), 1 - 2**-24)
+    assert rule("posterior").commit(prediction(1, 1, 0), masked, 3, 4, lambda: noise).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        *((name, "confidence") for name in UNMASKING_RULES if name != "posterior"),
+        ("predict_and_noise", "margin"),
+        ("predict_and_noise", "adaptive"),
+    ],
+)
+def test_of_equals_the_earlier_position_is_first(name, order):
+    masked = torch.arange(64)[None] % 3 > 0
+    logits = torch.zeros(1, 64, 7)
+    logits[..., MASK] = -torch.inf
+    equal = Prediction(logits, torch.zeros(1, 64, dtype=torch.long), torch.full((1, 64), 1 / 6))
+    commit = rule(name, noising_order=order, noise_schedule="cosine").commit(equal, masked, 7, 16, None)
+    count = int(commit.sum())
+    assert 1 < count < masked.sum()
+    assert commit.nonzero()[:, 1].tolist() == masked.nonzero()[:count, 1].tolist()
+
+
+def test_fast_dllms_bound_is_strict():
+    equal = prediction(1, 4, 0)._replace(confidence=torch.full((1, 4), 0.5))
+    masked = torch.ones(1, 4, dtype=torch.bool)
+    # (n + 1) / 2 is 1.5 for two positions, and 2 for three.
+    assert rule("factor", factor=1.5).commit(equal, masked, 0, 16, None).sum() == 1
+    assert rule("factor", factor=2.0).commit(equal, masked, 0, 16, None).sum() == 2
+
+
 def test_the_posterior_unmasks_at_the_schedules_rate():
     masked = torch.ones(200, 100, dtype=torch.bool)
     noise = torch.rand(masked.shape, generator=torch.Generator().manual_seed(0))
@@ -225,14 +325,26 @@ def test_noise_schedules():
     ("field", "value", "message"),
     [
         ("unmasking_rule", "best", "unmasking_rule is 'best'; use one of confidence, fixed"),
+        ("unmasking_rule", ["fixed"], r"unmasking_rule is \['fixed'\]; use one of confidence, fixed"),
         ("noise_schedule", "square", "noise_schedule is 'square'; use one of linear"),
         ("noising_order", 3, "noising_order is 3; use one of confidence"),
         ("confidence_threshold", 0.0, r"confidence_threshold is 0.0; it must lie in \(0, 1\]"),
+        ("confidence_threshold", 1.5, r"confidence_threshold is 1.5; it must lie in \(0, 1\]"),
         ("confidence_threshold", True, "confidence_threshold is True"),
-        ("margin_threshold", -0.1, "margin_threshold is -0.1"),
+        ("confidence_threshold", float("nan"), "confidence_threshold is nan"),
+        ("confidence_threshold", "high", "confidence_threshold is 'high'"),
+        ("margin_threshold", -0.1, r"margin_threshold is -0.1; it must lie in \[0, 1\]"),
+        ("margin_threshold", 1.1, "margin_threshold is 1.1"),
+        ("margin_threshold", False, "margin_threshold is False"),
+        ("margin_threshold", float("nan"), "margin_threshold is nan"),
+        ("entropy_bound", -0.1, "entropy_bound is -0.1; it must be a number of nats of at least 0"),
+        ("entropy_bound", True, "entropy_bound is True"),
         ("entropy_bound", float("nan"), "entropy_bound is nan"),
         ("factor", 0, "factor is 0; it must be a number above 0"),
-        ("tokens_per_step", 0, "tokens_per_step is 0"),
+        ("factor", True, "factor is True"),
+        ("factor", float("nan"), "factor is nan"),
+        ("tokens_per_step", 0, "tokens_per_step is 0; it must be a whole number of at least 1"),
+        ("tokens_per_step", True, "tokens_per_step is True"),
         ("tokens_per_step", 1.5, "tokens_per_step is 1.5"),
     ],
 )
@@ -240,3 +352,13 @@ def test_a_parameter_out_of_range_is_refused_by_name(field, value, message):
     with pytest.raises(ValueError, match=message):
         check_unmasking(SimpleNamespace(**{**UNMASKING_DEFAULTS, field: value}))
     check_unmasking(SimpleNamespace(**dict.fromkeys(UNMASKING_DEFAULTS)))
+
+
+@pytest.mark.parametrize("name", ["confidence_threshold", "margin_threshold", "factor", "tokens_per_step"])
+def test_one_is_within_every_range(name):
+    check_unmasking(SimpleNamespace(**{**UNMASKING_DEFAULTS, name: 1}))
+
+
+@pytest.mark.parametrize("name", ["margin_threshold", "entropy_bound"])
+def test_zero_is_within_some(name):
+    check_unmasking(SimpleNamespace(**{**UNMASKING_DEFAULTS, name: 0}))
