@@ -58,6 +58,19 @@ class MambaUpdate(NamedTuple):
         return MambaState(conv_state(self.inputs, taps, counts), ssm)
 
 
+class KeyValueSlot(NamedTuple):
+    """Where a chunk's keys and values go: behind those `layer` holds, at column `width` or each row's start (B,)."""
+
+    layer: "KeyValueLayer"
+    width: int
+    starts: torch.Tensor | None
+
+    def append(self, chunk: KeyValues) -> KeyValues:
+        """Write (B, Hkv, T, D); returns views of all there is then, (B, Hkv, width + T, D)."""
+        return self.layer.write(chunk, self.width, self.starts)
+
+
+Past = KeyValues | KeyValueSlot | MambaState | None
 Present = KeyValues | MambaState | MambaUpdate | None
 
 
@@ -68,23 +81,32 @@ class KeyValueLayer:
         self.buffers: KeyValues | None = None
 
     def view(self, width: int) -> KeyValues | None:
-        return None if self.buffers is None else KeyValues(*(buffer[:, :, :width] for buffer in self.buffers))
+        if self.buffers is None:
+            return None
+        return KeyValues(self.buffers.key[:, :, :width], self.buffers.value[:, :, :width])
 
-    def write(self, present: KeyValues, width: int, starts: torch.Tensor | None) -> None:
-        """Write (B, Hkv, T, D) at column `width`, or where rows differ at each row's own start (B,)."""
-        tokens = present.key.shape[2]
-        self._reserve(present, width + tokens)
-        assert self.buffers is not None
-        for buffer, new in zip(self.buffers, present, strict=True):
+    def slot(self, width: int, starts: torch.Tensor | None) -> KeyValueSlot:
+        return KeyValueSlot(self, width, starts)
+
+    def write(self, chunk: KeyValues, width: int, starts: torch.Tensor | None) -> KeyValues:
+        """Write (B, Hkv, T, D) at column `width`, or where rows differ at each row's start; views of all up to it."""
+        tokens = chunk.key.shape[2]
+        self._reserve(chunk, width + tokens)
+        held = self.view(width + tokens)
+        assert held is not None
+        for buffer, new in zip(held, chunk, strict=True):
             if starts is None:
-                buffer[:, :, width : width + tokens] = new
+                buffer[:, :, width:] = new
             else:
                 columns = starts[:, None] + torch.arange(tokens, device=new.device)
                 buffer.scatter_(2, columns[:, None, :, None].expand_as(new), new)
+        return held
 
     def accept(self, counts: torch.Tensor) -> None:
         """The rows' lengths say which of the columns written count."""
 
+    # In inference mode too, buffers are ordinary tensors: a later call outside of it must be able to write to them.
+    @torch.inference_mode(False)
     def _reserve(self, like: KeyValues, columns: int) -> None:
         """Grow by an eighth at least, so that appending costs amortised constant time."""
         held = 0 if self.buffers is None else self.buffers.key.shape[2]
@@ -97,11 +119,13 @@ class KeyValueLayer:
                 new[:, :, :held] = old
         self.buffers = KeyValues(*grown)
 
+    @torch.inference_mode(False)
     def select_rows(self, rows: torch.Tensor, width: int) -> None:
         held = self.view(width)
         if held is not None:
             self.buffers = KeyValues(*(part.index_select(0, rows.to(part.device)) for part in held))
 
+    @torch.inference_mode(False)
     def replace_rows(self, layers: Sequence["KeyValueLayer"], width: int) -> None:
         held = [layer.view(width) or () for layer in layers]
         wide = [[F.pad(part, (0, 0, 0, width - part.shape[2])) for part in parts] for parts in held]
@@ -116,9 +140,14 @@ class MambaLayer:
         self.update: MambaUpdate | None = None
 
     def view(self, width: int) -> MambaState | None:
+        if self.state is not None and torch.is_grad_enabled() and self.state.ssm.is_inference():
+            self.state = MambaState(*(part.clone() for part in self.state))
         return self.state
 
-    def write(self, present: MambaState | MambaUpdate, width: int, starts: torch.Tensor | None) -> None:
+    def slot(self, width: int, starts: torch.Tensor | None) -> MambaState | None:
+        return self.view(width)
+
+    def write(self, present: MambaState | MambaUpdate) -> None:
         if isinstance(present, MambaUpdate):
             self.update = present
         else:
@@ -141,6 +170,9 @@ class StatelessLayer(DummyLayer):
     """MoE and MLP layers keep nothing."""
 
     def view(self, width: int) -> None:
+        return None
+
+    def slot(self, width: int, starts: torch.Tensor | None) -> None:
         return None
 
     def accept(self, counts: torch.Tensor) -> None:
@@ -176,11 +208,14 @@ class TwoTowerCache(Cache):
         """What layer `layer_idx` holds; keys and values are views of the first `width` columns, not copies."""
         return self.layers[layer_idx].view(self.width)
 
-    def write(self, layer_idx: int, present: Present) -> None:
-        """Add a layer's newest chunk. It counts once `advance` has been called for the chunk, or `accept`."""
+    def slot(self, layer_idx: int) -> KeyValueSlot | MambaState | None:
+        """What layer `layer_idx` reads a chunk with: its state, or where its keys and values go."""
         self._check_accepted()
-        if present is not None:
-            self.layers[layer_idx].write(present, self.width, self.lengths if self.ragged else None)
+        return self.layers[layer_idx].slot(self.width, self.lengths if self.ragged else None)
+
+    def write(self, layer_idx: int, present: MambaState | MambaUpdate) -> None:
+        """Keep a layer's state after its newest chunk, which counts once `advance` or `accept` has been called."""
+        self.layers[layer_idx].write(present)
 
     def advance(self, batch: int, tokens: int, counts: torch.Tensor | None, device: torch.device) -> None:
         """Make a chunk of `tokens` columns count: all of them, or each row's first `counts` (B,)."""
@@ -221,6 +256,17 @@ class TwoTowerCache(Cache):
         columns = torch.arange(self.width, device=self.lengths.device)
         return (columns < self.lengths[:, None])[:, None, None]
 
+    def visible_to(self, tokens: int) -> torch.Tensor | None:
+        """
+        (B or 1, 1, T, width + T) bool, what each of T columns behind a row's own may see; None when that is all of
+        them, or at the beginning, where causality says the same.
+        """
+        if self.lengths is None or self.width == 0 or (tokens == 1 and not self.ragged):
+            return None
+        starts = self.lengths if self.ragged else self.lengths[:1]
+        newest = starts[:, None] + torch.arange(tokens, device=starts.device)
+        return (torch.arange(self.width + tokens, device=starts.device) <= newest[..., None])[:, None]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
 
@@ -258,4 +304,4 @@ class TwoTowerCache(Cache):
         self.lengths, self.width, self.ragged = lengths, longest, shortest != longest
 
 
-__all__ = ["KeyValues", "MambaState", "MambaUpdate", "Present", "TwoTowerCache"]
+__all__ = ["KeyValueSlot", "KeyValues", "MambaState", "MambaUpdate", "Past", "Present", "TwoTowerCache"]

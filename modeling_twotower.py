@@ -32,7 +32,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
 )
 from transformers.utils import ModelOutput
 
-from .cache_twotower import KeyValues, MambaState, MambaUpdate, Present, TwoTowerCache
+from .cache_twotower import KeyValues, KeyValueSlot, MambaState, MambaUpdate, Past, Present, TwoTowerCache
 from .configuration_twotower import TwoTowerConfig
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .kernels.block_attention import block_attention
@@ -78,10 +78,11 @@ class ChunkLayout(NamedTuple):
         mask: (B, T) bool, True on tokens; None when all columns are.
         ends: (B,) the column after each row's last token; None when it is T.
         context_mask: bool, broadcastable to (B, 1, T, L), the context columns a row may see; None for all.
-        block_mask: bool, broadcastable to (B, 1, T, T), the chunk's columns a column may see; None for all.
+        block_mask: bool, broadcastable to (B, 1, T, T), the chunk's columns a column may see; None for all. Of a
+            chunk that is read into a cache (B, 1, T, L + T), the context's columns included.
         causal: whether a column sees only itself and earlier columns of the chunk.
         state_every: return Mamba states before every so many columns rather than after the last.
-        tentative: return what takes a Mamba state through any number of the columns rather than the last state.
+        tentative: return what takes a Mamba state through any number of the columns, and compute none.
     """
 
     mask: torch.Tensor | None = None
@@ -91,6 +92,14 @@ class ChunkLayout(NamedTuple):
     causal: bool = False
     state_every: int | None = None
     tentative: bool = False
+
+
+class Modulation(NamedTuple):
+    """How a block's timestep modulates one layer, each (R, 1, H): x + gate * mixer(norm(x * scale + shift))."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
 
 
 class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
@@ -111,10 +120,12 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Where none is asked for by name, grouped_mm with a loop over the experts of a lone token."""
-        if requested_experts == GROUPED_MM_OR_LOOP:
-            return requested_experts
-        chosen = super().get_correct_experts_implementation(requested_experts)
-        return GROUPED_MM_OR_LOOP if requested_experts is None and chosen == "grouped_mm" else chosen
+        if requested_experts not in (None, GROUPED_MM_OR_LOOP):
+            return super().get_correct_experts_implementation(requested_experts)
+        chosen = super().get_correct_experts_implementation(requested_experts and "grouped_mm")
+        # Quantised experts are other modules, with implementations of their own.
+        quantized = getattr(self.config, "quantization_config", None) is not None
+        return GROUPED_MM_OR_LOOP if chosen == "grouped_mm" and not quantized else chosen
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """torch's grouped product wants rows of whole 16 bytes; experts of other sizes fall back to "eager"."""
@@ -314,7 +325,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         """
         self._check_ids("input_ids", input_ids, past_key_values)
         layout = ChunkLayout(context_mask=past_key_values.context_mask())
-        plain: list[torch.Tensor | None] = [None] * self.config.num_hidden_layers
+        plain: list[Modulation | None] = [None] * self.config.num_hidden_layers
         return self.lm_head(self._denoise(input_ids, past_key_values, layout, plain)[:, -1]).float()
 
     def _denoise(
@@ -322,16 +333,17 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         block_ids: torch.Tensor,
         past_key_values: TwoTowerCache,
         layout: ChunkLayout,
-        modulations: Sequence[torch.Tensor | None],
+        modulations: Sequence[Modulation | None],
     ) -> torch.Tensor:
         pasts = [past_key_values.view(idx) for idx in range(self.config.num_hidden_layers)]
         return self.denoiser_tower(block_ids, pasts, layout, modulations)
 
     @force_accelerate_hooks("scale_shift_tables")  # which are no module to call
-    def _modulations(self, timestep: torch.Tensor) -> list[torch.Tensor]:
-        """(R,) -> per layer (R, 3, H): shift, scale, gate."""
-        offsets = self.t_block(self.t_embedder(timestep)).unflatten(-1, (3, -1))
-        return [table + offsets for table in self.scale_shift_tables]
+    def _modulations(self, timestep: torch.Tensor) -> list[Modulation]:
+        """(R,) -> each layer's."""
+        offsets = self.t_block(self.t_embedder(timestep)).unflatten(-1, (1, 1, 3, -1))  # (R, 1, 1, 3, H)
+        shift, scale, gate = (torch.stack(list(self.scale_shift_tables))[:, None] + offsets).unbind(3)
+        return list(map(Modulation, shift.unbind(1), (1 + scale).unbind(1), gate.unbind(1)))
 
     def _diffusion_loss(
         self,
@@ -441,12 +453,13 @@ class ContextTower(TwoTowerBackbone):
         if tentative and (cache is None or counts is not None):
             raise ValueError("tentative=True needs past_key_values, and counts=None: each row's count is given later")
         mask = PackedTokens(input_ids, counts).mask()
-        context_mask = None if cache is None else cache.context_mask()
-        layout = ChunkLayout(mask, counts, context_mask, causal=True, tentative=tentative)
+        visible = None if cache is None else cache.visible_to(length)
+        from_start = cache is None or cache.width == 0
+        layout = ChunkLayout(mask, counts, block_mask=visible, causal=from_start, tentative=tentative)
         hidden_states = self.embeddings(input_ids)
         for idx, layer in enumerate(self.layers):
-            hidden_states, present = layer(hidden_states, None if cache is None else cache.view(idx), layout)
-            if cache is not None:
+            hidden_states, present = layer(hidden_states, None if cache is None else cache.slot(idx), layout)
+            if cache is not None and present is not None:
                 cache.write(idx, present)
         if cache is not None and tentative:
             cache.tentative = length
@@ -485,18 +498,19 @@ class DenoiserTower(TwoTowerBackbone):
         block_ids: torch.Tensor,
         pasts: Iterable[KeyValues | MambaState | None],
         layout: ChunkLayout,
-        modulations: Iterable[torch.Tensor | None],
+        modulations: Iterable[Modulation | None],
     ) -> torch.Tensor:
         """
         Args:
             block_ids: (R, S); consecutive rows may share a row of the context.
             pasts: per layer, what the context tower holds before the block.
             layout: the blocks' [`ChunkLayout`].
-            modulations: per layer (R, 3, H), or None without time conditioning.
+            modulations: per layer its [`Modulation`], or None without time conditioning.
 
         Returns:
             (R, S, H) normed hidden states.
         """
+        layout = layout._replace(tentative=True)  # no state is wanted after a block
         hidden_states = self.embeddings(block_ids)
         for layer, past, modulation in zip(self.layers, pasts, modulations, strict=True):
             hidden_states, _ = layer(hidden_states, past, layout, modulation)
@@ -514,20 +528,13 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
     def forward(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate]:
-        conv_state, ssm_state = past if past is not None else (None, None)
-        gate, inputs, dt = self.in_proj(hidden_states).split(
-            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
-        )
-        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
-        if layout.mask is not None:
-            inputs, dt = inputs * layout.mask[..., None], dt * layout.mask[..., None]
+        conv_before, ssm_before = past if past is not None else (None, None)
+        conv1d, norm = self.conv1d, self.norm
+        gate, inputs, dt = self._projected(hidden_states, layout.mask)
         convolved, conv_after = causal_conv(
-            inputs, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, layout.ends, self.activation
+            inputs, conv1d.weight.squeeze(1), conv1d.bias, conv_before, layout.ends, self.activation
         )
-        group_size = self.n_groups * self.ssm_state_size
-        x, B, C = convolved.split([self.intermediate_size, group_size, group_size], dim=-1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
+        x, B, C = self._split_heads(convolved)
         A = -torch.exp(self.A_log.float())
         scan = ssd_scan(
             x,
@@ -536,19 +543,43 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             B,
             C,
             self.D,
-            ssm_state,
+            ssm_before,
             layout.state_every or self.chunk_size,
+            return_state=not layout.tentative,
             return_chunk_states=layout.state_every is not None,
         )
-        y = gated_rms_norm(scan.y.flatten(2), gate, self.norm.weight, self.norm.group_size, self.norm.variance_epsilon)
-        after: MambaState | MambaUpdate = MambaState(conv_after, scan.state)
+        y = gated_rms_norm(scan.y.flatten(2), gate, norm.weight, norm.group_size, norm.variance_epsilon)
+        present: MambaState | MambaUpdate
         if layout.tentative:
-            after = MambaUpdate(inputs_after_state(inputs, self.conv_kernel_size, conv_state), x, dt, A, B)
+            present = MambaUpdate(inputs_after_state(inputs, self.conv_kernel_size, conv_before), x, dt, A, B)
         elif layout.state_every is not None:
             assert scan.chunk_states is not None
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)
-            after = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
-        return self.out_proj(y), after
+            present = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
+        else:
+            assert scan.state is not None
+            present = MambaState(conv_after, scan.state)
+        return self.out_proj(y), present
+
+    def _projected(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens."""
+        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
+        if mask is not None:
+            inputs, dt = inputs * mask[..., None], dt * mask[..., None]
+        return gate, inputs, dt
+
+    def _split_heads(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, C) -> x (B, T, H, P), B and C (B, T, G, N)."""
+        batch, tokens, _ = convolved.shape
+        groups, states = self.n_groups, self.ssm_state_size
+        x, B, C = convolved.split_with_sizes([self.intermediate_size, groups * states, groups * states], dim=-1)
+        x = x.view(batch, tokens, self.num_heads, self.head_dim)
+        return x, B.view(batch, tokens, groups, states), C.view(batch, tokens, groups, states)
 
 
 class TwoTowerAttention(NemotronHAttention):
@@ -561,25 +592,29 @@ class TwoTowerAttention(NemotronHAttention):
                 projection.bias = nn.Parameter(torch.zeros(projection.out_features))
 
     def forward(
-        self, hidden_states: torch.Tensor, past: KeyValues | None, layout: ChunkLayout
-    ) -> tuple[torch.Tensor, KeyValues]:
+        self, hidden_states: torch.Tensor, past: KeyValues | KeyValueSlot | None, layout: ChunkLayout
+    ) -> tuple[torch.Tensor, KeyValues | None]:
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(hidden_states).view(heads).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        context_key, context_value = past if past is not None else (None, None)
+        present: KeyValues | None = KeyValues(key, value)
+        if isinstance(past, KeyValueSlot):
+            # Written behind the context first, the chunk and its context are one run of columns.
+            (key, value), past, present = past.append(KeyValues(key, value)), None, None
         attended = block_attention(
             query,
             key,
             value,
-            context_key,
-            context_value,
+            None if past is None else past.key,
+            None if past is None else past.value,
             layout.context_mask,
             layout.block_mask,
             causal=layout.causal,
             scale=self.scaling,
         )
-        return self.o_proj(attended), KeyValues(key, value)
+        return self.o_proj(attended), present
 
 
 class TwoTowerRouter(NemotronHTopkRouter):
@@ -589,7 +624,7 @@ class TwoTowerRouter(NemotronHTopkRouter):
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
         logits = F.linear(hidden_states.flatten(0, -2).double(), self.weight.double())
         scores = logits.sigmoid()
-        choice = self._without_weak_groups(scores + self.e_score_correction_bias.double())
+        choice = self._without_weak_groups(scores + self.e_score_correction_bias)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, indices)
         if self.norm_topk_prob:
@@ -609,14 +644,15 @@ class TwoTowerRouter(NemotronHTopkRouter):
 def grouped_mm_or_loop(
     experts: NemotronHExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """(T, H) tokens through their experts: torch's grouped product, whose preparation one token on a CPU is spared."""
-    if len(hidden_states) > 1 or hidden_states.device.type != "cpu" or torch.is_grad_enabled():
+    """(T, H) tokens through their experts: torch's grouped product, but a lone token on a CPU without its overhead."""
+    if hidden_states.shape[0] > 1 or hidden_states.device.type != "cpu":
         return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
-    out = torch.zeros((), dtype=weights.dtype)
-    for expert, weight in zip(indices[0].tolist(), weights[0], strict=True):
-        activated = experts.act_fn(F.linear(hidden_states, experts.up_proj[expert]))
-        out = out + F.linear(activated, experts.down_proj[expert]) * weight
-    return out.to(hidden_states.dtype)
+    up_proj, down_proj = experts.up_proj, experts.down_proj
+    outputs = [
+        F.linear(experts.act_fn(F.linear(hidden_states, up_proj[expert])), down_proj[expert])
+        for expert in indices[0].tolist()
+    ]
+    return (weights @ torch.cat(outputs).to(weights.dtype)).to(hidden_states.dtype)
 
 
 GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"
@@ -648,36 +684,33 @@ class TwoTowerLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        past: KeyValues | MambaState | None,
+        past: Past,
         layout: ChunkLayout,
-        modulation: torch.Tensor | None = None,
+        modulation: Modulation | None = None,
     ) -> tuple[torch.Tensor, Present]:
         """
         Args:
             hidden_states: (B, T, H).
-            past: what the same layer of the context tower holds.
+            past: what the same layer of the context tower holds; for keys and values also where to write them.
             layout: the chunk's [`ChunkLayout`].
-            modulation: (B, 3, H) shift, scale and gate; None for a plain layer.
+            modulation: the block's [`Modulation`]; None for a plain layer.
 
         Returns:
-            (B, T, H) and what the layer adds to the cache.
+            (B, T, H) and what the layer adds to the cache, unless it has been written.
         """
-        mixer_input, gate = self._modulated_norm(hidden_states, modulation)
+        mixer_input = self._modulated_norm(hidden_states, modulation)
         if self.stateful:
             mixed, present = self.mixer(mixer_input, past, layout)
         else:
             mixed, present = self.mixer(mixer_input), None
-        return hidden_states + (mixed if gate is None else gate * mixed), present
+        return hidden_states + (mixed if modulation is None else modulation.gate * mixed), present
 
-    def _modulated_norm(
-        self, hidden_states: torch.Tensor, modulation: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _modulated_norm(self, hidden_states: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         if modulation is None:
-            return self.norm(hidden_states), None
-        shift, scale, gate = modulation[:, :, None].unbind(1)
+            return self.norm(hidden_states)
         if self.stateful:
-            return self.norm(hidden_states * (1 + scale) + shift), gate
-        return self.norm(hidden_states) * (1 + scale) + shift, gate
+            return self.norm(hidden_states * modulation.scale + modulation.shift)
+        return self.norm(hidden_states) * modulation.scale + modulation.shift
 
 
 class TimestepEmbedder(nn.Module):

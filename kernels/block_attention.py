@@ -8,6 +8,8 @@ of a long context.
 Shapes: B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), S chunk, L context, D head dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -28,7 +30,7 @@ def block_attention(
 
     Args:
         query: (B, Hq, S, D).
-        key, value: (B, Hkv, S, D), the chunk's own.
+        key, value: (B, Hkv, S, D), the chunk's own; without a separate context also more columns than the query's.
         context_key, context_value: (B or B / n, Hkv, L, D), default no context; with fewer rows than the query,
             n consecutive query rows share one (the blocks of one training sequence).
         context_mask: bool, broadcastable to (B, 1, S, L), True where a query may look; default everywhere.
@@ -41,43 +43,41 @@ def block_attention(
     """
     if causal and block_mask is not None:
         raise ValueError("block_attention got both causal=True and a block_mask; give one of them")
-    if context_key is None or context_value is None or context_key.shape[2] == 0:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=block_mask, is_causal=causal, scale=scale, enable_gqa=True
-        )
-    else:
+    own = (key, value, block_mask)
+    if context_key is not None and context_value is not None and context_key.shape[2] > 0:
         if causal and query.shape[2] > 1:
-            block_mask = _lower_triangle(query.shape[2], query.device)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        out = block_attention_reference(query, key, value, context_key, context_value, context_mask, block_mask, scale)
+            own = (key, value, _lower_triangle(query.shape[2], query.device))
+        out = block_attention_reference(query, [(context_key, context_value, context_mask), own], scale)
+    elif block_mask is not None and key.shape[2] > query.shape[2] and query.device.type != "cpu":
+        # With a mask, torch may repeat all keys and values for the query heads that share them.
+        out = block_attention_reference(query, [own], scale)
+    else:
+        out = F.scaled_dot_product_attention(query, *own, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
 def block_attention_reference(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    context_mask: torch.Tensor | None,
-    block_mask: torch.Tensor | None,
-    scale: float,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """The equation above, the query heads of one key/value head folded into its rows: (B, Hq, S, D)."""
-    batch, heads, length, head_dim = query.shape
-    context_length = context_key.shape[2]
-    grouped = (query * scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, Hkv, Hq/Hkv * S, D)
-    context_scores = _shared_matmul(grouped, context_key.transpose(-1, -2))
-    scores = torch.cat([context_scores, grouped @ key.transpose(-1, -2)], dim=-1)
-    scores = scores.view(batch, heads, length, context_length + length)
-    if context_mask is not None:
-        scores[..., :context_length].masked_fill_(~context_mask, -torch.inf)
-    if block_mask is not None:
-        scores[..., context_length:].masked_fill_(~block_mask, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    weights = weights.view(batch, key.shape[1], -1, context_length + length)
-    out = _shared_matmul(weights[..., :context_length], context_value) + weights[..., context_length:] @ value
-    return out.view(batch, heads, length, head_dim)
+    """
+    The equation above, the query heads of one key/value head folded into its rows: (B, Hq, S, D).
+
+    `parts` are runs of columns, each its key and value, and its mask.
+    """
+    kv_heads, dtype = parts[0][0].shape[1], query.dtype
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    grouped = (query * scale).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # (B, Hkv, Hq/Hkv * S, D)
+    scores = []
+    for key, _, mask in parts:
+        score = _shared_matmul(grouped, key.transpose(-1, -2)).view(*query.shape[:3], -1)  # (B, Hq, S, columns)
+        scores.append(score if mask is None else score.masked_fill_(~mask, -torch.inf))
+    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(dtype)
+    weights = weights.view(*grouped.shape[:3], -1)
+    columns = [key.shape[2] for key, _, _ in parts]
+    products = [_shared_matmul(w, value) for w, (_, value, _) in zip(weights.split(columns, -1), parts, strict=True)]
+    return sum(products[1:], products[0]).view(query.shape)
 
 
 def _shared_matmul(rows: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels, K kernel width.
 """
 
 import torch
+import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 
@@ -41,15 +42,15 @@ def causal_conv_reference(
 ) -> torch.Tensor:
     """The equation above in float32, one shifted product per tap; `padded` is (B, K - 1 + T, C)."""
     inputs, weight = padded.float(), weight.float()
+    y = inputs.new_zeros(()) if bias is None else bias.float()
     if tokens == 1:
-        y = (inputs * weight.T).sum(1, keepdim=True)
+        y = y + (inputs * weight.T).sum(1, keepdim=True)
     else:
-        y = inputs[:, :tokens] * weight[:, 0]
-        for tap in range(1, weight.shape[1]):
-            y = torch.addcmul(y, inputs[:, tap : tap + tokens], weight[:, tap])
-    if bias is not None:
-        y = y + bias.float()
-    return ACT2FN[activation](y).to(padded.dtype)
+        for start, tap in enumerate(weight.unbind(1)):
+            y = torch.addcmul(y, inputs[:, start : start + tokens], tap)
+    # ACT2FN builds a module at every look-up.
+    act = F.silu if activation == "silu" else ACT2FN[activation]
+    return act(y).to(padded.dtype)
 
 
 def inputs_after_state(x: torch.Tensor, taps: int, state: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,7 +63,8 @@ def inputs_after_state(x: torch.Tensor, taps: int, state: torch.Tensor | None = 
 def conv_state(padded: torch.Tensor, taps: int, ends: torch.Tensor | None = None) -> torch.Tensor:
     """The state (B, K - 1, C) after each row's first `ends` (B,) of T inputs, default all: from (B, K - 1 + T, C)."""
     if ends is None:
-        return padded[:, padded.shape[1] - (taps - 1) :]
+        # Not a view, which would keep all T inputs alive.
+        return padded[:, padded.shape[1] - (taps - 1) :].clone()
     columns = ends[:, None] + torch.arange(taps - 1, device=padded.device)
     return padded.gather(1, columns[..., None].expand(-1, -1, padded.shape[2]))
 

@@ -26,6 +26,6 @@ def gated_rms_norm(
         (B, T, C) in x's dtype. Normalised in float32, rounded to x's dtype before the weight, as NVIDIA's code does.
     """
     gated = x.float() * F.silu(gate.float())
-    grouped = gated.unflatten(-1, (-1, group_size))
+    grouped = gated.reshape(-1, group_size)
     normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.flatten(-2).to(x.dtype)
+    return weight * normed.view(x.shape).to(x.dtype)

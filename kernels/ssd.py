@@ -17,10 +17,10 @@ import torch
 
 
 class ScanOutput(NamedTuple):
-    """`y` (B, T, H, P), `state` (B, H, P, N) after the last token; if asked, `chunk_states` (B, T / L, H, P, N)."""
+    """`y` (B, T, H, P), and as asked `state` (B, H, P, N) after the last token, `chunk_states` (B, T / L, H, P, N)."""
 
     y: torch.Tensor
-    state: torch.Tensor
+    state: torch.Tensor | None = None
     chunk_states: torch.Tensor | None = None
 
 
@@ -33,6 +33,7 @@ def ssd_scan(
     D: torch.Tensor,
     state: torch.Tensor | None = None,
     chunk_size: int = 128,
+    return_state: bool = True,
     return_chunk_states: bool = False,
 ) -> ScanOutput:
     """
@@ -40,36 +41,39 @@ def ssd_scan(
 
     Args:
         x: (B, T, H, P) inputs.
-        dt: (B, T, H) step sizes, already positive (softplus and clamp applied); 0 where there is no token.
-        A: (H,) negative decay rates.
+        dt: (B, T, H) float32 step sizes, already positive (softplus and clamp applied); 0 where there is no token.
+        A: (H,) float32 negative decay rates.
         B, C: (B, T, G, N) input and output projections; each group serves H / G heads.
         D: (H,) skip weights.
         state: (B, H, P, N) state before the first token, default zeros.
         chunk_size: tokens per chunk; y and state do not depend on it.
-        return_chunk_states: also return the state before each chunk.
+        return_state: whether to return the state after the last token.
+        return_chunk_states: whether to return the state before each chunk.
 
     Returns:
         [`ScanOutput`]; y in x's dtype, states in float32. All arithmetic is float32: a seeded state grows to 1e3 and
         more over a long context, which bfloat16 does not survive.
     """
     dtype = x.dtype
-    x, dt, A, B, C = (tensor.float() for tensor in (x, dt, A, B, C))
-    if state is None:
-        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
-    state = state.float()
-    if x.shape[1] == 1 and not return_chunk_states:
+    x, B, C = x.float(), B.float(), C.float()
+    tokens = x.shape[1]
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.float()
+    if tokens == 1 and not return_chunk_states:
         y, state = ssd_step_reference(x, dt, A, B, C, state)
-        return ScanOutput(torch.addcmul(y, D.float()[:, None], x).to(dtype), state)
+        return ScanOutput(torch.addcmul(y, D.float()[:, None], x).to(dtype), state if return_state else None)
     outputs, chunk_states = [], []
-    for start in range(0, x.shape[1], chunk_size):
-        columns = slice(start, start + chunk_size)
+    for start in range(0, tokens, chunk_size):
+        chunk_x, chunk_dt, chunk_B, chunk_C = (part[:, start : start + chunk_size] for part in (x, dt, B, C))
         if return_chunk_states:
             chunk_states.append(state)
-        y, state = ssd_chunk_reference(x[:, columns], dt[:, columns], A, B[:, columns], C[:, columns], state)
-        outputs.append(y)
+        outputs.append(ssd_chunk_reference(chunk_x, chunk_dt, A, chunk_B, chunk_C, state))
+        if return_state or start + chunk_size < tokens:
+            state = ssd_state_reference(chunk_x, chunk_dt, A, chunk_B, state)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    y = (y + D.float()[:, None] * x).to(dtype)
-    return ScanOutput(y, state, torch.stack(chunk_states, dim=1) if return_chunk_states else None)
+    y = torch.addcmul(y, D.float()[:, None], x).to(dtype)
+    return ScanOutput(
+        y, state if return_state else None, torch.stack(chunk_states, dim=1) if return_chunk_states else None
+    )
 
 
 def ssd_state(
@@ -106,48 +110,43 @@ def ssd_state_reference(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, state: torch.Tensor
 ) -> torch.Tensor:
     """The sum above in float32: (B, H, P, N)."""
+    batch, tokens, heads, _ = x.shape
     log_decay = (dt * A).cumsum(1)
-    total = log_decay[:, -1]
-    weighted = x * (dt * (total[:, None] - log_decay).exp())[..., None]  # (B, T, H, P)
-    grouped = weighted.unflatten(2, (B.shape[2], -1)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, G, H/G * P, T)
-    return total.exp()[..., None, None] * state + (grouped @ B.transpose(1, 2)).view_as(state)
+    total = log_decay[:, -1:]  # (B, 1, H)
+    weighted = x * (dt * (total - log_decay).exp())[..., None]
+    grouped = weighted.reshape(batch, tokens, B.shape[2], -1).permute(0, 2, 3, 1)  # (B, G, H/G * P, T)
+    added = grouped @ B.transpose(1, 2)
+    return torch.addcmul(added.view_as(state), total.exp().view(batch, heads, 1, 1), state)
 
 
 def ssd_step_reference(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence itself for one token, T = 1, in float32 without the skip term: as [`ssd_chunk_reference`]."""
-    batch, _, heads, head_dim = x.shape
-    groups = B.shape[2]
-    xdt = (x * dt[..., None]).view(batch, groups, -1, 1)  # (B, G, H/G * P, 1)
-    decayed = (state * (dt * A).exp().view(batch, heads, 1, 1)).view(batch, groups, xdt.shape[2], -1)
-    state = torch.addcmul(decayed, xdt, B.transpose(1, 2))  # (B, G, H/G * P, N)
-    y = state @ C.transpose(1, 2).transpose(-1, -2)
-    return y.view(batch, 1, heads, head_dim), state.view(batch, heads, head_dim, -1)
+    """The recurrence for one token, in float32 without the skip term: y (B, 1, H, P) and state (B, H, P, N)."""
+    batch, _, heads, _ = x.shape
+    rows, states = batch * B.shape[2], B.shape[3]
+    decayed = (state * (dt * A).exp().view(batch, heads, 1, 1)).view(rows, -1, states)  # (B * G, H/G * P, N)
+    xdt = (x * dt[..., None]).view(rows, -1, 1)
+    after = torch.addcmul(decayed, xdt, B.reshape(rows, 1, states))
+    y = torch.bmm(after, C.reshape(rows, states, 1))
+    return y.view(x.shape), after.view(state.shape)
 
 
 def ssd_chunk_reference(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One chunk in float32, without the skip term: (y (B, L, H, P), state (B, H, P, N) after it)."""
+) -> torch.Tensor:
+    """One chunk's outputs in float32, without the skip term: (B, L, H, P)."""
     batch, length, heads, head_dim = x.shape
     groups = B.shape[2]
-    per_group = heads // groups
-    # Heads first, grouped: every product below is then one batched matrix product.
-    xdt = (x * dt[..., None]).permute(0, 2, 1, 3).reshape(batch, groups, per_group, length, head_dim)
     B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, G, L, N)
-    log_decay = (dt * A).transpose(1, 2).cumsum(-1).view(batch, groups, per_group, length)
+    log_decay = (dt * A).transpose(1, 2).contiguous().cumsum(-1)  # (B, H, L)
     # 1. within the chunk: y[l] += sum_{s <= l} (C[l] . B[s]) exp(decay from s to l) dt[s] x[s]
-    causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-    between = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-    scores = (C @ B.transpose(-1, -2))[:, :, None] * between  # (B, G, H/G, L, L)
-    y = scores @ xdt
+    scores = (C @ B.transpose(-1, -2)).tril()  # (B, G, L, L)
+    # The clamp changes nothing but where the scores are 0, and there the factor must be finite.
+    decay = (log_decay[..., :, None] - log_decay[..., None, :]).clamp(max=0).exp()
+    weights = (scores[:, :, None] * decay.unflatten(1, (groups, -1))).flatten(1, 2)  # (B, H, L, L)
+    within = weights @ (x * dt[..., None]).transpose(1, 2)  # (B, H, L, P)
     # 2. from the state before the chunk: y[l] += exp(decay from the start to l) h C[l]
-    state = state.view(batch, groups, per_group, head_dim, -1)
-    y = y + log_decay.exp()[..., None] * (C[:, :, None] @ state.transpose(-1, -2))
-    # 3. the state after the chunk
-    total = log_decay[..., -1:]
-    carried = total.exp()[..., None] * state
-    added = (xdt * (total - log_decay).exp()[..., None]).transpose(-1, -2) @ B[:, :, None]
-    y = y.reshape(batch, heads, length, head_dim).transpose(1, 2)
-    return y, (carried + added).view(batch, heads, head_dim, -1)
+    carried = C @ state.view(batch, groups, -1, state.shape[-1]).transpose(-1, -2)  # (B, G, L, H/G * P)
+    carried = carried.transpose(1, 2).reshape(batch, length, heads, head_dim)
+    return torch.addcmul(within.transpose(1, 2), log_decay.exp().transpose(1, 2)[..., None], carried)

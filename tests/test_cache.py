@@ -31,7 +31,7 @@ def attention_cache() -> TwoTowerCache:
 
 def read(cache: TwoTowerCache, present: KeyValues, counts: list[int] | None = None) -> None:
     batch, tokens = present.key.shape[0], present.key.shape[2]
-    cache.write(0, present)
+    cache.slot(0).append(present)
     cache.advance(batch, tokens, None if counts is None else torch.tensor(counts), torch.device("cpu"))
 
 
@@ -87,6 +87,17 @@ def test_a_view_is_no_copy():
     assert first.key.data_ptr() == second.key.data_ptr() == cache.layers[0].buffers.key.data_ptr()
 
 
+def test_what_a_chunk_may_see():
+    cache = attention_cache()
+    assert cache.visible_to(3) is None, "from the beginning, causality says it all"
+    read(cache, key_values(2, 2))
+    assert cache.visible_to(1) is None
+    assert cache.visible_to(3).tolist() == [[[[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]]]
+    read(cache, key_values(2, 2, first=2), counts=[0, 2])
+    assert cache.visible_to(1)[:, 0, 0].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert cache.visible_to(2).sum(-1).tolist() == [[[3, 4]], [[5, 6]]]
+
+
 def test_growing_is_rare():
     cache = attention_cache()
     buffers = set()
@@ -100,7 +111,7 @@ def test_growing_is_rare():
 def test_a_chunk_counts_only_once_it_has_advanced():
     cache = attention_cache()
     read(cache, key_values(1, 2))
-    cache.write(0, key_values(1, 2, first=2))
+    cache.slot(0).append(key_values(1, 2, first=2))
     assert keys(cache).tolist() == [[0, 1]]
 
 
@@ -227,7 +238,7 @@ def test_accepted_keys_are_those_of_the_first_tokens(counts, ragged):
     cache = attention_cache()
     read(cache, key_values(2, 3))
     for column, lengths in ((3, [3, 3]), (5, [3 + count for count in counts])):
-        cache.write(0, key_values(2, 4, first=column))
+        cache.slot(0).append(key_values(2, 4, first=column))
         cache.tentative = 4
         assert cache.lengths.tolist() == lengths
         cache.accept(torch.tensor(counts))
@@ -240,7 +251,7 @@ def test_accepted_keys_are_those_of_the_first_tokens(counts, ragged):
 @pytest.mark.parametrize("counts", [[-1, 2], [0, 4]])
 def test_more_than_was_read_is_not_accepted(counts):
     cache = attention_cache()
-    cache.write(0, key_values(2, 3))
+    cache.slot(0).append(key_values(2, 3))
     cache.tentative = 3
     with pytest.raises(ValueError, match=rf"counts are \[{counts[0]}, {counts[1]}\]; .* has 3 tokens"):
         cache.accept(torch.tensor(counts))
@@ -257,11 +268,11 @@ def test_what_is_read_tentatively_must_be_accepted_first():
     cache = attention_cache()
     read(cache, key_values(2, 3))
     settled = cache.copy_rows(torch.tensor([0]))
-    cache.write(0, key_values(2, 2))
+    cache.slot(0).append(key_values(2, 2))
     cache.tentative = 2
     rows = torch.tensor([0])
     for call in (
-        lambda: cache.write(0, key_values(2, 1)),
+        lambda: cache.slot(0),
         lambda: cache.select_rows(rows),
         lambda: cache.copy_rows(rows),
         lambda: cache.replace_rows([settled]),

@@ -18,8 +18,9 @@ from tiny import (
     tiny_model,
     use_config_step_limit,
 )
-from tolerances import assert_close
+from tolerances import GRADIENTS, assert_close
 from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from twotower.cache_twotower import KeyValues, TwoTowerCache
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
@@ -189,8 +190,9 @@ def test_expert_sizes_torch_cannot_group():
     odd, even = tiny_model("odd").config, tiny_model().config
     assert odd._experts_implementation == "eager"
     assert even._experts_implementation == "grouped_mm_or_loop"
-    with pytest.raises(ValueError, match=r"multiples of 8, not \(30, 9\)"):
-        TwoTowerForBlockDiffusion(tiny_config("odd", experts_implementation="grouped_mm"))
+    for name in ("grouped_mm", "grouped_mm_or_loop"):
+        with pytest.raises(ValueError, match=r"multiples of 8, not \(30, 9\)"):
+            TwoTowerForBlockDiffusion(tiny_config("odd", experts_implementation=name))
 
 
 # Chunks and padding
@@ -354,6 +356,52 @@ def test_a_tentative_read_from_the_beginning():
     model.context_tower(draft, cache, tentative=True)
     cache.accept(torch.tensor([2, 6]))
     assert_reads_on_as(model, cache, [draft[0, :2], draft[1]])
+
+
+def test_a_prompt_read_at_once_leaves_only_its_last_inputs_in_the_cache():
+    cache = context(tiny_model("all kinds"), random_ids(1, 200))
+    for part in (part for layer in (0, 6) for part in cache.view(layer)):
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 3)])
+def test_a_cache_filled_in_inference_mode_serves_outside_of_it(lengths):
+    model = tiny_model("all kinds")
+    mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
+    ids, draft, block = random_ids(2, 6), random_ids(2, 3, seed=1), random_block(2, 3)
+
+    def read(cache):
+        model(ids, attention_mask=mask, past_key_values=cache)
+        model.context_tower(draft, cache, tentative=True)
+        cache.accept(torch.tensor([3, 1]))
+        cache.replace_rows([cache.copy_rows(torch.tensor([1, 0]))])
+        cache.select_rows(torch.tensor([1, 0]))
+        return cache
+
+    plain = read(TwoTowerCache(model.config))
+    with torch.inference_mode():
+        cache = read(TwoTowerCache(model.config))
+    assert_close(model(draft, past_key_values=cache).logits, model(draft, past_key_values=plain).logits)
+    parameter = model.denoiser_tower.layers[0].mixer.in_proj.weight
+    with torch.enable_grad():
+        gradients = [torch.autograd.grad(model.denoise(block, held).sum(), parameter) for held in (cache, plain)]
+    assert_close(gradients[0][0], gradients[1][0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_context_tower_has_gradients_also_with_a_cache(checkpointing):
+    model, ids = tiny_model("all kinds"), random_ids(2, 7)
+    if checkpointing:
+        model.train()
+        model.activation_checkpointing_enable()
+    parameters = [parameter for parameter in model.context_tower.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        gradients, expected = (
+            torch.autograd.grad(model(ids, use_cache=cached).logits.square().sum(), parameters)
+            for cached in (True, False)
+        )
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert_close(gradient, other, slack=GRADIENTS)
 
 
 def test_accepted_states_of_a_bfloat16_model():
@@ -709,16 +757,42 @@ def test_other_rows_than_the_caches_are_refused():
         model(ids, past_key_values=cache)
 
 
-def test_a_lone_token_gets_from_its_experts_what_it_gets_among_others():
-    moe = tiny_model("base").context_tower.layers[1].mixer
-    hidden_states = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        together = moe(hidden_states)
-        alone = torch.cat([moe(hidden_states[:, idx : idx + 1]) for idx in range(5)], dim=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometry", ["base", "latent experts", "expert groups", "one expert", "all experts"])
+def test_a_lone_token_gets_from_its_experts_what_it_gets_among_others(geometry, dtype):
+    model = tiny_model(geometry).to(dtype)
+    moe = model.context_tower.layers[1].mixer
+    hidden_states = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    together = moe(hidden_states)
+    alone = torch.cat([moe(hidden_states[:, idx : idx + 1]) for idx in range(5)], dim=1)
     assert_close(alone, together)
 
 
-def test_an_experts_implementation_asked_for_by_name_is_kept():
+def test_a_lone_token_has_gradients():
+    moe = tiny_model().context_tower.layers[1].mixer
+    hidden_states = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
+    parameters = [*moe.experts.parameters(), moe.gate.weight]
+    with torch.enable_grad():
+        alone = torch.autograd.grad(moe(hidden_states).square().sum(), parameters)
+        twice = torch.autograd.grad(moe(hidden_states.expand(1, 2, -1)).square().sum() / 2, parameters)
+    for gradient, expected in zip(alone, twice, strict=True):
+        assert_close(gradient, expected, slack=GRADIENTS)
+
+
+def test_an_experts_implementation_asked_for_by_name_is_kept(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("another implementation was called")
+
     for name in ("eager", "batched_mm", "grouped_mm", "grouped_mm_or_loop"):
         model = TwoTowerForBlockDiffusion(tiny_config(experts_implementation=name))
         assert model.config._experts_implementation == name
+        with monkeypatch.context() as patch:
+            for other in {"batched_mm", "grouped_mm", "grouped_mm_or_loop"} - {name}:
+                patch.setitem(ALL_EXPERTS_FUNCTIONS, other, refuse)
+            model(random_ids(1, 1))
+
+
+def test_quantised_experts_keep_transformers_default():
+    config = tiny_config()
+    config.quantization_config = {"quant_method": "fp8"}
+    assert TwoTowerForBlockDiffusion(config).config._experts_implementation == "grouped_mm"

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 from transformers.models.nemotron_h.modeling_nemotron_h import eager_attention_forward
 
-from twotower.kernels.block_attention import block_attention
+from twotower.kernels.block_attention import block_attention, block_attention_reference
 
 HEADS, HEAD_DIM = 4, 7
 # In bfloat16 the scores and the weights are rounded as well, as in transformers' eager attention.
@@ -80,6 +80,20 @@ def test_masks(context):
     visible = torch.cat([context_mask.expand(-1, -1, 5, -1), block_mask], dim=-1)[:, 0]
     out = block_attention(*tensors, context_mask=context_mask, block_mask=block_mask)
     assert_close(out, written_out(*tensors, visible), torch.float32)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("length", [1, 5])
+def test_context_and_block_as_one_run_of_columns(length, masked):
+    query, key, value, context_key, context_value = tensors = draw(length=length)
+    keys, values = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
+    visible = torch.ones(3, length, 11 + length, dtype=torch.bool).tril(11) if masked else None
+    mask = None if visible is None else visible[:, None]
+    expected = written_out(*tensors, visible)
+    assert_close(block_attention(query, keys, values, block_mask=mask), expected, torch.float32)
+    # What other devices than a CPU compute with a mask.
+    grouped = block_attention_reference(query, [(keys, values, mask)]).transpose(1, 2).flatten(2)
+    assert_close(grouped, expected, torch.float32)
 
 
 def test_a_row_may_see_no_context_at_all():

@@ -104,6 +104,15 @@ def test_columns_with_dt_0_leave_the_state():
     assert torch.equal(ssd_scan(**nothing, chunk_size=CHUNK).state, arguments["state"])
 
 
+@pytest.mark.parametrize("tokens", RAGGED)
+def test_outputs_without_the_state(tokens):
+    arguments = draw(tokens)
+    y, after, chunk_states = ssd_scan(**arguments, chunk_size=CHUNK, return_state=False)
+    assert torch.equal(y, ssd_scan(**arguments, chunk_size=CHUNK).y)
+    assert after is None
+    assert chunk_states is None
+
+
 def test_chunk_states_are_those_before_each_chunk():
     arguments = draw(3 * CHUNK)
     _, _, chunk_states = ssd_scan(**arguments, chunk_size=CHUNK, return_chunk_states=True)
@@ -187,7 +196,7 @@ def test_one_token_is_the_recurrence_and_a_chunk_of_one(batch, groups):
     B, C = torch.randn(2, batch, 1, groups, states, generator=generator)
     state = torch.randn(batch, heads, head_dim, states, generator=generator)
     y, after = ssd_step_reference(x, dt, A, B, C, state)
-    chunk_y, chunk_after = ssd_chunk_reference(x, dt, A, B, C, state)
+    chunk_y, chunk_after = ssd_chunk_reference(x, dt, A, B, C, state), ssd_state(x, dt, A, B, state)
     assert_close(y, chunk_y)
     assert_close(after, chunk_after)
     scan = ssd_scan(x, dt, A, B, C, D, state)
