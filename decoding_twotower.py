@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from .cache_twotower import TwoTowerCache
 from .padding_twotower import PackedTokens
 from .sampling_twotower import RowLogitsProcessors, uniform_noise
-from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput
+from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput, per_pass
 from .unmasking_twotower import Prediction, UnmaskingRule, log_prob
 
 
@@ -64,10 +64,12 @@ class Decoding:
     rule: UnmaskingRule
     seeds: torch.Tensor | None
     mask_token_id: int
+    vocab_size: int
     starting_block: torch.Tensor | None
     step_callback: Callable[[BlockStep], None] | None
     streamer: BaseStreamer | None
     keep_cache: bool
+    streamed: int = 0  # how many columns of new tokens
     cycles: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, (R, S - 1) drafts kept
     # Rows that have left the cache and what it held of them, and those it still holds.
     ended: list[tuple[torch.Tensor, TwoTowerCache]] = field(default_factory=list)
@@ -88,7 +90,7 @@ class Decoding:
         rows = self.text.rows
         block = self.open_block(rows.new_empty(len(rows), 0))
         if self.starting_block is not None:
-            block.give(self.starting_block.to(rows.device), self.mask_token_id)
+            block.give(self.starting_block.to(rows.device), self.mask_token_id, self.vocab_size)
         return block
 
     def end_rows(self, block: Block) -> torch.Tensor:
@@ -107,7 +109,6 @@ class Decoding:
     def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
         rows = self.text.rows
-        self._stream(block.ids, kept)
         going_on = self.text.write(block, kept, ended)
         block.select_rows(going_on)
         if 0 < len(going_on) < len(rows):  # the last rows to end need not leave
@@ -116,13 +117,14 @@ class Decoding:
                 self.ended.append((rows[left], self.cache.copy_rows(left)))
             self.cache.select_rows(going_on)
             self.cached_rows = self.text.rows
+        self._stream()
         return going_on
 
-    def _stream(self, ids: torch.Tensor, kept: torch.Tensor) -> None:
-        if self.streamer is None or (width := int(kept.max())) == 0:
-            return
-        beyond = torch.arange(width, device=ids.device) >= kept[:, None]
-        self.streamer.put(ids[:, :width].masked_fill(beyond, self.text.pad_token_id).cpu())
+    def _stream(self) -> None:
+        """Hand out the columns of new tokens that by now every row has, or will never have."""
+        if self.streamer is not None and self.streamed < (settled := self.text.settled_columns()):
+            self.streamer.put(self.text.new_columns(self.streamed, settled).cpu())
+            self.streamed = settled
 
     def seeds_and_positions(self, positions: int, known: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) seeds and (R, S) places in the rows' texts, of which the first `known` hold their newest tokens."""
@@ -176,24 +178,25 @@ class Decoding:
         confidence = log_prob(prediction.logits, tokens).exp()
         return Prediction(prediction.logits, tokens, confidence, log_probs, scores), commit
 
-    def count_accepted(self, drafted: torch.Tensor) -> None:
-        """Remember one cycle: (R, S - 1) 1 where a drafted token was kept."""
-        self.cycles.append((self.text.rows, drafted))
+    def count_cycle(self, drafted: torch.Tensor, kept: torch.Tensor) -> None:
+        """Remember one cycle: (R, S - 1) 1 where a draft was verified, and how many tokens (R,) the text takes."""
+        columns = torch.arange(drafted.shape[1], device=drafted.device)
+        self.cycles.append((self.text.rows, drafted * (columns < kept[:, None])))
 
     def output(self, prompt_columns: torch.Tensor) -> TwoTowerGenerateOutput:
         """The result after (B, P) prompts as they were given."""
         output = self.text.output(prompt_columns)
         if self.config.mode != "ar":
-            output.tokens_per_denoiser_forward = self.text.new_tokens / self.text.denoiser_forwards
+            output.tokens_per_denoiser_forward = per_pass(self.text.new_tokens, self.text.denoiser_forwards)
         if self.config.mode == "self_speculative":
-            batch, positions = len(self.text.new_tokens), self.config.block_size - 1
-            cycles = output.sequences.new_zeros(batch, dtype=torch.float32)
-            kept = cycles.new_zeros(batch, positions)
+            cycles = torch.zeros_like(self.text.new_tokens)
+            kept = cycles.new_zeros(len(cycles), self.config.block_size - 1)
             for rows, drafted in self.cycles:
                 cycles[rows] += 1
                 kept[rows] += drafted
-            output.acceptance = kept / cycles[:, None]
-            output.accepted_lengths = output.acceptance.sum(1) + 1
+            output.acceptance = per_pass(kept, cycles[:, None])
+            # The first token is the context tower's, before all cycles.
+            output.accepted_lengths = per_pass(self.text.new_tokens - 1, cycles)
         if self.keep_cache:
             output.past_key_values = self.cache
         return output

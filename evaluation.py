@@ -68,7 +68,7 @@ class Run:
         answers: per problem, its new tokens up to and including end-of-text.
         denoiser_forwards: per problem; empty without a denoiser.
         context_forwards: per problem; empty where they are not counted.
-        accepted_lengths: per problem, the mean of its cycles; empty without drafts.
+        accepted_lengths: per problem, the mean of its cycles, NaN if it took none; empty without drafts.
         seconds: wall time of all its `generate` calls, the median if the run was repeated.
         seconds_of_runs: of each repetition.
     """
@@ -321,13 +321,14 @@ def pass_figures(run: Run) -> dict[str, Any]:
     """Of both towers where they are counted, and of the denoiser alone."""
     passes = sum(run.denoiser_forwards) if run.denoiser_forwards else None
     reads = sum(run.context_forwards) if run.context_forwards else None
+    lengths = [length for length in run.accepted_lengths if not math.isnan(length)]
     return {
         "tokens": run.tokens,
         "denoiser_passes": passes,
         "context_passes": reads,
         "tokens_per_denoiser_pass": run.tokens / passes if passes else None,
         "tokens_per_pass": run.tokens / (reads + (passes or 0)) if reads else None,
-        "mean_accepted_length": statistics.fmean(run.accepted_lengths) if run.accepted_lengths else None,
+        "mean_accepted_length": statistics.fmean(lengths) if lengths else None,
     }
 
 
@@ -419,7 +420,7 @@ def footnote(report: dict[str, Any]) -> str:
 def _accepted_text(report: dict[str, Any]) -> str:
     lengths = {row["name"]: row["mean_accepted_length"] for row in report["rows"]}
     return "".join(
-        f"A cycle of {name} accepts {length:.2f} tokens on average, those past the end included. "
+        f"A cycle of {name} adds {length:.2f} tokens on average. "
         for name, length in lengths.items()
         if length is not None
     )

@@ -88,7 +88,11 @@ class TwoTowerGenerationMixin(GenerationMixin):
         left_ids, left_mask = _pad_left(input_ids, padding_mask)
         output = super().generate(left_ids, generation_config, attention_mask=left_mask, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, sequences[:, left_ids.shape[1] :]], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
         return output
 
     def _check_prompt(
@@ -277,6 +281,7 @@ class TwoTowerGenerationMixin(GenerationMixin):
             rule=UnmaskingRule(config),
             seeds=_seeds(config, len(input_ids), input_ids.device),
             mask_token_id=self.config.mask_token_id,
+            vocab_size=self.config.vocab_size,
             starting_block=self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids)),
             step_callback=model_kwargs.get("step_callback"),
             streamer=streamer,
@@ -346,11 +351,10 @@ class TwoTowerGenerationMixin(GenerationMixin):
             verified = self._predict(run, logits, draft.ids[:, 1:])
             agrees = draft.ids[:, 1:] == verified.tokens[:, :-1]
             drafted = agrees.int().cumprod(1)
-            accepted = drafted.sum(1) + 1
-            run.count_accepted(drafted)
             steps = torch.cat([draft.commit_steps()[:, 1:].where(agrees, -1), torch.full_like(newest, -1)], dim=1)
             block = Block.chosen(verified, steps, run.text.recorded)
-            kept, ended = run.text.first_stop(block.ids, accepted)
+            kept, ended = run.text.first_stop(block.ids, drafted.sum(1) + 1)
+            run.count_cycle(drafted, kept)
             run.cache.accept(kept)
             newest = block.ids.gather(1, kept[:, None] - 1)
             going_on = run.write(block, kept, ended)
@@ -511,8 +515,8 @@ def _unread(prompt: PackedTokens, cache: TwoTowerCache) -> PackedTokens:
 
 
 def _pad_left(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move each row's padding to its front."""
-    columns = mask.int().argsort(dim=1, stable=True)
+    """Move each row's padding to its front, and leave out columns that are then nothing else."""
+    columns = mask.int().argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
     return input_ids.gather(1, columns), mask.gather(1, columns).long()
 
 

@@ -32,16 +32,17 @@ class TwoTowerGenerateOutput(ModelOutput):
         denoiser_forwards: (B,) denoiser passes of each row.
         context_forwards: (B,) context tower passes of each row: the prompt's, then one per chunk read.
         tokens_per_forward: (B,) float32, new tokens (end-of-text included) per pass of either tower.
-        tokens_per_denoiser_forward: (B,) float32, new tokens per denoiser pass; None in mode "ar", which has none.
+        tokens_per_denoiser_forward: (B,) float32, new tokens per denoiser pass; NaN for a row that took none (its
+            text ended before), None in mode "ar".
         commit_steps: (B, N) the denoiser pass of its block, from 0, that proposed each token; -1 for what the context
             tower chose, what a starting block held, and padding.
         confidences: (B, N) float32, each token's probability, untempered and before logits processors, under the
             tower that decided it when it was committed; NaN on padding and what a starting block held.
         log_probs: (B, N) float32, its log-probability then under the distribution it was taken from: after all
             logits processors, temperature included; NaN likewise.
-        accepted_lengths: (B,) float32, in mode "self_speculative": mean number of tokens a cycle verified, those past
-            the end of the text in the last cycle included; NaN for a row that ended before its first cycle.
-        acceptance: (B, S - 1) float32, likewise: share of a row's cycles that verified the draft at each position.
+        accepted_lengths: (B,) float32, in mode "self_speculative": mean number of tokens a cycle added to the text;
+            NaN for a row that ended before its first cycle.
+        acceptance: (B, S - 1) float32, likewise: share of a row's cycles that added the draft at each position.
         scores, logits: N tensors (B, V) float32, with `output_scores` and `output_logits`: what the token was chosen
             from, after and before logits processors; zero on padding and what a starting block held.
         past_key_values: the cache after the last chunk read, for a next call.
@@ -84,14 +85,14 @@ class Block:
         block.records = block._records_of(prediction, steps)
         return block
 
-    def give(self, ids: torch.Tensor, mask_token_id: int) -> None:
+    def give(self, ids: torch.Tensor, mask_token_id: int, vocab_size: int) -> None:
         """Begin with the user's (R, at most S) tokens, of which nothing is to be recorded; the mask id stays open."""
         self.ids[:, : ids.shape[1]] = ids
         self.masked = self.ids == mask_token_id
         for name in self.recorded:
-            if name not in ("scores", "logits"):
-                dtype = torch.long if name == "commit_steps" else torch.float32
-                self.records[name] = torch.full_like(self.ids, RECORDS[name], dtype=dtype)
+            shape = (*self.ids.shape, vocab_size) if name in ("scores", "logits") else self.ids.shape
+            dtype = torch.long if name == "commit_steps" else torch.float32
+            self.records[name] = torch.full(shape, RECORDS[name], dtype=dtype, device=ids.device)
 
     def commit(self, where: torch.Tensor, prediction: Prediction, step: int) -> None:
         """Fix the predicted tokens `where` (R, S) says."""
@@ -249,25 +250,36 @@ class GeneratedText:
             self.buffers[name] = held = grown
         return held
 
+    def settled_columns(self) -> int:
+        """How many columns of new tokens will not change: all rows that still generate have them."""
+        return int(self.new_tokens[self.rows].min() if len(self.rows) > 0 else self.new_tokens.max())
+
+    def new_columns(self, start: int, stop: int, name: str = "ids") -> torch.Tensor:
+        """(B, stop - start, ...) of what was recorded of each new token, padded after a row's end."""
+        values = self.buffers[name][:, start:stop]
+        padding = torch.arange(start, stop, device=values.device) >= self.new_tokens[:, None]
+        fill = RECORDS.get(name, self.pad_token_id)
+        return values.masked_fill(padding if values.ndim == 2 else padding[..., None], fill)
+
     def output(self, prompt_columns: torch.Tensor) -> TwoTowerGenerateOutput:
         """The result after (B, P) prompts as they were given."""
         width = int(self.new_tokens.max())
-        padding = torch.arange(width, device=self.rows.device) >= self.new_tokens[:, None]
-        kept: dict[str, Any] = {}
-        for name in ("ids", *(name for name in self.recorded if name in self.buffers)):
-            values = self.buffers[name][:, :width]
-            fill = RECORDS.get(name, self.pad_token_id)
-            kept[name] = values.masked_fill(padding if values.ndim == 2 else padding[..., None], fill)
+        kept: dict[str, Any] = {name: self.new_columns(0, width, name) for name in self.recorded}
         for name in ("scores", "logits"):
             if name in kept:
                 kept[name] = kept[name].unbind(1)
         return TwoTowerGenerateOutput(
-            sequences=torch.cat([prompt_columns, kept.pop("ids")], dim=1),
+            sequences=torch.cat([prompt_columns, self.new_columns(0, width)], dim=1),
             denoiser_forwards=self.denoiser_forwards,
             context_forwards=self.context_forwards,
-            tokens_per_forward=self.new_tokens / (self.denoiser_forwards + self.context_forwards),
+            tokens_per_forward=per_pass(self.new_tokens, self.denoiser_forwards + self.context_forwards),
             **kept,
         )
 
 
-__all__ = ["Block", "GeneratedText", "TwoTowerGenerateOutput"]
+def per_pass(counts: torch.Tensor, passes: torch.Tensor) -> torch.Tensor:
+    """Float32 ratio; NaN where there was no pass."""
+    return counts / torch.where(passes > 0, passes, torch.nan)
+
+
+__all__ = ["Block", "GeneratedText", "TwoTowerGenerateOutput", "per_pass"]
