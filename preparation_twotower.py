@@ -1,0 +1,331 @@
+"""What happens before a decoding method runs: prompts, configuration, limits, logits processors and cache.
+
+transformers' `generate` prepares all of these for one token at a time; here they are prepared for rows that each have
+their own length, seed and end.
+
+Shapes: B batch, P prompt columns, S block, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from .cache_twotower import TwoTowerCache
+from .decoding_twotower import Decoding
+from .generation_config_twotower import (
+    REFUSED_ARGUMENTS,
+    STRATEGY_DEFAULTS,
+    TwoTowerGenerationConfig,
+    check_strategy,
+    check_supported,
+)
+from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
+from .sampling_twotower import RowLogitsProcessors, derived_seeds
+from .text_twotower import GeneratedText, TwoTowerGenerateOutput
+from .unmasking_twotower import UnmaskingRule
+
+logger = logging.get_logger(__name__)
+
+# Arguments of ours that `generate` passes through to the decoding method.
+CALL_ARGUMENTS = ("step_callback", "starting_block")
+
+
+class PreparedGeneration(GenerationMixin):
+    """`generate`, up to the decoding method."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> TwoTowerGenerateOutput | torch.Tensor:
+        """
+        Generate text; every argument of [`~transformers.GenerationMixin.generate`] and the strategy's knobs.
+
+        Args:
+            inputs: (B, P) prompt ids, also as `input_ids`; padding on either side with its `attention_mask`.
+            generation_config: a [`TwoTowerGenerationConfig`] or a plain one.
+            past_key_values: [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the whole text, of
+                which the cache holds the beginning. The attention mask may then have holes.
+            starting_block: (B, at most block_size) for `mask_diffusion`: the first block, with tokens to keep, and
+                the mask id or nothing where one is wanted.
+            step_callback: for `mask_diffusion`: called with a [`BlockStep`] after every denoiser pass.
+            kwargs: the knobs of [`TwoTowerGenerationConfig`], `max_new_tokens`, `streamer` (with `put_draft` it gets
+                the block after every pass), `tokenizer` (for `stop_strings`), ...
+
+        Returns:
+            (B, P + N) sequences, or [`TwoTowerGenerateOutput`] with `return_dict_in_generate=True`.
+        """
+        for name in REFUSED_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported by TwoTower's generate; leave it out")
+        if kwargs.get("cache_implementation") is not None:  # transformers would not come to ask our config
+            raise ValueError(
+                f"cache_implementation={kwargs['cache_implementation']!r} is not supported by TwoTower's generate; "
+                "leave it unset"
+            )
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            return super().generate(None, generation_config, **kwargs)
+        attention_mask = kwargs.pop("attention_mask", None)
+        continued = kwargs.get("past_key_values") is not None
+        bos_token_id = kwargs.get("bos_token_id", getattr(generation_config, "bos_token_id", None))
+        input_ids, padding_mask = self._check_prompt(input_ids, attention_mask, bos_token_id, continued)
+        if padding_mask is None:
+            # Without a mask, transformers takes every padding id for padding; a row alone needs none.
+            whole = attention_mask is not None or len(input_ids) == 1
+            mask = torch.ones_like(input_ids) if whole else None
+            return super().generate(input_ids, generation_config, attention_mask=mask, **kwargs)
+        # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
+        left_ids, left_mask = _pad_left(input_ids, padding_mask)
+        output = super().generate(left_ids, generation_config, attention_mask=left_mask, **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, sequences[:, left_ids.shape[1] :]], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def _check_prompt(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        bos_token_id: int | None,
+        continued: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
+        mask = check_attention_mask(input_ids, attention_mask, holes=continued)
+        if input_ids.shape[1] == 0:
+            bos = self.generation_config.bos_token_id if bos_token_id is None else bos_token_id
+            if bos is None:
+                raise ValueError(
+                    "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
+                )
+            return input_ids.new_full((len(input_ids), 1), bos), None
+        self._check_vocabulary("input_ids", input_ids)
+        return input_ids, mask
+
+    def _check_vocabulary(self, name: str, ids: torch.Tensor) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
+
+    # What transformers' `generate` calls on its way.
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        super().adjust_generation_fn(*args, **kwargs)
+        flags = self.generation_config.to_dict()
+        self.generation_config: GenerationConfig = TwoTowerGenerationConfig.from_dict(flags)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        for name in STRATEGY_DEFAULTS:
+            if not hasattr(self.generation_config, name):
+                setattr(self.generation_config, name, None)
+        if isinstance(kwargs.get("seed"), torch.Tensor):
+            kwargs["seed"] = kwargs["seed"].tolist()
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name, default in {**STRATEGY_DEFAULTS, "block_size": self.config.block_size}.items():
+            if getattr(config, name, None) is None:
+                setattr(config, name, default)
+        check_strategy(config)
+        check_supported(config)
+        for name in CALL_ARGUMENTS:
+            if model_kwargs.get(name) is not None and config.mode != "mask_diffusion":
+                raise ValueError(f'{name} is for mode "mask_diffusion", not {config.mode!r}; leave it out')
+        if config.block_size > self.config.block_size and config.mode == "mask_diffusion":
+            logger.warning(
+                f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "
+                "on; the 30B model's HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
+            )
+        if config.seed is not None and not config.do_sample and config.unmasking_rule != "posterior":
+            logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
+        return config, model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in CALL_ARGUMENTS})
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            cache = TwoTowerCache(self.config)
+        elif not isinstance(cache, TwoTowerCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
+        model_kwargs["past_key_values"] = cache
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
+    ) -> GenerationConfig:
+        config = super()._prepare_generated_length(generation_config, has_default_max_length, **kwargs)
+        if config.max_new_tokens is None and has_default_max_length:
+            config.max_new_tokens = config.max_length - kwargs["input_ids_length"]
+        return config
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, **kwargs: Any) -> StoppingCriteriaList:
+        """All but the length limit, which is each row's own."""
+        config = copy.copy(generation_config)
+        config.max_length = None
+        return super()._get_stopping_criteria(config, **kwargs)
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: torch.Tensor | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        device: Any = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> RowLogitsProcessors:
+        """For every row what transformers makes for that row alone: its own prompt, lengths and number."""
+        assert encoder_input_ids is not None
+        copies = generation_config.num_return_sequences
+        prompts = encoder_input_ids.repeat_interleave(copies, dim=0)
+        mask = (model_kwargs or {}).get("attention_mask")
+
+        def build(row: int) -> LogitsProcessorList:
+            prompt = prompts[row] if mask is None else prompts[row][mask[row].bool()]
+            config = copy.copy(generation_config)
+            config.max_length = _most_tokens(generation_config, len(prompt))
+            if generation_config.min_new_tokens is not None:
+                config.min_length = None  # transformers derives it from the padded width
+            allowed = prefix_allowed_tokens_fn
+            return super(PreparedGeneration, self)._get_logits_processor(
+                config,
+                input_ids_seq_length=len(prompt),
+                encoder_input_ids=prompt[None],
+                prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row // copies, text),
+                logits_processor=logits_processor,
+                device=device,
+            )
+
+        return RowLogitsProcessors(build, len(prompts))
+
+    def _begin(
+        self,
+        input_ids: torch.Tensor,
+        processors: RowLogitsProcessors,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        model_kwargs: dict[str, Any],
+    ) -> Decoding:
+        device = self.context_tower.embeddings.weight.device
+        if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
+            input_ids = input_ids.to(device)
+        prompt = pack_tokens(input_ids, model_kwargs.get("attention_mask"), holes=True)
+        with_dict = config.return_dict_in_generate
+        recorded = ["commit_steps", "confidences", "log_probs"] if with_dict else []
+        recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
+        text = GeneratedText(
+            prompt,
+            _most_tokens(config, prompt.lengths),
+            stopping_criteria,
+            0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
+            tuple(recorded),
+        )
+        cache = model_kwargs["past_key_values"]
+        if cache.batch_size not in (-1, len(input_ids)):
+            cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
+        return Decoding(
+            text=text,
+            cache=cache,
+            unread=_unread(prompt, cache),
+            config=config,
+            processors=processors,
+            rule=UnmaskingRule(config),
+            seeds=_seeds(config, len(input_ids), input_ids.device),
+            mask_token_id=self.config.mask_token_id,
+            vocab_size=self.config.vocab_size,
+            starting_block=self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids)),
+            step_callback=model_kwargs.get("step_callback"),
+            streamer=streamer,
+            keep_cache=with_dict or cache.batch_size != -1,
+        )
+
+    def _check_starting_block(
+        self, block: torch.Tensor | None, config: GenerationConfig, rows: int
+    ) -> torch.Tensor | None:
+        if block is None:
+            return None
+        if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
+            raise ValueError(
+                f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "
+                f"of at most block_size {config.block_size} tokens"
+            )
+        self._check_vocabulary("starting_block", block)
+        return block
+
+
+def _most_tokens(config: GenerationConfig, prompt_length: Any) -> Any:
+    """Where a row's text ends at the latest: `max_length` counts its own tokens, not its padding."""
+    if config.max_new_tokens is not None:
+        return prompt_length + config.max_new_tokens
+    if isinstance(prompt_length, torch.Tensor):
+        return torch.full_like(prompt_length, config.max_length)
+    return config.max_length
+
+
+def _seeds(config: GenerationConfig, rows: int, device: torch.device) -> torch.Tensor | None:
+    """(B,) a seed for each row, or None where nothing is drawn."""
+    if not config.do_sample and config.unmasking_rule != "posterior":
+        return None
+    copies = config.num_return_sequences
+    if config.seed is None:
+        return torch.randint(-(2**62), 2**62, (rows,)).to(device)
+    if isinstance(config.seed, int):
+        return derived_seeds(torch.full((rows // copies,), config.seed, device=device), copies)
+    seeds = torch.tensor(config.seed, device=device)
+    if len(seeds) == rows:
+        return seeds
+    if len(seeds) * copies != rows:
+        raise ValueError(
+            f"seed holds {len(seeds)} numbers for {rows // copies} prompts; give one for each, or one int"
+        )
+    return derived_seeds(seeds, copies)
+
+
+def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache:
+    if cache.batch_size * copies != rows:
+        raise ValueError(f"past_key_values holds {cache.batch_size} rows, input_ids {rows // copies}")
+    assert cache.lengths is not None
+    return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
+
+
+def _unread(prompt: PackedTokens, cache: TwoTowerCache) -> PackedTokens:
+    """What of each row the cache does not hold yet."""
+    if cache.lengths is None:
+        return prompt
+    lengths = prompt.lengths
+    counts = lengths - cache.lengths.to(lengths.device)
+    if (counts < 1).any():
+        row = int((counts < 1).nonzero()[0])
+        raise ValueError(
+            f"past_key_values holds {int(cache.lengths[row])} tokens of row {row}, whose text has "
+            f"{int(lengths[row])}; give the whole text as input_ids, at least one token longer"
+        )
+    width = int(counts.max())
+    columns = (lengths - counts)[:, None] + torch.arange(width, device=lengths.device)
+    ids = prompt.ids.gather(1, columns.clamp(max=prompt.ids.shape[1] - 1))
+    return PackedTokens(ids, None if (counts == width).all() else counts)
+
+
+def _pad_left(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move each row's padding to its front, and leave out columns that are then nothing else."""
+    columns = mask.int().argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+    return input_ids.gather(1, columns), mask.gather(1, columns).long()
+
+
+__all__ = ["PreparedGeneration"]
