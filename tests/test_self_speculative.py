@@ -1,5 +1,6 @@
 """Mode "self_speculative" gives the text of mode "ar", whatever the denoiser drafts, and counts what it does."""
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -107,9 +108,9 @@ def test_greedy_text_on_nvidias_checkpoint(goldens):
     free = {"max_new_tokens": 24, "eos_token_id": None}
     expected = tokens(answers(model, prompts, batch=1, mode="ar", **free))
     assert [len(text) for text in expected] == [24] * 5
-    for draft_steps, block_size, batch in ((1, 16, 1), (1, 16, 5), (3, 16, 5), (1, 2, 5), (3, 5, 5)):
+    for draft_steps, block_size, batch in product((1, 2, 4), (2, 4, 8, 16, 32), (1, 5)):
         knobs = {"draft_steps": draft_steps, "block_size": block_size, **free}
-        assert tokens(answers(model, prompts, batch, **knobs)) == expected, knobs
+        assert tokens(answers(model, prompts, batch, **knobs)) == expected, (knobs, batch)
 
 
 def test_greedy_text_of_many_problems(model, prompts, ar):

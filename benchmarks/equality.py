@@ -1,0 +1,71 @@
+"""
+How many of 200 held-out problems get the text of mode "ar" in mode "self_speculative", at every setting: written to
+equality.json beside this file, or where the one argument says. Takes about half an hour on one core.
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+import twotower
+from twotower.evaluation import MAX_NEW_TOKENS, cut_after_end, end_ids, environment, tokenized_batches
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+from twotower.train.problems import held_out_problems
+
+PROBLEMS = 200
+DRAFT_STEPS, BLOCK_SIZES, BATCH_SIZES = (1, 2, 4), (4, 8, 16, 32), (1, 8)
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLED = [{"do_sample": True, "temperature": temperature, "top_p": 0.9} for temperature in (0.7, 1.0)]
+
+
+def main(file: Path) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in compare(dtype)]
+    model = load(torch.float32)
+    file.write_text(json.dumps({"problems": PROBLEMS, "rows": rows} | environment(model), indent=2) + "\n")
+
+
+def load(dtype: torch.dtype) -> TwoTowerForBlockDiffusion:
+    return TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint(), dtype=dtype).eval()
+
+
+def compare(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Float32 at every setting, greedy and at the trained block size sampled; bfloat16 greedy at the defaults."""
+    model = load(dtype)
+    full = dtype == torch.float32
+    grid = list(product(DRAFT_STEPS, BLOCK_SIZES, BATCH_SIZES)) if full else [(1, 16, size) for size in BATCH_SIZES]
+    rows = []
+    for sampling in (GREEDY, *SAMPLED) if full else (GREEDY,):
+        expected = texts(model, BATCH_SIZES[-1], mode="ar", **sampling)
+        for draft_steps, block_size, batch_size in grid:
+            if sampling["do_sample"] and block_size != 16:
+                continue
+            settings = {"draft_steps": draft_steps, "block_size": block_size}
+            found = texts(model, batch_size, mode="self_speculative", **settings, **sampling)
+            equal = sum(text == other for text, other in zip(found, expected, strict=True))
+            rows.append({"dtype": str(dtype), **settings, "batch_size": batch_size, **sampling, "equal": equal})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def texts(model: TwoTowerForBlockDiffusion, batch_size: int, **options: Any) -> list[list[int]]:
+    """Every problem's answer; sampled, with its own number as seed."""
+    tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
+    found: list[list[int]] = []
+    for batch in tokenized_batches(held_out_problems(PROBLEMS, 0), batch_size, tokenizer, model):
+        if options["do_sample"]:
+            options["seed"] = list(range(len(found), len(found) + len(batch.input_ids)))
+        sequences: Any = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, **options)
+        found += [cut_after_end(row, end_ids(model)) for row in sequences[:, batch.input_ids.shape[1] :].tolist()]
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("equality.json"))
