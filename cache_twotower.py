@@ -126,10 +126,10 @@ class KeyValueLayer:
             self.buffers = KeyValues(*(part.index_select(0, rows.to(part.device)) for part in held))
 
     @torch.inference_mode(False)
-    def replace_rows(self, layers: Sequence["KeyValueLayer"], width: int) -> None:
-        held = [layer.view(width) or () for layer in layers]
-        wide = [[F.pad(part, (0, 0, 0, width - part.shape[2])) for part in parts] for parts in held]
-        self.buffers = KeyValues(*map(torch.cat, zip(*wide, strict=True)))
+    def replace_rows(self, layers: Sequence["KeyValueLayer"], rows: Sequence[int], width: int) -> None:
+        held = [layer.view(width) for layer in layers]
+        parts = [[F.pad(part, (0, 0, 0, width - part.shape[2])) for part in each] for each in _with_zeros(held, rows)]
+        self.buffers = KeyValues(*map(torch.cat, zip(*parts, strict=True))) if parts else None
 
 
 class MambaLayer:
@@ -161,9 +161,9 @@ class MambaLayer:
         if self.state is not None:
             self.state = MambaState(*(part.index_select(0, rows.to(part.device)) for part in self.state))
 
-    def replace_rows(self, layers: Sequence["MambaLayer"], width: int) -> None:
-        states = [layer.state or () for layer in layers]
-        self.state = MambaState(*map(torch.cat, zip(*states, strict=True)))
+    def replace_rows(self, layers: Sequence["MambaLayer"], rows: Sequence[int], width: int) -> None:
+        parts = _with_zeros([layer.state for layer in layers], rows)
+        self.state = MambaState(*map(torch.cat, zip(*parts, strict=True))) if parts else None
 
 
 class StatelessLayer(DummyLayer):
@@ -181,8 +181,17 @@ class StatelessLayer(DummyLayer):
     def select_rows(self, rows: torch.Tensor, width: int) -> None:
         return None
 
-    def replace_rows(self, layers: Sequence["StatelessLayer"], width: int) -> None:
+    def replace_rows(self, layers: Sequence["StatelessLayer"], rows: Sequence[int], width: int) -> None:
         return None
+
+
+def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+    """What is held, with zeros for so many rows where nothing has been read; empty if nothing has been anywhere."""
+    like = next((parts for parts in held if parts is not None), None)
+    if like is None:
+        return []
+    nothing = [tuple(part.new_zeros(count, *part.shape[1:]) for part in like) for count in rows]
+    return [zeros if parts is None else tuple(parts) for parts, zeros in zip(held, nothing, strict=True)]
 
 
 CACHE_LAYERS = {"full_attention": KeyValueLayer, "linear_attention": MambaLayer}
@@ -277,8 +286,9 @@ class TwoTowerCache(Cache):
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the rows of index `rows` (R,), in that order, and no more columns than they use."""
         self._check_accepted()
-        if self.lengths is not None:
-            self._set_lengths(self.lengths.index_select(0, rows))
+        # Of a cache that has read nothing, any rows.
+        lengths = torch.zeros_like(rows) if self.lengths is None else self.lengths.index_select(0, rows)
+        self._set_lengths(lengths)
         for layer in self.layers:
             layer.select_rows(rows, self.width)
 
@@ -291,13 +301,12 @@ class TwoTowerCache(Cache):
 
     def replace_rows(self, caches: Sequence["TwoTowerCache"]) -> None:
         """Hold the rows of `caches`, one cache after the other, instead of what was held."""
-        lengths = [cache.lengths for cache in caches if cache.lengths is not None]
-        assert len(lengths) == len(caches) > 0, "a cache that has read nothing has no rows"
         for cache in (self, *caches):
             cache._check_accepted()
+        lengths = [cache.lengths for cache in caches if cache.lengths is not None]
         self._set_lengths(torch.cat(lengths))
         for layer, *replacements in zip(self.layers, *(cache.layers for cache in caches), strict=True):
-            layer.replace_rows(replacements, self.width)
+            layer.replace_rows(replacements, [len(each) for each in lengths], self.width)
 
     def _set_lengths(self, lengths: torch.Tensor) -> None:
         shortest, longest = torch.stack(lengths.aminmax()).tolist()

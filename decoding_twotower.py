@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache_twotower import TwoTowerCache
 from .padding_twotower import PackedTokens
-from .sampling_twotower import RowLogitsProcessors, uniform_noise
+from .sampling_twotower import RowLogitsProcessors, gumbel_noise, uniform_noise
 from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput, per_pass
 from .unmasking_twotower import Prediction, UnmaskingRule, log_prob
 
@@ -23,11 +23,13 @@ class BlockStep:
     What `step_callback` sees after a denoiser pass and before its commits.
 
     It may change `commit` (veto: False; commit more: True) and `tokens` (replace), in place or by assignment. What the
-    last step leaves open is committed by no later one, so a veto there is an error; replace the token instead.
+    last step leaves open is committed by no later one, so a veto there is an error; replace the token instead. In mode
+    "self_speculative" the block is a draft that begins with the text's newest token: what changes is how much of it is
+    kept, never the text.
 
     Args:
         rows: (R,) of the batch, those still generating.
-        block: number of the block, from 0.
+        block: number of the block, or of the draft, from 0.
         step: number of the pass within the block, from 0.
         steps: most passes of the block.
         ids: (R, S) the block before this step's commits, the mask id where open.
@@ -91,12 +93,13 @@ class Decoding:
         block = self.open_block(rows.new_empty(len(rows), 0))
         if self.starting_block is not None:
             block.give(self.starting_block.to(rows.device), self.mask_token_id, self.vocab_size)
+            self.end_rows(block)
         return block
 
     def end_rows(self, block: Block) -> torch.Tensor:
         """Write and drop the rows whose text ends within the block's committed beginning; see `write`."""
         prefix = block.prefix()
-        kept, ended = self.text.first_stop(block.ids, prefix, block.checked)
+        kept, ended = self.text.first_stop(block, prefix)
         block.checked = prefix
         if not ended.any():
             return self.text.rows
@@ -104,7 +107,7 @@ class Decoding:
 
     def append(self, block: Block) -> torch.Tensor:
         """Write what is committed of a block from its beginning on, up to each row's first stop; see `write`."""
-        return self.write(block, *self.text.first_stop(block.ids, block.prefix(), block.checked))
+        return self.write(block, *self.text.first_stop(block, block.prefix()))
 
     def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
@@ -126,14 +129,32 @@ class Decoding:
             self.streamer.put(self.text.new_columns(self.streamed, settled).cpu())
             self.streamed = settled
 
-    def seeds_and_positions(self, positions: int, known: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(R,) seeds and (R, S) places in the rows' texts, of which the first `known` hold their newest tokens."""
+    def choose(self, scores: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """(R, S) tokens by (R, S, V) scores of the positions from `first` after the text's end on: best, or drawn."""
+        if self.config.do_sample:
+            scores = scores + gumbel_noise(*self._seeds_and_positions(scores.shape[1], first), scores.shape[-1])
+        return scores.argmax(-1)
+
+    def uniform(self, block: Block, step: int, first: int) -> torch.Tensor:
+        """(R, S) noise of a pass over a block that begins `first` after the text's end."""
+        return uniform_noise(*self._seeds_and_positions(block.ids.shape[1], first), step)
+
+    def _seeds_and_positions(self, positions: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R,) seeds and (R, S) places in the rows' texts."""
         assert self.seeds is not None
-        columns = torch.arange(positions, device=self.text.rows.device) - known
+        columns = first + torch.arange(positions, device=self.text.rows.device)
         return self.seeds[self.text.rows], self.text.lengths[:, None] + columns
 
-    def uniform(self, block: Block, step: int, known: int) -> torch.Tensor:
-        return uniform_noise(*self.seeds_and_positions(block.ids.shape[1], known), step)
+    def forbid_mask(self, scores: torch.Tensor) -> None:
+        """Set the mask id to -inf again where logits processors may have made new scores (R, S, V)."""
+        if self.processors.lists[0]:
+            scores[..., self.mask_token_id] = -torch.inf
+            if (scores.amax(-1) == -torch.inf).any():
+                raise ValueError(f"the logits processors forbid every token but the mask id {self.mask_token_id}")
+
+    def prediction(self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> Prediction:
+        log_probs = log_prob(scores, tokens) if self.text.recorded else None
+        return Prediction(logits, tokens, log_prob(logits, tokens).exp(), log_probs, scores)
 
     def ask(
         self,
@@ -144,6 +165,7 @@ class Decoding:
         step: int,
         steps: int,
         number: int,
+        is_draft: bool,
     ) -> tuple[Prediction, torch.Tensor]:
         """What the user's callback makes of a pass."""
         assert self.step_callback is not None
@@ -155,14 +177,14 @@ class Decoding:
             ids=block.ids.clone(),
             committed=~block.masked,
             timestep=timestep,
-            logits=prediction.logits,
+            logits=prediction.logits.clone(),
             tokens=prediction.tokens.clone(),
             confidence=prediction.confidence,
             commit=commit.clone(),
         )
         self.step_callback(state)
         commit = state.commit.bool() & block.masked
-        if step == steps - 1 and not torch.equal(commit, block.masked):
+        if step == steps - 1 and not is_draft and not torch.equal(commit, block.masked):
             row, column = (block.masked & ~commit).nonzero()[0].tolist()
             raise ValueError(
                 f"step_callback vetoed position {column} of row {int(self.text.rows[row])} in the last of {steps} "
@@ -173,10 +195,9 @@ class Decoding:
             raise ValueError(f"step_callback committed token {int(wrong[0])}, outside the vocabulary")
         if (state.tokens[commit] == self.mask_token_id).any():
             raise ValueError(f"step_callback committed the mask id {self.mask_token_id}; veto the position instead")
-        tokens, scores = state.tokens.where(commit, prediction.tokens), prediction.scores
-        log_probs = None if scores is None else log_prob(scores, tokens)
-        confidence = log_prob(prediction.logits, tokens).exp()
-        return Prediction(prediction.logits, tokens, confidence, log_probs, scores), commit
+        assert prediction.scores is not None
+        tokens = state.tokens.where(commit, prediction.tokens)
+        return self.prediction(prediction.logits, prediction.scores, tokens), commit
 
     def count_cycle(self, drafted: torch.Tensor, kept: torch.Tensor) -> None:
         """Remember one cycle: (R, S - 1) 1 where a draft was verified, and how many tokens (R,) the text takes."""

@@ -117,11 +117,17 @@ def check_strategy(config: GenerationConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    seeds = config.seed if isinstance(config.seed, list | tuple) else [config.seed]
-    for seed in seeds:
-        if seed is not None and not (is_whole(seed) and -(2**63) <= seed < 2**63):
-            raise ValueError(f"seed is {config.seed!r}; give a whole number of 64 bits, or a list of one per row")
+    config.seed = plain_seed(config.seed)
     check_unmasking(config)
+
+
+def plain_seed(seed: Any) -> int | list[int] | None:
+    """One seed or one per row, also of numpy or torch, as Python numbers."""
+    plain = seed.tolist() if hasattr(seed, "tolist") else seed
+    for number in plain if isinstance(plain, list | tuple) else [0 if plain is None else plain]:
+        if not (is_whole(number) and -(2**63) <= number < 2**64):
+            raise ValueError(f"seed is {seed!r}; give a whole number of 64 bits, or a list of one per row")
+    return list(plain) if isinstance(plain, tuple) else plain
 
 
 def check_supported(config: GenerationConfig) -> None:
@@ -130,13 +136,15 @@ def check_supported(config: GenerationConfig) -> None:
         value = getattr(config, name, None)
         if value is not None and value not in unset:
             raise ValueError(f"{name}={value!r} is not supported by TwoTower's generate; leave it unset")
-    if config.do_sample and config.temperature is not None and config.temperature <= 0:
-        raise ValueError(f"temperature is {config.temperature!r}; sampling needs it above 0 (or do_sample=False)")
+    temperature = 1.0 if config.temperature is None else config.temperature
+    if config.do_sample and not (isinstance(temperature, int | float) and temperature > 0):
+        raise ValueError(f"temperature is {temperature!r}; sampling needs it above 0 (or do_sample=False)")
     if config.mode == "self_speculative" and config.block_size < 2:
         raise ValueError(f"block_size is {config.block_size}; self_speculative needs at least 2")
-    chunk = config.prefill_chunk_size
-    if chunk is not None and not (is_whole(chunk) and chunk >= 1):
-        raise ValueError(f"prefill_chunk_size is {chunk!r}; it must be a whole number of at least 1")
+    for name in ("prefill_chunk_size", "num_return_sequences"):
+        value = getattr(config, name)
+        if value is not None and not (is_whole(value) and value >= 1):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
     watermark = config.watermarking_config
     if type(watermark).__name__ == "SynthIDTextWatermarkingConfig" and config.mode not in ("ar", "mock_ar"):
         raise ValueError(
@@ -145,4 +153,4 @@ def check_supported(config: GenerationConfig) -> None:
         )
 
 
-__all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "check_strategy", "check_supported"]
+__all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "check_strategy", "check_supported", "plain_seed"]

@@ -17,9 +17,9 @@ from .decoding_twotower import BlockStep, Decoding
 from .generation_config_twotower import MODES, TwoTowerGenerationConfig
 from .padding_twotower import PackedTokens
 from .preparation_twotower import PreparedGeneration
-from .sampling_twotower import RowLogitsProcessors, gumbel_noise
+from .sampling_twotower import RowLogitsProcessors
 from .text_twotower import Block, TwoTowerGenerateOutput
-from .unmasking_twotower import Prediction, log_prob
+from .unmasking_twotower import Prediction, commit_run
 
 
 class TwoTowerGenerationMixin(PreparedGeneration):
@@ -95,20 +95,22 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         block = self._context_choice(run, self._read_prompt(run))
         going_on = run.append(block)
         newest = block.ids
-        while len(going_on) > 0:
+        for number in count():
+            if len(going_on) == 0:
+                return
             draft = run.open_block(newest)
             for step in range(run.config.draft_steps):
                 if draft.masked.any():
-                    self._denoise_step(run, draft, step, run.config.draft_steps)
+                    self._denoise_step(run, draft, step, run.config.draft_steps, number, known=1)
             run.text.context_forwards[run.text.rows] += 1
             hidden_states = self.context_tower(draft.ids, run.cache, tentative=True)
             logits = self.context_lm_head(hidden_states).float().to(newest.device)
-            verified = self._predict(run, logits, draft.ids[:, 1:])
+            verified = self._predict(run, logits, draft=draft.ids[:, 1:])
             agrees = draft.ids[:, 1:] == verified.tokens[:, :-1]
             drafted = agrees.int().cumprod(1)
             steps = torch.cat([draft.commit_steps()[:, 1:].where(agrees, -1), torch.full_like(newest, -1)], dim=1)
             block = Block.chosen(verified, steps, run.text.recorded)
-            kept, ended = run.text.first_stop(block.ids, drafted.sum(1) + 1)
+            kept, ended = run.text.first_stop(block, drafted.sum(1) + 1)
             run.count_cycle(drafted, kept)
             run.cache.accept(kept)
             newest = block.ids.gather(1, kept[:, None] - 1)
@@ -118,8 +120,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
     def _mock_ar(self, run: Decoding) -> None:
         """One token per denoiser pass; the context tower stays one token behind and reads it afterwards."""
         run.unread, token = _split_last(run.unread)
-        if run.unread.ids.shape[1] > 0:
-            self._read_prompt(run)
+        self._read_prompt(run)
         while True:
             run.text.denoiser_forwards[run.text.rows] += 1
             logits = self.predict_next(token, run.cache).to(token.device)
@@ -138,9 +139,9 @@ class TwoTowerGenerationMixin(PreparedGeneration):
 
     # What they are made of.
 
-    def _read_prompt(self, run: Decoding) -> torch.Tensor:
-        """Let the context tower read what it has not yet, in chunks if so configured; as `_read`."""
-        size = run.config.prefill_chunk_size or run.unread.ids.shape[1]
+    def _read_prompt(self, run: Decoding) -> torch.Tensor | None:
+        """Let the context tower read what it has not yet, in chunks if so configured; as `_read`, None for nothing."""
+        size = run.config.prefill_chunk_size or max(run.unread.ids.shape[1], 1)
         last = None
         for start in range(0, run.unread.ids.shape[1], size):
             ids, counts = run.unread.ids[:, start : start + size], run.unread.counts
@@ -149,7 +150,6 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             hidden_states = self._read(run, PackedTokens(ids, counts))
             ends_here = None if counts is None else (counts > 0)[:, None]
             last = hidden_states if last is None or ends_here is None else hidden_states.where(ends_here, last)
-        assert last is not None
         return last
 
     def _read(self, run: Decoding, chunk: PackedTokens) -> torch.Tensor:
@@ -161,23 +161,29 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         last = (chunk.counts - 1).clamp(min=0)
         return hidden_states[torch.arange(len(last), device=last.device), last]
 
-    def _context_choice(self, run: Decoding, hidden_states: torch.Tensor) -> Block:
+    def _context_choice(self, run: Decoding, hidden_states: torch.Tensor | None) -> Block:
         """The context tower's next token of each row, from (R, H) hidden states."""
+        assert hidden_states is not None, "only mode mask_diffusion goes on from a text that has been read to its end"
         logits = self.context_lm_head(hidden_states).float().to(run.text.rows.device)
         return Block.chosen(self._predict(run, logits[:, None]), -1, run.text.recorded)
 
-    def _denoise_step(self, run: Decoding, block: Block, step: int, steps: int, number: int | None = None) -> None:
-        """One denoiser pass: predict every position, never the mask, and commit what the rule and the user say."""
+    def _denoise_step(self, run: Decoding, block: Block, step: int, steps: int, number: int, known: int = 0) -> None:
+        """
+        One denoiser pass over block `number`: predict every position, and commit what the rule and the user say.
+
+        Of a draft, the text holds the first `known` tokens already.
+        """
         run.text.denoiser_forwards[run.text.rows] += block.masked.any(-1)
         timestep = run.rule.timestep(block.masked, step, steps)
         logits = self.denoise(block.ids, run.cache, timestep).to(block.ids.device)
         logits[..., self.config.mask_token_id] = -torch.inf
-        # A draft begins with the newest token, which the text holds already.
-        known = 0 if number is not None else 1
-        prediction = self._predict(run, logits, block.ids, known, block.masked)
-        commit = run.rule.commit(prediction, block.masked, step, steps, lambda: run.uniform(block, step, known))
-        if run.step_callback is not None and number is not None:
-            prediction, commit = run.ask(block, prediction, commit, timestep, step, steps, number)
+        prediction = self._predict(run, logits, block, known)
+        commit = run.rule.commit(prediction, block.masked, step, steps, lambda: run.uniform(block, step, -known))
+        if run.processors.sees_text:
+            # What processors saw before a position must be the text that comes to stand there.
+            commit = commit_run(commit, block.masked, steps - step)
+        if run.step_callback is not None:
+            prediction, commit = run.ask(block, prediction, commit, timestep, step, steps, number, is_draft=known > 0)
         block.commit(commit, prediction, step)
         run.show_draft(block.ids[:, known:])
 
@@ -185,35 +191,50 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         self,
         run: Decoding,
         logits: torch.Tensor,
-        block_ids: torch.Tensor | None = None,
+        block: Block | None = None,
         known: int = 0,
-        wanted: torch.Tensor | None = None,
+        draft: torch.Tensor | None = None,
     ) -> Prediction:
         """
         Choose a token per position.
 
+        Logits processors that look at the text are asked position after position from the left, each time with the
+        row's own text and what stands or was chosen before the position; not about what follows the end of the text or
+        the first choice that is not the draft's.
+
         Args:
             logits: (R, S, V) float32.
-            block_ids: (R, at least S - 1) what stands at the positions; logits processors see a row's text and those
-                before each position. The mask id stands where none is committed.
-            known: how many of the positions the text holds already.
-            wanted: (R, S) bool, positions that matter to logits processors; default all.
+            block: whose open positions are wanted, and never the mask for them; default S positions after the text.
+            known: how many of the block's first tokens the text holds already.
+            draft: (R, S - 1) tokens to verify.
         """
-        positions = logits.shape[1]
-
-        def texts() -> list[torch.Tensor]:
-            rows = [run.text.row(row) for row in run.text.rows.tolist()]
-            if block_ids is None:
-                return rows
-            return [torch.cat([row, ids[known : positions - 1]]) for row, ids in zip(rows, block_ids, strict=True)]
-
-        scores = run.processors(logits, run.text.rows, texts, wanted)
-        noisy = scores
-        if run.config.do_sample:
-            noisy = scores + gumbel_noise(*run.seeds_and_positions(positions, known), logits.shape[-1])
-        tokens = noisy.argmax(-1)
-        log_probs = log_prob(scores, tokens) if run.text.recorded else None
-        return Prediction(logits, tokens, log_prob(logits, tokens).exp(), log_probs, scores)
+        if not run.processors.sees_text:
+            scores = run.processors(logits)
+            if block is not None:
+                run.forbid_mask(scores)
+            return run.prediction(logits, scores, run.choose(scores, -known))
+        scores, texts = logits.clone(), run.text.texts()
+        ids = run.choose(scores, -known)
+        wanted = torch.ones_like(ids, dtype=torch.bool)
+        if block is not None:
+            wanted, ids = block.masked, ids.where(block.masked, block.ids)
+        goes_on = torch.ones_like(wanted[:, 0])
+        for column in range(known, ids.shape[1]):
+            asked = wanted[:, column] & goes_on
+            before = [
+                torch.cat([text, row[known:column]]) if ask else None
+                for text, row, ask in zip(texts, ids, asked.tolist(), strict=True)
+            ]
+            here = slice(column, column + 1)
+            scores[:, here] = run.processors(logits[:, here], run.text.rows.tolist(), before)
+            if block is not None:
+                run.forbid_mask(scores[:, here])
+            chosen = run.choose(scores[:, here], column - known)[:, 0]
+            ids[:, column] = chosen.where(asked, ids[:, column])
+            goes_on = goes_on & ~run.text.ends(ids[:, known : column + 1])[:, -1]
+            if draft is not None and column < draft.shape[1]:
+                goes_on = goes_on & (ids[:, column] == draft[:, column])
+        return run.prediction(logits, scores, ids)
 
 
 def _split_last(prompt: PackedTokens) -> tuple[PackedTokens, torch.Tensor]:

@@ -456,15 +456,19 @@ class ContextTower(TwoTowerBackbone):
         visible = None if cache is None else cache.visible_to(length)
         from_start = cache is None or cache.width == 0
         layout = ChunkLayout(mask, counts, block_mask=visible, causal=from_start, tentative=tentative)
-        hidden_states = self.embeddings(input_ids)
+        hidden_states, states = self.embeddings(input_ids), {}
         for idx, layer in enumerate(self.layers):
             hidden_states, present = layer(hidden_states, None if cache is None else cache.slot(idx), layout)
-            if cache is not None and present is not None:
-                cache.write(idx, present)
-        if cache is not None and tentative:
-            cache.tentative = length
-        elif cache is not None:
-            cache.advance(batch, length, counts, input_ids.device)
+            if present is not None:
+                states[idx] = present
+        if cache is not None:
+            # Only now, so that an error in the middle leaves the cache as it was.
+            for idx, state in states.items():
+                cache.write(idx, state)
+            if tentative:
+                cache.tentative = length
+            else:
+                cache.advance(batch, length, counts, input_ids.device)
         return self.norm_f(hidden_states)
 
     def read_blocks(

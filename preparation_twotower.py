@@ -23,6 +23,7 @@ from .generation_config_twotower import (
     TwoTowerGenerationConfig,
     check_strategy,
     check_supported,
+    plain_seed,
 )
 from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
 from .sampling_twotower import RowLogitsProcessors, derived_seeds
@@ -31,8 +32,9 @@ from .unmasking_twotower import UnmaskingRule
 
 logger = logging.get_logger(__name__)
 
-# Arguments of ours that `generate` passes through to the decoding method.
+# Arguments of `generate` that are not of the generation config, and that transformers passes to the decoding method.
 CALL_ARGUMENTS = ("step_callback", "starting_block")
+ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "past_key_values", "use_cache")
 
 
 class PreparedGeneration(GenerationMixin):
@@ -43,19 +45,27 @@ class PreparedGeneration(GenerationMixin):
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         **kwargs: Any,
     ) -> TwoTowerGenerateOutput | torch.Tensor:
         """
         Generate text; every argument of [`~transformers.GenerationMixin.generate`] and the strategy's knobs.
 
         Args:
-            inputs: (B, P) prompt ids, also as `input_ids`; padding on either side with its `attention_mask`.
+            inputs: (B, P) prompt ids, also as `input_ids`; padding on either side with its `attention_mask`. Without
+                one, the padding id is taken for padding, unless it is an end-of-text id.
             generation_config: a [`TwoTowerGenerationConfig`] or a plain one.
+            logits_processor, stopping_criteria: called for one row at a time, with its tokens (1, n) before a
+                position, or so far, without padding.
+            prefix_allowed_tokens_fn: called with the number of the row and its tokens (n,).
             past_key_values: [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the whole text, of
                 which the cache holds the beginning. The attention mask may then have holes.
-            starting_block: (B, at most block_size) for `mask_diffusion`: the first block, with tokens to keep, and
-                the mask id or nothing where one is wanted.
-            step_callback: for `mask_diffusion`: called with a [`BlockStep`] after every denoiser pass.
+            starting_block: (B, at most block_size) ids for `mask_diffusion`: the first block, with tokens to keep,
+                and the mask id or nothing where one is wanted.
+            step_callback: for `mask_diffusion` and `self_speculative`: called with a [`BlockStep`] after every
+                denoiser pass.
             kwargs: the knobs of [`TwoTowerGenerationConfig`], `max_new_tokens`, `streamer` (with `put_draft` it gets
                 the block after every pass), `tokenizer` (for `stop_strings`), ...
 
@@ -71,20 +81,22 @@ class PreparedGeneration(GenerationMixin):
                 "leave it unset"
             )
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        given = {"generation_config": generation_config, **kwargs}
+        kwargs |= {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+        }
         if input_ids is None:
-            return super().generate(None, generation_config, **kwargs)
-        attention_mask = kwargs.pop("attention_mask", None)
+            return super().generate(None, **kwargs)
         continued = kwargs.get("past_key_values") is not None
-        bos_token_id = kwargs.get("bos_token_id", getattr(generation_config, "bos_token_id", None))
-        input_ids, padding_mask = self._check_prompt(input_ids, attention_mask, bos_token_id, continued)
+        input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), given, continued)
         if padding_mask is None:
-            # Without a mask, transformers takes every padding id for padding; a row alone needs none.
-            whole = attention_mask is not None or len(input_ids) == 1
-            mask = torch.ones_like(input_ids) if whole else None
-            return super().generate(input_ids, generation_config, attention_mask=mask, **kwargs)
+            return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
         left_ids, left_mask = _pad_left(input_ids, padding_mask)
-        output = super().generate(left_ids, generation_config, attention_mask=left_mask, **kwargs)
+        output = super().generate(left_ids, attention_mask=left_mask, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences = torch.cat([prompts, sequences[:, left_ids.shape[1] :]], dim=1)
@@ -94,25 +106,32 @@ class PreparedGeneration(GenerationMixin):
         return output
 
     def _check_prompt(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        bos_token_id: int | None,
-        continued: bool,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, given: dict[str, Any], continued: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
-        mask = check_attention_mask(input_ids, attention_mask, holes=continued)
+
+        def special(name: str) -> Any:
+            places = (given.get(name), getattr(given["generation_config"], name, None))
+            return next((value for value in places if value is not None), getattr(self.generation_config, name))
+
+        check_attention_mask(input_ids, attention_mask, holes=True)
         if input_ids.shape[1] == 0:
-            bos = self.generation_config.bos_token_id if bos_token_id is None else bos_token_id
+            bos = special("bos_token_id")
             if bos is None:
                 raise ValueError(
                     "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
                 )
-            return input_ids.new_full((len(input_ids), 1), bos), None
+            return torch.full((len(input_ids), 1), bos, device=input_ids.device), None
         self._check_vocabulary("input_ids", input_ids)
-        return input_ids, mask
+        pad, ends = special("pad_token_id"), special("eos_token_id")
+        if attention_mask is None and pad is not None and pad not in (ends if isinstance(ends, list) else [ends]):
+            # As transformers, which in a batch would also drop the padding id from within a text.
+            attention_mask = (input_ids != pad).long()
+        return input_ids, check_attention_mask(input_ids, attention_mask, holes=continued)
 
     def _check_vocabulary(self, name: str, ids: torch.Tensor) -> None:
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"{name} are {ids.dtype}; give token ids")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
@@ -131,17 +150,28 @@ class PreparedGeneration(GenerationMixin):
         for name in STRATEGY_DEFAULTS:
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, None)
-        if isinstance(kwargs.get("seed"), torch.Tensor):
-            kwargs["seed"] = kwargs["seed"].tolist()
+        if "seed" in kwargs:
+            kwargs["seed"] = plain_seed(kwargs["seed"])
+        limits = [kwargs, {} if generation_config is None else generation_config.to_dict()]
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if all(limit.get("max_new_tokens") is None for limit in limits) and any(
+            limit.get("max_length") is not None for limit in limits
+        ):
+            config.max_new_tokens = None  # the checkpoint's, which would go before the caller's max_length
         for name, default in {**STRATEGY_DEFAULTS, "block_size": self.config.block_size}.items():
             if getattr(config, name, None) is None:
                 setattr(config, name, default)
         check_strategy(config)
         check_supported(config)
-        for name in CALL_ARGUMENTS:
-            if model_kwargs.get(name) is not None and config.mode != "mask_diffusion":
-                raise ValueError(f'{name} is for mode "mask_diffusion", not {config.mode!r}; leave it out')
+        for name, modes in (
+            ("starting_block", ("mask_diffusion",)),
+            ("step_callback", ("mask_diffusion", "self_speculative")),
+        ):
+            if model_kwargs.get(name) is not None and config.mode not in modes:
+                raise ValueError(f"{name} is for mode {' or '.join(modes)}, not {config.mode}; leave it out")
+        callback = model_kwargs.get("step_callback")
+        if callback is not None and not callable(callback):
+            raise ValueError(f"step_callback is {callback!r}, which cannot be called")
         if config.block_size > self.config.block_size and config.mode == "mask_diffusion":
             logger.warning(
                 f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "
@@ -152,12 +182,17 @@ class PreparedGeneration(GenerationMixin):
         return config, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in CALL_ARGUMENTS})
+        """Stricter than transformers', which lets pass what only `forward` would use."""
+        for name, value in model_kwargs.items():
+            if value is not None and name not in ACCEPTED:
+                remedy = "; for reproducible draws give seed" if name == "generator" else ""
+                raise ValueError(f"{name} is no argument of TwoTower's generate{remedy or '; leave it out'}")
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         cache = model_kwargs.get("past_key_values")
+        model_kwargs["keep_cache"] = generation_config.return_dict_in_generate or cache is not None
         if cache is None:
             cache = TwoTowerCache(self.config)
         elif not isinstance(cache, TwoTowerCache):
@@ -206,7 +241,7 @@ class PreparedGeneration(GenerationMixin):
                 config,
                 input_ids_seq_length=len(prompt),
                 encoder_input_ids=prompt[None],
-                prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row // copies, text),
+                prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row, text),
                 logits_processor=logits_processor,
                 device=device,
             )
@@ -242,7 +277,8 @@ class PreparedGeneration(GenerationMixin):
         return Decoding(
             text=text,
             cache=cache,
-            unread=_unread(prompt, cache),
+            # The denoiser needs no token that the context tower has not read.
+            unread=_unread(prompt, cache, least=0 if config.mode == "mask_diffusion" else 1),
             config=config,
             processors=processors,
             rule=UnmaskingRule(config),
@@ -252,7 +288,7 @@ class PreparedGeneration(GenerationMixin):
             starting_block=self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids)),
             step_callback=model_kwargs.get("step_callback"),
             streamer=streamer,
-            keep_cache=with_dict or cache.batch_size != -1,
+            keep_cache=model_kwargs["keep_cache"],
         )
 
     def _check_starting_block(
@@ -260,6 +296,7 @@ class PreparedGeneration(GenerationMixin):
     ) -> torch.Tensor | None:
         if block is None:
             return None
+        block = torch.as_tensor(block)
         if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
             raise ValueError(
                 f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "
@@ -285,9 +322,11 @@ def _seeds(config: GenerationConfig, rows: int, device: torch.device) -> torch.T
     copies = config.num_return_sequences
     if config.seed is None:
         return torch.randint(-(2**62), 2**62, (rows,)).to(device)
+    numbers = [config.seed] * (rows // copies) if isinstance(config.seed, int) else config.seed
+    # Unsigned 64-bit numbers are as good as signed ones.
+    seeds = torch.tensor([number - 2**64 if number >= 2**63 else number for number in numbers], device=device)
     if isinstance(config.seed, int):
-        return derived_seeds(torch.full((rows // copies,), config.seed, device=device), copies)
-    seeds = torch.tensor(config.seed, device=device)
+        return derived_seeds(seeds, copies)
     if len(seeds) == rows:
         return seeds
     if len(seeds) * copies != rows:
@@ -304,17 +343,18 @@ def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache
     return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
 
 
-def _unread(prompt: PackedTokens, cache: TwoTowerCache) -> PackedTokens:
+def _unread(prompt: PackedTokens, cache: TwoTowerCache, least: int) -> PackedTokens:
     """What of each row the cache does not hold yet."""
     if cache.lengths is None:
         return prompt
     lengths = prompt.lengths
     counts = lengths - cache.lengths.to(lengths.device)
-    if (counts < 1).any():
-        row = int((counts < 1).nonzero()[0])
+    if (counts < least).any():
+        row = int((counts < least).nonzero()[0])
         raise ValueError(
             f"past_key_values holds {int(cache.lengths[row])} tokens of row {row}, whose text has "
-            f"{int(lengths[row])}; give the whole text as input_ids, at least one token longer"
+            f"{int(lengths[row])}; give the whole text as input_ids"
+            f"{', at least one token longer' if least else ''}"
         )
     width = int(counts.max())
     columns = (lengths - counts)[:, None] + torch.arange(width, device=lengths.device)

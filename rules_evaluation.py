@@ -22,7 +22,7 @@ from .evaluation import (
 )
 from .modeling_twotower import TwoTowerForBlockDiffusion
 from .train.problems import held_out_problems
-from .unmasking_twotower import NOISE_SCHEDULES
+from .unmasking_twotower import NOISE_SCHEDULES, UNMASKING_DEFAULTS
 
 # Per line of the chart: its rule, and the values that trade passes for accuracy along it.
 Setting = dict[str, Any]
@@ -106,13 +106,12 @@ def seeds_of_prompts(inputs: BatchEncoding, seed: int) -> list[int]:
 
 def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
-    figures = {"accuracy_stderr", "retention", "retention_stderr", "correct", "tokens", "denoiser_passes"}
-    figures |= {"context_passes", "accuracy", "tokens_per_denoiser_pass", "tokens_per_pass", "line"}
+    parameters = {"steps_per_block", *UNMASKING_DEFAULTS}
     header = ["rule", "parameters", "exact match", "tokens/denoiser pass", "tokens/pass of either tower"]
     rows = [
         [
             row["line"],
-            ", ".join(f"{name}={value}" for name, value in row.items() if name not in figures),
+            ", ".join(f"{name}={value}" for name, value in row.items() if name in parameters),
             percent(row["accuracy"], row["accuracy_stderr"]),
             ratio_text(row["tokens_per_denoiser_pass"]),
             ratio_text(row["tokens_per_pass"]),

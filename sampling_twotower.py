@@ -46,23 +46,17 @@ class RowLogitsProcessors:
         self.lists = [first, *(build(row) for row in range(1, rows))] if self.sees_text else [first]
 
     def __call__(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        texts: Callable[[], Sequence[torch.Tensor]],
-        wanted: torch.Tensor | None = None,
+        self, logits: torch.Tensor, rows: Sequence[int] = (), texts: Sequence[torch.Tensor | None] = ()
     ) -> torch.Tensor:
         """
-        Process the logits of several positions of every row.
+        Process logits: of any number of positions, or of one where a processor looks at the text.
 
-        A processor that looks at the text is called for one row and position at a time, with that row's own tokens
-        before the position, (1, n), without padding.
+        Such a processor is called for one row at a time, with that row's own tokens (1, n), without padding.
 
         Args:
-            logits: (R, S, V) float32.
-            rows: (R,) of the batch.
-            texts: gives per row its tokens before its last position; before position j are all but the last S - 1 - j.
-            wanted: (R, S) bool, positions that matter; default all.
+            logits: (R, S, V) float32; (R, 1, V) if `sees_text`.
+            rows: R numbers of rows of the batch, if `sees_text`.
+            texts: per row its tokens before the position, if `sees_text`; None where it does not matter.
 
         Returns:
             (R, S, V), the argument itself where there is nothing to do.
@@ -70,19 +64,20 @@ class RowLogitsProcessors:
         if not self.lists[0]:
             return logits
         scores = logits.clone()
-        where: list[list[int]] = []
-        if self.sees_text:
-            where = (torch.ones_like(logits[..., 0]) if wanted is None else wanted).nonzero().tolist()
-            before, batch_rows = texts(), rows.tolist()
         for idx, processor in enumerate(self.lists[0]):
             if type(processor) in ELEMENTWISE:
                 flat = scores.flatten(0, 1)
                 scores = processor(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
                 continue
-            for row, position in where:
-                text = before[row][: len(before[row]) - (logits.shape[1] - 1 - position)]
-                processed = self.lists[batch_rows[row]][idx](text[None], scores[row, position][None])
-                scores[row, position] = processed[0]
+            for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                if text is not None:
+                    processed = self.lists[row][idx](text[None], scores[place])
+                    if processed.shape != scores[place].shape:
+                        raise ValueError(
+                            f"{type(processor).__name__} returned scores of shape {tuple(processed.shape)} for "
+                            f"{tuple(scores[place].shape)}; every row of a batch is processed by itself"
+                        )
+                    scores[place] = processed
         return scores
 
 

@@ -149,9 +149,9 @@ class GeneratedText:
         self.prompt, self.pad_token_id, self.recorded = ids, pad_token_id, recorded
         self.prompt_lengths = prompt.lengths
         self.most_new_tokens = limits - self.prompt_lengths
-        self.eos_ids = [c.eos_token_id.to(ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-        self.timers = [c for c in stopping_criteria if isinstance(c, MaxTimeCriteria)]
-        self.criteria = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxTimeCriteria)]
+        self.eos_ids = [c.eos_token_id.to(ids.device) for c in stopping_criteria if type(c) is EosTokenCriteria]
+        self.timers = [c for c in stopping_criteria if type(c) is MaxTimeCriteria]
+        self.criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxTimeCriteria)]
         self.rows = torch.arange(len(ids), device=ids.device)  # of the batch, those still generating
         self.new_tokens = torch.zeros_like(self.rows)
         self.denoiser_forwards = torch.zeros_like(self.rows)
@@ -171,55 +171,74 @@ class GeneratedText:
             return prompt
         return torch.cat([prompt, self.buffers["ids"][row, : int(self.new_tokens[row])]])
 
-    def first_stop(
-        self, ids: torch.Tensor, counts: torch.Tensor, checked: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def texts(self) -> list[torch.Tensor]:
+        """The tokens of the rows still generating."""
+        return [self.row(row) for row in self.rows.tolist()]
+
+    def ends(self, ids: torch.Tensor) -> torch.Tensor:
+        """(R, S) bool, where the rows' next tokens are an end-of-text token or reach a length limit."""
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        ends = columns >= (self.most_new_tokens - self.new_tokens)[self.rows][:, None] - 1
+        for eos in self.eos_ids:
+            ends |= torch.isin(ids, eos)
+        return ends
+
+    def first_stop(self, block: Block, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Where the rows' texts end within the next tokens.
 
         Args:
-            ids: (R, S) tokens to come.
+            block: (R, S) tokens to come; some of them may have been looked at before.
             counts: (R,) how many of them are final.
-            checked: (R,) how many of those were looked at before; default none.
 
         Returns:
             (R,) tokens up to and including each row's first stop, `counts` where there is none, and (R,) bool whether
             there is one.
         """
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        stops = columns >= (self.most_new_tokens - self.new_tokens)[self.rows][:, None] - 1
-        for eos in self.eos_ids:
-            stops |= torch.isin(ids, eos)
-        stops &= columns < counts[:, None]
+        columns = torch.arange(block.ids.shape[1], device=block.ids.device)
+        stops = self.ends(block.ids) & (columns < counts[:, None])
         stopped = stops.any(1)
         kept = torch.where(stopped, stops.int().argmax(1) + 1, counts)
         if self.criteria:
-            kept, stopped = self._first_criterion(ids, kept, stopped, checked)
-        if any(bool(timer(ids, None).any()) for timer in self.timers):
+            kept, stopped = self._first_criterion(block, kept, stopped)
+        if any(bool(timer(block.ids, None).any()) for timer in self.timers):
             stopped = torch.ones_like(stopped)
         return kept, stopped
 
     def _first_criterion(
-        self, ids: torch.Tensor, kept: torch.Tensor, stopped: torch.Tensor, checked: torch.Tensor | None
+        self, block: Block, kept: torch.Tensor, stopped: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ask the user's criteria about every new length of every row; if there is none, the present one."""
-        first = [0] * len(ids) if checked is None else checked.tolist()
-        for idx, (row, done, count) in enumerate(zip(self.rows.tolist(), first, kept.tolist(), strict=True)):
-            text, scores = torch.cat([self.row(row), ids[idx, :count]]), self._scores_of(row)
+        rows, checked, counts = self.rows.tolist(), block.checked.tolist(), kept.tolist()
+        for idx, (row, done, count) in enumerate(zip(rows, checked, counts, strict=True)):
+            text, scores = torch.cat([self.row(row), block.ids[idx, :count]]), self._scores_of(row, block, idx)
             before = len(text) - count
             written = before - int(self.prompt_lengths[row])
             for length in range(max(min(done + 1, count), written == 0), count + 1):
-                sequence = text[None, : before + length]
-                if any(bool(torch.as_tensor(criterion(sequence, scores)).any()) for criterion in self.criteria):
+                kept_scores = None if scores is None else scores[: written + length]
+                if self._meets_criterion(text[None, : before + length], kept_scores):
                     kept[idx], stopped[idx] = length, True
                     break
         return kept, stopped
 
-    def _scores_of(self, row: int) -> tuple[torch.Tensor, ...] | None:
-        """Of the row's written tokens, as transformers hands them to stopping criteria when they are kept."""
-        if "scores" not in self.buffers:
+    def _meets_criterion(self, sequence: torch.Tensor, scores: tuple[torch.Tensor, ...] | None) -> bool:
+        for criterion in self.criteria:
+            answer = torch.as_tensor(criterion(sequence, scores))
+            if answer.numel() != 1:
+                raise ValueError(
+                    f"stopping criterion {type(criterion).__name__} gave {answer.numel()} answers about one row; "
+                    "every row of a batch is asked about by itself"
+                )
+            if answer.any():
+                return True
+        return False
+
+    def _scores_of(self, row: int, block: Block, idx: int) -> tuple[torch.Tensor, ...] | None:
+        """Of the row's tokens and those of the block, as transformers gives them to stopping criteria, if recorded."""
+        if "scores" not in self.recorded:
             return None
-        return tuple(self.buffers["scores"][row, : int(self.new_tokens[row])].unsqueeze(1).unbind(0))
+        written = [self.buffers["scores"][row, : int(self.new_tokens[row])]] if "scores" in self.buffers else []
+        return tuple(torch.cat([*written, block.records["scores"][idx]]).unsqueeze(1).unbind(0))
 
     def write(self, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """

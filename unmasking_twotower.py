@@ -176,8 +176,18 @@ def commit_by_factor(confidence: torch.Tensor, masked: torch.Tensor, steps_left:
 def commit_left_to_right(
     confidence: torch.Tensor, masked: torch.Tensor, steps_left: int, threshold: float
 ) -> torch.Tensor:
-    """The masked positions from the left up to the first whose confidence is not above `threshold`."""
-    run = ((confidence > threshold) | ~masked).int().cumprod(-1).bool() & masked
+    """
+    The masked positions from the left up to the first whose confidence is not above `threshold`.
+
+    The fixed order and the prefix taken at once are those of adaptive parallel decoding (Israel et al. 2025, APD,
+    arXiv 2506.00413), which asks a second model instead of a threshold.
+    """
+    return commit_run(confidence > threshold, masked, steps_left)
+
+
+def commit_run(wanted: torch.Tensor, masked: torch.Tensor, steps_left: int) -> torch.Tensor:
+    """The masked positions from the left up to the first that is not `wanted` (R, S); else as above."""
+    run = (wanted | ~masked).int().cumprod(-1).bool() & masked
     columns = torch.arange(masked.shape[-1], device=masked.device, dtype=torch.float32)
     return _commit_first(-columns.expand(masked.shape), masked, run.sum(-1), steps_left)
 
@@ -281,6 +291,7 @@ __all__ = [
     "Prediction",
     "UnmaskingRule",
     "check_unmasking",
+    "commit_run",
     "is_whole",
     "log_prob",
 ]

@@ -166,8 +166,28 @@ def test_select_rows(rows):
 
 def test_rows_of_an_empty_cache():
     cache = TwoTowerCache(tiny_config())
-    cache.select_rows(torch.tensor([0]))
-    assert cache.batch_size == cache.copy_rows(torch.tensor([0])).batch_size == -1
+    cache.select_rows(torch.tensor([0, 1]))
+    assert cache.lengths.tolist() == cache.copy_rows(torch.tensor([1, 0])).lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("lengths", [(0, 3), (3, 0), (0, 0)])
+def test_rows_that_have_read_nothing_beside_others(lengths):
+    model = tiny_model("all kinds")
+    rows = [random_ids(1, length, seed=length) for length in lengths]
+    parts = []
+    for row in rows:
+        parts.append(TwoTowerCache(model.config))
+        if row.shape[1] > 0:
+            model(row, past_key_values=parts[-1])
+        parts[-1].select_rows(torch.tensor([0]))
+    cache = TwoTowerCache(model.config)
+    cache.replace_rows(parts)
+    assert cache.lengths.tolist() == list(lengths)
+    new = random_ids(2, 4, seed=9)
+    logits = model(new, past_key_values=cache).logits
+    for idx, row in enumerate(rows):
+        whole = torch.cat([row, new[idx : idx + 1]], dim=1)
+        assert_close(logits[idx], model(whole).logits[0, -4:])
 
 
 def ragged_cache(geometry: str = "all kinds", lengths: tuple[int, ...] = (6, 3, 4)) -> TwoTowerCache:

@@ -8,9 +8,12 @@ import torch
 from test_generation import padded
 from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import DynamicCache, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
+from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from twotower.cache_twotower import TwoTowerCache
 from twotower.generation_twotower import MODES, BlockStep
+from twotower.preparation_twotower import CALL_ARGUMENTS
 from twotower.train.problems import training_problems
 from twotower.train.tokenizer import train_tokenizer
 
@@ -176,7 +179,7 @@ def test_a_cache_that_does_not_fit_is_refused(model, mode):
     with pytest.raises(ValueError, match="past_key_values holds 2 rows, input_ids 3"):
         generate(model, random_ids(3, 20), mode=mode, past_key_values=begun.past_key_values)
     held = begun.past_key_values.lengths.tolist()
-    for length in (6, held[0]):
+    for length in (6, held[0] - 1 if mode == "mask_diffusion" else held[0]):
         with pytest.raises(
             ValueError, match=f"past_key_values holds {held[0]} tokens of row 0, whose text has {length}"
         ):
@@ -219,6 +222,72 @@ def test_a_cache_survives_an_error_in_the_middle(model, rows, mode):
     expected = generate(model, again, attention_mask=again_mask, mode=mode).sequences
     output = generate(model, again, attention_mask=again_mask, mode=mode, past_key_values=cache)
     assert torch.equal(output.sequences, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fresh_cache_of_the_callers_own_keeps_all_rows(model, rows, mode):
+    cache, ids, mask = TwoTowerCache(model.config), *padded(rows, "left")
+    flags = {"mode": mode, "attention_mask": mask, "eos_token_id": list(range(28, 34))}
+    plain = generate(model, ids, past_key_values=cache, return_dict_in_generate=False, **flags)
+    begun = generate(model, ids, **flags)
+    assert torch.equal(plain, begun.sequences)
+    assert cache.lengths.tolist() == begun.past_key_values.lengths.tolist()
+    assert cache.ragged, "rows must have ended at different times"
+    text = torch.cat([begun.sequences, random_ids(3, 1, seed=5)], dim=1)
+    flags["attention_mask"] = torch.cat([text_mask(begun, mask), torch.ones(3, 1, dtype=torch.long)], dim=1)
+    gone_on, expected = (generate(model, text, past_key_values=c, **flags) for c in (cache, begun.past_key_values))
+    assert torch.equal(gone_on.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_rows_of_one_token_that_end_at_once(model, keep):
+    """Mode "mock_ar" has read nothing of them then."""
+    prompt = torch.arange(5, 13)[:, None]
+    free = generate(model, prompt, mode="mock_ar").sequences
+    end = int(free[0, 1])
+    ended = free[:, 1] == end
+    assert not ended.all()
+    output = generate(model, prompt, mode="mock_ar", eos_token_id=end, return_dict_in_generate=keep)
+    sequences = output.sequences if keep else output
+    assert (sequences[ended, 1] == end).all() and not sequences[ended, 2:].any()
+    assert torch.equal(sequences[~ended, :2], free[~ended, :2])
+    if keep:
+        cache = output.past_key_values
+        assert torch.equal(cache.lengths == 0, ended)
+        kept = ended.nonzero()[:, 0]
+        text = torch.cat([sequences[kept, :2], random_ids(len(kept), 1, seed=5)], dim=1)
+        gone_on = generate(model, text, mode="ar", past_key_values=cache.copy_rows(kept)).sequences
+        assert torch.equal(gone_on, generate(model, text, mode="ar").sequences)
+
+
+@pytest.mark.parametrize("calls", [5, 6, 7, 8, 9])
+def test_diffusion_goes_on_from_a_text_that_was_cancelled_before_a_block(model, calls):
+    prompt, asked = random_ids(1, 6, seed=1), 0
+
+    def cancel(input_ids, scores):
+        nonlocal asked
+        asked += 1
+        return asked >= calls
+
+    begun = generate(model, prompt, stopping_criteria=[cancel], confidence_threshold=1.0, steps_per_block=2)
+    gone_on = generate(model, begun.sequences, past_key_values=begun.past_key_values).sequences
+    assert torch.equal(gone_on, generate(model, begun.sequences).sequences)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_error_inside_the_context_tower_leaves_the_cache_as_it_was(model, mode):
+    text = random_ids(2, 9, seed=1)
+    cache = generate(model, text[:, :4], mode="ar", max_new_tokens=1).past_key_values
+    expected = generate(model, text, mode=mode, past_key_values=cache.copy_rows(torch.arange(2))).sequences
+
+    def fail(*_):
+        raise InterruptedError
+
+    hook = model.context_tower.layers[-2].register_forward_hook(fail)
+    with pytest.raises(InterruptedError):
+        generate(model, text, mode=mode, past_key_values=cache)
+    hook.remove()
+    assert torch.equal(generate(model, text, mode=mode, past_key_values=cache).sequences, expected)
 
 
 # A starting block.
@@ -305,12 +374,40 @@ def test_a_bad_starting_block_is_refused(model, block, message):
         generate(model, random_ids(2, 6), starting_block=torch.tensor(block, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", ["starting_block", "step_callback"])
-@pytest.mark.parametrize("mode", ["self_speculative", "mock_ar", "ar"])
-def test_only_mask_diffusion_takes_blocks(model, mode, name):
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("self_speculative", "starting_block"), *((mode, name) for mode in ("mock_ar", "ar") for name in CALL_ARGUMENTS)],
+)
+def test_what_is_for_other_modes_is_refused(model, mode, name):
     value = torch.full((2, 2), MASK) if name == "starting_block" else print
-    with pytest.raises(ValueError, match=f'{name} is for mode "mask_diffusion"'):
+    with pytest.raises(ValueError, match=f"{name} is for mode mask_diffusion.*, not {mode}; leave it out"):
         generate(model, random_ids(2, 6), mode=mode, **{name: value})
+
+
+def test_a_starting_block_that_ends_the_text_costs_no_pass(model):
+    prompt = random_ids(3, 6, seed=1)
+    given = torch.tensor([[7, MASK, MASK, MASK], [9, 8, MASK, 7], [9, 7, MASK, MASK]])
+    output = generate(model, prompt, starting_block=given, eos_token_id=7)
+    assert output.denoiser_forwards.tolist()[0::2] == [0, 0] and output.denoiser_forwards[1] > 0
+    assert [row.tolist() for row in output.sequences[0::2, 6:]] == [[7] + [0] * 3, [9, 7] + [0] * 2]
+    output = generate(model, prompt, starting_block=given, max_new_tokens=1)
+    assert output.denoiser_forwards.tolist() == [0, 0, 0]
+    assert torch.equal(output.sequences[:, 6:], given[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ([[5.5], [6.0]], "starting_block are torch.float32; give token ids"),
+        ([5, 6], r"starting_block has shape \(2,\)"),
+    ],
+)
+def test_a_starting_block_of_other_kinds(model, block, message):
+    prompt = random_ids(2, 6, seed=1)
+    as_list = generate(model, prompt, starting_block=[[5], [6]]).sequences
+    assert torch.equal(as_list, generate(model, prompt, starting_block=torch.tensor([[5], [6]])).sequences)
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompt, starting_block=block)
 
 
 # A callback after every pass.
@@ -591,3 +688,82 @@ def test_max_time_leaves_a_valid_text_to_go_on_from(model, mode):
     longer = torch.cat([output.sequences, random_ids(2, 1, seed=4)], dim=1)
     fresh = generate(model, longer, mode=mode).sequences
     assert torch.equal(generate(model, longer, mode=mode, past_key_values=output.past_key_values).sequences, fresh)
+
+
+@BOTH
+@pytest.mark.parametrize("mode", MODES)
+def test_a_criterion_gets_the_scores_of_all_tokens_so_far(model, mode, sampled):
+    prompt = random_ids(2, 6, seed=1)
+    free = generate(model, prompt, mode=mode, output_scores=True, **sampled)
+    scores = torch.stack(free.scores, dim=1)
+    asked = []
+
+    def record(input_ids, given):
+        row = next(idx for idx in range(2) if torch.equal(input_ids[0, :6], prompt[idx]))
+        length = input_ids.shape[1] - 6
+        asked.append((row, length))
+        assert [each.shape for each in given] == [(1, 48)] * length
+        torch.testing.assert_close(torch.cat(list(given)), scores[row, :length])
+        return False
+
+    generate(model, prompt, mode=mode, output_scores=True, stopping_criteria=[record], **sampled)
+    assert set(asked) == {(row, length) for row in range(2) for length in range(1, 11)}
+    unscored = []
+    generate(model, prompt, mode=mode, stopping_criteria=[lambda _, given: unscored.append(given) or False], **sampled)
+    assert set(unscored) == {None}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_criterion_that_answers_for_a_whole_batch_is_refused(model, mode):
+    def answer_both(input_ids, scores):
+        return torch.tensor([True, False])
+
+    with pytest.raises(ValueError, match="function gave 2 answers about one row"):
+        generate(model, random_ids(2, 6), mode=mode, stopping_criteria=[answer_both])
+
+
+class EosLater(EosTokenCriteria):
+    """End-of-text ends a text from some length on."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids, scores) & (input_ids.shape[1] > 10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_criterion_made_from_transformers_own_is_asked(model, mode):
+    prompt = random_ids(1, 6, seed=1)
+    ends = list(range(48))
+    assert generate(model, prompt, mode=mode, stopping_criteria=[EosTokenCriteria(ends)]).sequences.shape == (1, 7)
+    assert generate(model, prompt, mode=mode, stopping_criteria=[EosLater(ends)]).sequences.shape == (1, 11)
+
+
+@BOTH
+def test_a_callback_changes_drafts_but_not_the_text(model, rows, sampled):
+    ids, mask = padded(rows, "left")
+    flags = {"mode": "self_speculative", "attention_mask": mask, "draft_steps": 2, **sampled}
+    expected = generate(model, ids, **flags)
+    seen: list[BlockStep] = []
+    assert torch.equal(generate(model, ids, step_callback=seen.append, **flags).sequences, expected.sequences)
+    assert {state.step for state in seen} <= {0, 1} and {state.steps for state in seen} == {2}
+    assert [state.block for state in seen] == sorted(state.block for state in seen)
+    assert all(state.committed[:, 0].all() and not state.commit[:, 0].any() for state in seen)
+
+    def replace(state):
+        state.tokens[:, 1::2] = 5
+
+    def veto(state):
+        state.commit[:] = False
+
+    assert torch.equal(generate(model, ids, step_callback=replace, **flags).sequences, expected.sequences)
+    undrafted = generate(model, ids, step_callback=veto, **flags)
+    assert torch.equal(undrafted.sequences, expected.sequences)
+    assert (undrafted.accepted_lengths == 1).all()
+
+
+def test_what_a_callback_does_to_the_logits_changes_nothing(model):
+    prompt = random_ids(2, 6, seed=1)
+    expected = generate(model, prompt, output_logits=True)
+    output = generate(model, prompt, output_logits=True, step_callback=lambda state: state.logits.zero_())
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.confidences, expected.confidences)
+    assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))

@@ -3,10 +3,11 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from twotower.configuration_twotower import TwoTowerConfig
 from twotower.generation_twotower import MODES, TwoTowerGenerationConfig
@@ -332,6 +333,17 @@ def test_a_larger_block_than_trained_is_warned_of(model, caplog):
         ({"use_cache": False}, "use_cache=False"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"treshold": 0.5}, "treshold"),
+        ({"seed": [1, None]}, r"seed is \[1, None\]"),
+        ({"seed": 2**64}, f"seed is {2**64}"),
+        ({"num_return_sequences": 0, "do_sample": True}, "num_return_sequences is 0"),
+        ({"num_return_sequences": 1.5, "do_sample": True}, "num_return_sequences is 1.5"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
+        ({"step_callback": 5}, "step_callback is 5"),
+        # Arguments of `forward` that mean nothing here.
+        ({"generator": torch.Generator()}, "generator is no argument of .*give seed"),
+        ({"corruptions": 3}, "corruptions is no argument"),
+        ({"logits_to_keep": 3}, "logits_to_keep is no argument"),
+        ({"position_ids": torch.zeros(1, 5)}, "position_ids is no argument"),
     ],
 )
 def test_a_bad_knob_is_refused_by_name_before_any_work(model, kwargs, message, monkeypatch):
@@ -350,6 +362,9 @@ def test_a_bad_knob_is_refused_by_name_before_any_work(model, kwargs, message, m
         ([[5, 6, 7], [5, 6, 7]], [[1, 1, 1], [1, 0, 1]], r"row 1 of attention_mask has holes: \[1, 0, 1\]"),
         ([[5, 6], [5, 6]], [[0, 0], [1, 1]], "row 0 of attention_mask masks all"),
         ([5, 6], None, r"input_ids has shape \(2,\)"),
+        ([[5.0, 6.0]], None, "input_ids are torch.float32; give token ids"),
+        # Without a mask, the padding id is padding.
+        ([[5, 0, 6]], None, r"row 0 of attention_mask has holes: \[1, 0, 1\]"),
     ],
 )
 def test_a_bad_prompt_is_refused_by_name_before_any_work(model, ids, mask, message, monkeypatch):
@@ -364,3 +379,65 @@ def test_generation_config_checks_what_it_is_given():
         TwoTowerGenerationConfig(mode="x")
     config = TwoTowerGenerationConfig(mode="ar", block_size=4, confidence_threshold=0.5)
     assert TwoTowerGenerationConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_a_mask_a_row_gets_what_it_gets_alone(model, mode):
+    """The padding id is padding then, whatever the other rows hold."""
+    ids, mask = padded(prompts([4, 7, 5]), "left")
+    together = generate(model, ids, mode=mode)
+    masked = generate(model, ids, mode=mode, attention_mask=mask)
+    assert torch.equal(together.sequences, masked.sequences)
+    for idx in range(3):
+        alone = generate(model, ids[idx : idx + 1], mode=mode).sequences[0]
+        assert torch.equal(together.sequences[idx, : len(alone)], alone)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_padding_id_that_also_ends_the_text_is_no_padding(model, mode):
+    ids = torch.tensor([[5, 9, 6, 9]])
+    whole = generate(model, ids, mode=mode, attention_mask=torch.ones_like(ids), eos_token_id=9, pad_token_id=9)
+    assert torch.equal(generate(model, ids, mode=mode, eos_token_id=9, pad_token_id=9).sequences, whole.sequences)
+
+
+@pytest.mark.parametrize("how", ["argument", "config"])
+def test_a_max_length_of_the_call_goes_before_the_checkpoints_new_tokens(model, how, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", 20)
+    prompt = prompts([5])[0][None]
+    limit = {"max_length": 8} if how == "argument" else {"generation_config": GenerationConfig(max_length=8)}
+    assert model.generate(prompt, eos_token_id=None, mode="ar", **limit).shape == (1, 8)
+    assert model.generate(prompt, eos_token_id=None, mode="ar").shape == (1, 25)
+    assert model.generate(prompt, eos_token_id=None, mode="ar", max_length=8, max_new_tokens=6).shape == (1, 11)
+
+
+def test_seeds_of_other_kinds(model):
+    ids = torch.stack(prompts([5, 5]))
+    options = {"do_sample": True, "temperature": 3.0}
+    expected = generate(model, ids, seed=[7, 2**63 + 5], **options).sequences
+    signed = [7, 2**63 + 5 - 2**64]
+    for seed in (signed, torch.tensor(signed), np.array([7, 2**63 + 5], dtype=np.uint64), tuple(signed)):
+        assert torch.equal(generate(model, ids, seed=seed, **options).sequences, expected)
+    config = TwoTowerGenerationConfig(seed=torch.tensor([1, 2]))
+    assert config.seed == [1, 2]
+    one = generate(model, ids, seed=np.int64(7), **options).sequences
+    assert torch.equal(one, generate(model, ids, seed=7, **options).sequences)
+
+
+def test_processors_and_criteria_by_position(model):
+    ids = prompts([5])[0][None]
+    processors = LogitsProcessorList([Prefer(11)])
+    criteria = StoppingCriteriaList([lambda text, _: text.shape[1] >= 8])
+    assert model.generate(ids, GenerationConfig(max_new_tokens=9), processors, criteria).tolist()[0][5:] == [11] * 3
+
+    def only(row, text):
+        return [12 + row]
+
+    assert model.generate(ids, GenerationConfig(max_new_tokens=2), None, None, only).tolist()[0][5:] == [12] * 2
+
+
+class Prefer(LogitsProcessor):
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([self.token]), 1e3)

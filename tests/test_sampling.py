@@ -1,6 +1,7 @@
 """Choosing tokens: the noise, what logits processors see of a row, and the distribution that is drawn from."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -169,27 +170,24 @@ def test_a_processor_sees_each_rows_own_text(model, rows, mode):
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative"])
 def test_a_processor_sees_the_block_before_a_position(model, rows, mode):
-    mask_id, size = model.config.mask_token_id, model.config.block_size
     recorder = Recorder()
     ids, mask = padded(rows, "left")
     output = generate(
         model, ids, attention_mask=mask, mode=mode, logits_processor=[recorder], max_new_tokens=9, draft_steps=2
     )
     texts = [row.tolist() + new for row, new in zip(rows, own_tokens(output, ids.shape[1]), strict=True)]
-    lengths = set()
+    seen_last = {}
     for seen in recorder.seen:
         owner = [idx for idx, row in enumerate(rows) if seen[: len(row)] == row.tolist()]
         assert len(owner) == 1, "a row's text begins with its prompt, without padding"
-        text = texts[owner[0]]
-        # What differs from the final text is masked, or a draft's, which only verification may still reject.
-        wrong = [idx for idx, token in enumerate(seen[: len(text)]) if token not in (text[idx], mask_id)]
-        if mode == "mask_diffusion":
-            assert not wrong
-        elif wrong:
-            assert len(seen) - wrong[0] < size + 1
-        lengths.add((owner[0], len(seen)))
-    needed = {(idx, length) for idx, row in enumerate(rows) for length in range(len(row), len(row) + 9)}
-    assert needed <= lengths
+        assert model.config.mask_token_id not in seen
+        seen_last[owner[0], len(seen)] = seen
+    # The choice that stayed was made after the text that stands before it, and there was none beyond the end.
+    assert seen_last == {
+        (idx, length): text[:length]
+        for idx, (row, text) in enumerate(zip(rows, texts, strict=True))
+        for length in range(len(row), len(row) + 9)
+    }
 
 
 def test_a_processor_is_asked_about_open_positions_only(model):
@@ -216,12 +214,12 @@ def test_all_processors_at_once(model, rows, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prefix_allowed_tokens_fn_gets_the_prompts_number(model, rows, mode):
+def test_prefix_allowed_tokens_fn_gets_the_rows_number(model, rows, mode):
     asked = []
 
     def allowed(batch_id, text):
         asked.append((batch_id, text.tolist()))
-        return list(range(10 + 10 * batch_id, 20 + 10 * batch_id))
+        return list(range(10 + 5 * batch_id, 15 + 5 * batch_id))
 
     ids, mask = padded(rows, "left")
     output = generate(
@@ -234,8 +232,8 @@ def test_prefix_allowed_tokens_fn_gets_the_prompts_number(model, rows, mode):
         do_sample=True,
     )
     for row, new in enumerate(output.sequences[:, ids.shape[1] :].tolist()):
-        assert all(10 + 10 * (row // 2) <= token < 20 + 10 * (row // 2) for token in new)
-    assert all(text[: len(rows[batch_id])] == rows[batch_id].tolist() for batch_id, text in asked)
+        assert all(10 + 5 * row <= token < 15 + 5 * row for token in new)
+    assert all(text[: len(rows[batch_id // 2])] == rows[batch_id // 2].tolist() for batch_id, text in asked)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -297,15 +295,72 @@ def test_row_processors_do_not_change_the_logits():
         scores += 1
         return scores
 
-    logits = torch.randn(2, 3, 5)
+    logits = torch.randn(3, 1, 5)
     before = logits.clone()
-    texts = [torch.arange(6), torch.arange(4)]
-    wanted = torch.tensor([[True, False, True], [False, False, True]])
-    scores = RowLogitsProcessors(lambda _: LogitsProcessorList([add_one]), 2)(
-        logits, torch.arange(2), lambda: texts, wanted
-    )
+    processors = RowLogitsProcessors(lambda _: LogitsProcessorList([add_one]), 3)
+    scores = processors(logits, [0, 1, 2], [torch.arange(6), None, torch.arange(4)])
     assert torch.equal(logits, before)
-    torch.testing.assert_close(scores, logits + wanted[..., None])
+    torch.testing.assert_close(scores, logits + torch.tensor([1.0, 0.0, 1.0])[:, None, None])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_must_not_stand_in_the_text_does_not(model, rows, mode):
+    ids, mask = padded(rows, "left")
+    knobs = {"attention_mask": mask, "mode": mode, "max_new_tokens": 40, "steps_per_block": 2}
+    pairs = [set(pairwise(row)) for row in own_tokens(generate(model, ids, **knobs), ids.shape[1])]
+    found = own_tokens(generate(model, ids, no_repeat_ngram_size=2, **knobs), ids.shape[1])
+    for row, new in zip(rows, found, strict=True):
+        text = list(pairwise(row.tolist() + new))
+        assert len(set(text)) == len(text)
+    bad_words = [list(pair) for some in pairs for pair in some]
+    for new in own_tokens(generate(model, ids, bad_words_ids=bad_words, **knobs), ids.shape[1]):
+        assert not set(pairwise(new)) & set(map(tuple, bad_words))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_grammar_is_asked_about_its_own_texts_only(model, rows, mode):
+    """Three sentences and their ends; and a bias with a value for every place of the text, no more."""
+    sentences = [[10, 11, 12, 9], [10, 11, 20, 21, 22, 9], [30, 31, 9]]
+    goes_on = {}
+    for sentence in sentences:
+        for length, token in enumerate(sentence):
+            goes_on.setdefault(tuple(sentence[:length]), []).append(token)
+
+    def allowed(number, text):
+        return goes_on[tuple(text[len(rows[number]) :].tolist())]
+
+    places = torch.zeros(6)
+    starts = {row[0].item(): len(row) for row in rows}
+
+    def bias(text, scores):
+        return scores + places[text.shape[1] - starts[text[0, 0].item()]]
+
+    ids, mask = padded(rows, "left")
+    flags = {"prefix_allowed_tokens_fn": allowed, "logits_processor": [bias], "eos_token_id": 9, "max_new_tokens": 6}
+    for sampled in ({}, {"do_sample": True, "temperature": 5.0, "seed": 1}):
+        output = generate(model, ids, attention_mask=mask, mode=mode, draft_steps=2, **flags, **sampled)
+        assert all(new in sentences for new in own_tokens(output, ids.shape[1]))
+
+
+def test_the_mask_is_not_written_whatever_processors_make_of_it(model):
+    def level(input_ids, scores):
+        return torch.zeros_like(scores)
+
+    prompt = random_ids(2, 5, seed=3)
+    output = generate(model, prompt, logits_processor=[level], do_sample=True, seed=1, max_new_tokens=200)
+    assert (output.sequences[:, 5:] == 0).any()
+    assert not (output.sequences == model.config.mask_token_id).any()
+    with pytest.raises(ValueError, match="forbid every token but the mask id 3"):
+        generate(model, prompt, prefix_allowed_tokens_fn=lambda *_: [3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_processor_that_answers_for_a_whole_batch_is_refused(model, mode):
+    def bias(input_ids, scores):
+        return scores + torch.zeros(2, 48)
+
+    with pytest.raises(ValueError, match=r"function returned scores of shape \(2, 48\) for \(1, 48\)"):
+        generate(model, random_ids(2, 5), mode=mode, logits_processor=[bias])
 
 
 # What is drawn.
