@@ -145,12 +145,20 @@ class Decoding:
         columns = first + torch.arange(positions, device=self.text.rows.device)
         return self.seeds[self.text.rows], self.text.lengths[:, None] + columns
 
-    def forbid_mask(self, scores: torch.Tensor) -> None:
-        """Set the mask id to -inf again where logits processors may have made new scores (R, S, V)."""
-        if self.processors.lists[0]:
-            scores[..., self.mask_token_id] = -torch.inf
-            if (scores.amax(-1) == -torch.inf).any():
-                raise ValueError(f"the logits processors forbid every token but the mask id {self.mask_token_id}")
+    def forbid_mask(self, scores: torch.Tensor, is_draft: bool) -> torch.Tensor:
+        """
+        Set the mask id to -inf again where logits processors may have made new scores (R, S, V).
+
+        Returns:
+            (R, S) bool, whether another token is possible; where none is, there can be no text, but a draft.
+        """
+        if not self.processors.lists[0]:
+            return torch.ones_like(scores[..., 0], dtype=torch.bool)
+        scores[..., self.mask_token_id] = -torch.inf
+        possible = scores.amax(-1) != -torch.inf
+        if not is_draft and not possible.all():
+            raise ValueError(f"the logits processors forbid every token but the mask id {self.mask_token_id}")
+        return possible
 
     def prediction(self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> Prediction:
         log_probs = log_prob(scores, tokens) if self.text.recorded else None

@@ -183,7 +183,14 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             # What processors saw before a position must be the text that comes to stand there.
             commit = commit_run(commit, block.masked, steps - step)
         if run.step_callback is not None:
-            prediction, commit = run.ask(block, prediction, commit, timestep, step, steps, number, is_draft=known > 0)
+            asked, commit = run.ask(block, prediction, commit, timestep, step, steps, number, is_draft=known > 0)
+            if run.processors.sees_text:
+                # What was chosen after a token that is replaced is chosen again; after a veto it must wait.
+                replaced = commit & (asked.tokens != prediction.tokens)
+                block.commit(replaced, asked, step)
+                asked = self._predict(run, logits, block, known)
+                commit = commit & block.masked & ((block.masked & ~commit).cumsum(-1) == 0)
+            prediction = asked
         block.commit(commit, prediction, step)
         run.show_draft(block.ids[:, known:])
 
@@ -211,7 +218,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         if not run.processors.sees_text:
             scores = run.processors(logits)
             if block is not None:
-                run.forbid_mask(scores)
+                run.forbid_mask(scores, is_draft=known > 0)
             return run.prediction(logits, scores, run.choose(scores, -known))
         scores, texts = logits.clone(), run.text.texts()
         ids = run.choose(scores, -known)
@@ -228,7 +235,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             here = slice(column, column + 1)
             scores[:, here] = run.processors(logits[:, here], run.text.rows.tolist(), before)
             if block is not None:
-                run.forbid_mask(scores[:, here])
+                goes_on = goes_on & run.forbid_mask(scores[:, here], is_draft=known > 0)[:, 0]
             chosen = run.choose(scores[:, here], column - known)[:, 0]
             ids[:, column] = chosen.where(asked, ids[:, column])
             goes_on = goes_on & ~run.text.ends(ids[:, known : column + 1])[:, -1]

@@ -80,6 +80,8 @@ class PreparedGeneration(GenerationMixin):
                 f"cache_implementation={kwargs['cache_implementation']!r} is not supported by TwoTower's generate; "
                 "leave it unset"
             )
+        if kwargs.get("starting_block") is not None:
+            kwargs["starting_block"] = torch.as_tensor(kwargs["starting_block"])
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         given = {"generation_config": generation_config, **kwargs}
         kwargs |= {
@@ -124,10 +126,24 @@ class PreparedGeneration(GenerationMixin):
             return torch.full((len(input_ids), 1), bos, device=input_ids.device), None
         self._check_vocabulary("input_ids", input_ids)
         pad, ends = special("pad_token_id"), special("eos_token_id")
-        if attention_mask is None and pad is not None and pad not in (ends if isinstance(ends, list) else [ends]):
-            # As transformers, which in a batch would also drop the padding id from within a text.
-            attention_mask = (input_ids != pad).long()
-        return input_ids, check_attention_mask(input_ids, attention_mask, holes=continued)
+        if attention_mask is not None or pad is None:
+            return input_ids, check_attention_mask(input_ids, attention_mask, holes=continued)
+        if ends is not None and int(pad) in torch.as_tensor(ends).flatten().tolist():
+            return input_ids, None
+        # As transformers infers it, but the padding id is not dropped from within a text.
+        inferred = input_ids != int(pad)
+        if continued and not inferred.all():
+            raise ValueError(
+                f"input_ids hold the padding id {int(pad)}, which the text that goes on may hold as a token, too; "
+                "give attention_mask, 1 on tokens"
+            )
+        try:
+            return input_ids, check_attention_mask(input_ids, inferred.long())
+        except ValueError as error:
+            raise ValueError(
+                f"input_ids hold the padding id {int(pad)}; give attention_mask, 1 on tokens, since of the one "
+                f"inferred from it {error}"
+            ) from None
 
     def _check_vocabulary(self, name: str, ids: torch.Tensor) -> None:
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -296,7 +312,6 @@ class PreparedGeneration(GenerationMixin):
     ) -> torch.Tensor | None:
         if block is None:
             return None
-        block = torch.as_tensor(block)
         if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
             raise ValueError(
                 f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "

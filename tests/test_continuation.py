@@ -1,6 +1,6 @@
 """Going on from what is there: a cache, a starting block, a callback, a streamer, and stops inside a block."""
 
-from itertools import islice
+from itertools import islice, pairwise
 from threading import Thread
 
 import pytest
@@ -225,6 +225,18 @@ def test_a_cache_survives_an_error_in_the_middle(model, rows, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_padding_in_a_text_that_goes_on_needs_a_mask(model, mode):
+    """It may as well be a token that the model wrote."""
+    begun = generate(model, random_ids(2, 6, seed=1), mode=mode)
+    text = torch.cat([begun.sequences, random_ids(2, 1, seed=5)], dim=1)
+    pad = int(begun.sequences[0, 8])
+    with pytest.raises(ValueError, match=f"input_ids hold the padding id {pad}, .*give attention_mask"):
+        model.generate(text, mode=mode, past_key_values=begun.past_key_values, pad_token_id=pad, max_new_tokens=3)
+    masked = generate(model, text, mode=mode, past_key_values=begun.past_key_values, pad_token_id=pad)
+    assert torch.equal(masked.sequences, generate(model, text, mode=mode, pad_token_id=pad).sequences)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_fresh_cache_of_the_callers_own_keeps_all_rows(model, rows, mode):
     cache, ids, mask = TwoTowerCache(model.config), *padded(rows, "left")
     flags = {"mode": mode, "attention_mask": mask, "eos_token_id": list(range(28, 34))}
@@ -404,6 +416,9 @@ def test_a_starting_block_that_ends_the_text_costs_no_pass(model):
 )
 def test_a_starting_block_of_other_kinds(model, block, message):
     prompt = random_ids(2, 6, seed=1)
+    copies = {"num_return_sequences": 2, "do_sample": True, "seed": 1}
+    listed = generate(model, prompt, starting_block=[[5], [6]], **copies).sequences
+    assert torch.equal(listed, generate(model, prompt, starting_block=torch.tensor([[5], [6]]), **copies).sequences)
     as_list = generate(model, prompt, starting_block=[[5], [6]]).sequences
     assert torch.equal(as_list, generate(model, prompt, starting_block=torch.tensor([[5], [6]])).sequences)
     with pytest.raises(ValueError, match=message):
@@ -758,6 +773,53 @@ def test_a_callback_changes_drafts_but_not_the_text(model, rows, sampled):
     undrafted = generate(model, ids, step_callback=veto, **flags)
     assert torch.equal(undrafted.sequences, expected.sequences)
     assert (undrafted.accepted_lengths == 1).all()
+
+
+def open_until_last(state):
+    """Vetoes the first position of every block as long as that is allowed."""
+    if state.step < state.steps - 1:
+        state.commit[:, 0] = False
+
+
+def replace_first(state):
+    if state.step == 0:
+        state.tokens[:, 0] = 9
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("callback", [open_until_last, replace_first])
+def test_processors_see_what_a_callback_made_of_the_text(model, callback, steps):
+    """Bigrams of what is written without them are forbidden: first those with the replaced or vetoed token."""
+    prompt = random_ids(3, 6, seed=1)
+    flags = {"step_callback": callback, "steps_per_block": steps, "confidence_threshold": 1e-6, "max_new_tokens": 24}
+    bad_words = set()
+    for _ in range(4):
+        new = generate(model, prompt, bad_words_ids=[[47, 47, 47], *map(list, bad_words)], **flags).sequences[:, 6:]
+        pairs = {pair for row in new.tolist() for pair in pairwise(row)}
+        assert not pairs & bad_words
+        if callback is replace_first:
+            assert (new[:, ::SIZE] == 9).all()
+            # Neither may the token that is forced be forbidden.
+            pairs = {pair for pair in pairs if pair[1] != 9}
+        bad_words |= pairs
+
+
+def test_what_follows_an_end_that_a_callback_replaced_is_processed(model):
+    prompt = random_ids(1, 6, seed=1)
+    free = generate(model, prompt, max_new_tokens=SIZE, confidence_threshold=1e-6).sequences[0, 6:].tolist()
+
+    def replace(state):
+        state.tokens.masked_fill_(state.tokens == free[0], 10)
+
+    flags = {
+        "eos_token_id": free[0],
+        "suppress_tokens": free[1:],
+        "repetition_penalty": 1.0001,
+        "max_new_tokens": SIZE,
+    }
+    new = generate(model, prompt, step_callback=replace, confidence_threshold=1e-6, **flags).sequences[0, 6:].tolist()
+    assert new[0] == 10 and len(new) == SIZE
+    assert not set(new) & set(free[1:])
 
 
 def test_what_a_callback_does_to_the_logits_changes_nothing(model):

@@ -364,7 +364,7 @@ def test_a_bad_knob_is_refused_by_name_before_any_work(model, kwargs, message, m
         ([5, 6], None, r"input_ids has shape \(2,\)"),
         ([[5.0, 6.0]], None, "input_ids are torch.float32; give token ids"),
         # Without a mask, the padding id is padding.
-        ([[5, 0, 6]], None, r"row 0 of attention_mask has holes: \[1, 0, 1\]"),
+        ([[5, 0, 6]], None, r"input_ids hold the padding id 0; give attention_mask.*row 0 .* has holes: \[1, 0, 1\]"),
     ],
 )
 def test_a_bad_prompt_is_refused_by_name_before_any_work(model, ids, mask, message, monkeypatch):
@@ -397,7 +397,9 @@ def test_without_a_mask_a_row_gets_what_it_gets_alone(model, mode):
 def test_a_padding_id_that_also_ends_the_text_is_no_padding(model, mode):
     ids = torch.tensor([[5, 9, 6, 9]])
     whole = generate(model, ids, mode=mode, attention_mask=torch.ones_like(ids), eos_token_id=9, pad_token_id=9)
-    assert torch.equal(generate(model, ids, mode=mode, eos_token_id=9, pad_token_id=9).sequences, whole.sequences)
+    for ends in (9, [9], torch.tensor(9), torch.tensor([9])):
+        found = generate(model, ids, mode=mode, eos_token_id=ends, pad_token_id=9).sequences
+        assert torch.equal(found, whole.sequences)
 
 
 @pytest.mark.parametrize("how", ["argument", "config"])

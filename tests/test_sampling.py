@@ -353,6 +353,16 @@ def test_the_mask_is_not_written_whatever_processors_make_of_it(model):
     with pytest.raises(ValueError, match="forbid every token but the mask id 3"):
         generate(model, prompt, prefix_allowed_tokens_fn=lambda *_: [3])
 
+    # To the context tower it is a token like any other; that it cannot be drafted must not show.
+    def mask_at_7(_, text):
+        return [3] if len(text) == 7 else range(48)
+
+    texts = [
+        generate(model, prompt, mode=mode, prefix_allowed_tokens_fn=mask_at_7) for mode in ("ar", "self_speculative")
+    ]
+    assert (texts[0].sequences[:, 7] == 3).all()
+    assert torch.equal(texts[0].sequences, texts[1].sequences)
+
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_processor_that_answers_for_a_whole_batch_is_refused(model, mode):
