@@ -25,7 +25,8 @@ class BlockStep:
     It may change `commit` (veto: False; commit more: True) and `tokens` (replace), in place or by assignment. What the
     last step leaves open is committed by no later one, so a veto there is an error; replace the token instead. In mode
     "self_speculative" the block is a draft that begins with the text's newest token: what changes is how much of it is
-    kept, never the text.
+    kept, never the text. If a logits processor looks at the text, what was chosen to the right of a replaced token is
+    chosen again, and to the right of a veto it waits.
 
     Args:
         rows: (R,) of the batch, those still generating.
