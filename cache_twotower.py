@@ -304,6 +304,7 @@ class TwoTowerCache(Cache):
         for cache in (self, *caches):
             cache._check_accepted()
         lengths = [cache.lengths for cache in caches if cache.lengths is not None]
+        assert len(lengths) == len(caches) > 0, "a cache that has read nothing has rows once some were selected"
         self._set_lengths(torch.cat(lengths))
         for layer, *replacements in zip(self.layers, *(cache.layers for cache in caches), strict=True):
             layer.replace_rows(replacements, [len(each) for each in lengths], self.width)

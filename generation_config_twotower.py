@@ -94,6 +94,7 @@ class TwoTowerGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs: Any):
+        kwargs["seed"] = plain_seed(kwargs.get("seed"))
         for name in STRATEGY_DEFAULTS:
             setattr(self, name, kwargs.pop(name, None))
         kwargs.pop("_from_model_config", None)  # with it, transformers drops flags it does not know when loading
@@ -117,12 +118,12 @@ def check_strategy(config: GenerationConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    config.seed = plain_seed(config.seed)
+    plain_seed(config.seed)
     check_unmasking(config)
 
 
 def plain_seed(seed: Any) -> int | list[int] | None:
-    """One seed or one per row, also of numpy or torch, as Python numbers."""
+    """One seed or one per row, also of numpy or torch, as Python numbers; a ValueError for anything else."""
     plain = seed.tolist() if hasattr(seed, "tolist") else seed
     for number in plain if isinstance(plain, list | tuple) else [0 if plain is None else plain]:
         if not (is_whole(number) and -(2**63) <= number < 2**64):

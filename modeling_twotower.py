@@ -10,7 +10,7 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ class ChunkLayout(NamedTuple):
             chunk that is read into a cache (B, 1, T, L + T), the context's columns included.
         causal: whether a column sees only itself and earlier columns of the chunk.
         state_every: return Mamba states before every so many columns rather than after the last.
-        tentative: return what takes a Mamba state through any number of the columns, and compute none.
+        keep: of Mamba layers, return the "state", the "update" that takes one through any number of the columns, or
+            "nothing".
     """
 
     mask: torch.Tensor | None = None
@@ -91,7 +92,7 @@ class ChunkLayout(NamedTuple):
     block_mask: torch.Tensor | None = None
     causal: bool = False
     state_every: int | None = None
-    tentative: bool = False
+    keep: Literal["state", "update", "nothing"] = "state"
 
 
 class Modulation(NamedTuple):
@@ -455,7 +456,8 @@ class ContextTower(TwoTowerBackbone):
         mask = PackedTokens(input_ids, counts).mask()
         visible = None if cache is None else cache.visible_to(length)
         from_start = cache is None or cache.width == 0
-        layout = ChunkLayout(mask, counts, block_mask=visible, causal=from_start, tentative=tentative)
+        keep: Literal["state", "update"] = "update" if tentative else "state"
+        layout = ChunkLayout(mask, counts, block_mask=visible, causal=from_start, keep=keep)
         hidden_states, states = self.embeddings(input_ids), {}
         for idx, layer in enumerate(self.layers):
             hidden_states, present = layer(hidden_states, None if cache is None else cache.slot(idx), layout)
@@ -514,7 +516,7 @@ class DenoiserTower(TwoTowerBackbone):
         Returns:
             (R, S, H) normed hidden states.
         """
-        layout = layout._replace(tentative=True)  # no state is wanted after a block
+        layout = layout._replace(keep="nothing")
         hidden_states = self.embeddings(block_ids)
         for layer, past, modulation in zip(self.layers, pasts, modulations, strict=True):
             hidden_states, _ = layer(hidden_states, past, layout, modulation)
@@ -531,7 +533,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
     @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
-    ) -> tuple[torch.Tensor, MambaState | MambaUpdate]:
+    ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
         gate, inputs, dt = self._projected(hidden_states, layout.mask)
@@ -549,19 +551,18 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             self.D,
             ssm_before,
             layout.state_every or self.chunk_size,
-            return_state=not layout.tentative,
+            return_state=layout.keep == "state",
             return_chunk_states=layout.state_every is not None,
         )
         y = gated_rms_norm(scan.y.flatten(2), gate, norm.weight, norm.group_size, norm.variance_epsilon)
-        present: MambaState | MambaUpdate
-        if layout.tentative:
+        present: MambaState | MambaUpdate | None = None
+        if layout.keep == "update":
             present = MambaUpdate(inputs_after_state(inputs, self.conv_kernel_size, conv_before), x, dt, A, B)
         elif layout.state_every is not None:
             assert scan.chunk_states is not None
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)
             present = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
-        else:
-            assert scan.state is not None
+        elif scan.state is not None:
             present = MambaState(conv_after, scan.state)
         return self.out_proj(y), present
 

@@ -83,7 +83,6 @@ class PreparedGeneration(GenerationMixin):
         if kwargs.get("starting_block") is not None:
             kwargs["starting_block"] = torch.as_tensor(kwargs["starting_block"])
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        given = {"generation_config": generation_config, **kwargs}
         kwargs |= {
             "generation_config": generation_config,
             "logits_processor": logits_processor,
@@ -93,7 +92,7 @@ class PreparedGeneration(GenerationMixin):
         if input_ids is None:
             return super().generate(None, **kwargs)
         continued = kwargs.get("past_key_values") is not None
-        input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), given, continued)
+        input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), kwargs, continued)
         if padding_mask is None:
             return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
@@ -116,7 +115,7 @@ class PreparedGeneration(GenerationMixin):
             places = (given.get(name), getattr(given["generation_config"], name, None))
             return next((value for value in places if value is not None), getattr(self.generation_config, name))
 
-        check_attention_mask(input_ids, attention_mask, holes=True)
+        mask = check_attention_mask(input_ids, attention_mask, holes=continued)
         if input_ids.shape[1] == 0:
             bos = special("bos_token_id")
             if bos is None:
@@ -127,23 +126,10 @@ class PreparedGeneration(GenerationMixin):
         self._check_vocabulary("input_ids", input_ids)
         pad, ends = special("pad_token_id"), special("eos_token_id")
         if attention_mask is not None or pad is None:
-            return input_ids, check_attention_mask(input_ids, attention_mask, holes=continued)
+            return input_ids, mask
         if ends is not None and int(pad) in torch.as_tensor(ends).flatten().tolist():
             return input_ids, None
-        # As transformers infers it, but the padding id is not dropped from within a text.
-        inferred = input_ids != int(pad)
-        if continued and not inferred.all():
-            raise ValueError(
-                f"input_ids hold the padding id {int(pad)}, which the text that goes on may hold as a token, too; "
-                "give attention_mask, 1 on tokens"
-            )
-        try:
-            return input_ids, check_attention_mask(input_ids, inferred.long())
-        except ValueError as error:
-            raise ValueError(
-                f"input_ids hold the padding id {int(pad)}; give attention_mask, 1 on tokens, since of the one "
-                f"inferred from it {error}"
-            ) from None
+        return input_ids, _inferred_mask(input_ids, int(pad), continued)
 
     def _check_vocabulary(self, name: str, ids: torch.Tensor) -> None:
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -177,6 +163,7 @@ class PreparedGeneration(GenerationMixin):
         for name, default in {**STRATEGY_DEFAULTS, "block_size": self.config.block_size}.items():
             if getattr(config, name, None) is None:
                 setattr(config, name, default)
+        config.seed = plain_seed(config.seed)
         check_strategy(config)
         check_supported(config)
         for name, modes in (
@@ -201,8 +188,8 @@ class PreparedGeneration(GenerationMixin):
         """Stricter than transformers', which lets pass what only `forward` would use."""
         for name, value in model_kwargs.items():
             if value is not None and name not in ACCEPTED:
-                remedy = "; for reproducible draws give seed" if name == "generator" else ""
-                raise ValueError(f"{name} is no argument of TwoTower's generate{remedy or '; leave it out'}")
+                remedy = "for reproducible draws give seed" if name == "generator" else "leave it out"
+                raise ValueError(f"{name} is no argument of TwoTower's generate; {remedy}")
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
@@ -375,6 +362,23 @@ def _unread(prompt: PackedTokens, cache: TwoTowerCache, least: int) -> PackedTok
     columns = (lengths - counts)[:, None] + torch.arange(width, device=lengths.device)
     ids = prompt.ids.gather(1, columns.clamp(max=prompt.ids.shape[1] - 1))
     return PackedTokens(ids, None if (counts == width).all() else counts)
+
+
+def _inferred_mask(input_ids: torch.Tensor, pad_token_id: int, continued: bool) -> torch.Tensor | None:
+    """As transformers infers it, but the padding id is not dropped from within a text."""
+    tokens = input_ids != pad_token_id
+    if continued and not tokens.all():
+        raise ValueError(
+            f"input_ids hold the padding id {pad_token_id}, which the text that goes on may hold as a token, too; "
+            "give attention_mask, 1 on tokens"
+        )
+    try:
+        return check_attention_mask(input_ids, tokens.long())
+    except ValueError as error:
+        raise ValueError(
+            f"input_ids hold the padding id {pad_token_id}; give attention_mask, 1 on tokens, since of the one "
+            f"inferred from it {error}"
+        ) from None
 
 
 def _pad_left(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,8 +27,10 @@ SAMPLED = [{"do_sample": True, "temperature": temperature, "top_p": 0.9} for tem
 def main(file: Path) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in compare(dtype)]
-    where = {name: value for name, value in environment(load(torch.float32)).items() if name != "dtype"}
+    models = [load(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    rows = [row for model in models for row in compare(model)]
+    # Each row says its own dtype.
+    where = {name: value for name, value in environment(models[0]).items() if name != "dtype"}
     file.write_text(json.dumps({"problems": PROBLEMS, "rows": rows} | where, indent=2) + "\n")
 
 
@@ -36,10 +38,9 @@ def load(dtype: torch.dtype) -> TwoTowerForBlockDiffusion:
     return TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint(), dtype=dtype).eval()
 
 
-def compare(dtype: torch.dtype) -> list[dict[str, Any]]:
+def compare(model: TwoTowerForBlockDiffusion) -> list[dict[str, Any]]:
     """Float32 at every setting, greedy and at the trained block size sampled; bfloat16 greedy at the defaults."""
-    model = load(dtype)
-    full = dtype == torch.float32
+    full = model.dtype == torch.float32
     grid = list(product(DRAFT_STEPS, BLOCK_SIZES, BATCH_SIZES)) if full else [(1, 16, size) for size in BATCH_SIZES]
     rows = []
     for sampling in (GREEDY, *SAMPLED) if full else (GREEDY,):
@@ -54,7 +55,7 @@ def compare(dtype: torch.dtype) -> list[dict[str, Any]]:
             equal = sum(text == other for text, other in zip(found, expected[batch_size], strict=True))
             rows.append(
                 {
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": str(model.dtype).removeprefix("torch."),
                     **settings,
                     "batch_size": batch_size,
                     **sampling,
@@ -68,12 +69,12 @@ def compare(dtype: torch.dtype) -> list[dict[str, Any]]:
 def texts(model: TwoTowerForBlockDiffusion, batch_size: int, **options: Any) -> list[list[int]]:
     """Every problem's answer; sampled, with its own number as seed."""
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
-    found: list[list[int]] = []
+    ends, found = end_ids(model), list[list[int]]()
     for batch in tokenized_batches(held_out_problems(PROBLEMS, 0), batch_size, tokenizer, model):
         if options["do_sample"]:
             options["seed"] = list(range(len(found), len(found) + len(batch.input_ids)))
         sequences: Any = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, **options)
-        found += [cut_after_end(row, end_ids(model)) for row in sequences[:, batch.input_ids.shape[1] :].tolist()]
+        found += [cut_after_end(row, ends) for row in sequences[:, batch.input_ids.shape[1] :].tolist()]
     return found
 
 
