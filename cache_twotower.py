@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from transformers import Cache
-from transformers.cache_utils import DummyLayer
 
 from .configuration_twotower import TwoTowerConfig
 from .kernels.causal_conv import conv_state
@@ -166,7 +165,7 @@ class MambaLayer:
         self.state = MambaState(*map(torch.cat, zip(*parts, strict=True))) if parts else None
 
 
-class StatelessLayer(DummyLayer):
+class StatelessLayer:
     """MoE and MLP layers keep nothing."""
 
     def view(self, width: int) -> None:

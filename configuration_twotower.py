@@ -3,7 +3,8 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import NemotronHConfig
+
+from .compat_twotower import NemotronHConfig
 
 LAYER_LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 
@@ -35,6 +36,7 @@ class TwoTowerConfig(NemotronHConfig):
     """
 
     model_type = "twotower"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     block_size: int = 16
     mask_token_id: int = 3

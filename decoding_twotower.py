@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from .cache_twotower import TwoTowerCache
+from .compat_twotower import BaseStreamer
 from .padding_twotower import PackedTokens
 from .sampling_twotower import RowLogitsProcessors, gumbel_noise, uniform_noise
 from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput, per_pass
@@ -228,7 +228,7 @@ class Decoding:
             # The first token is the context tower's, before all cycles.
             output.accepted_lengths = per_pass(self.text.new_tokens - 1, cycles)
         if self.keep_cache:
-            output.past_key_values = self.cache
+            output.cache = self.cache
         return output
 
     def show_draft(self, ids: torch.Tensor) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
+from .compat_twotower import get_relative_imports
 from .configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from .modeling_twotower import TwoTowerForBlockDiffusion
 

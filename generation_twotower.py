@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
+from .compat_twotower import BaseStreamer
 from .decoding_twotower import BlockStep, Decoding
 from .generation_config_twotower import MODES, TwoTowerGenerationConfig
 from .padding_twotower import PackedTokens

@@ -12,11 +12,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import NemotronHForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.modeling_utils import _add_variant
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .compat_twotower import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WeightConverter,
+    add_variant,
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from .configuration_twotower import TwoTowerConfig
 
 PICKLED_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -52,7 +56,7 @@ def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[st
         return None
     folder = Path(path, kwargs.get("subfolder", ""))
     single, index = (
-        folder / _add_variant(name, kwargs.get("variant")) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        folder / add_variant(name, kwargs.get("variant")) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )
     if single.is_file():
         return _tensor_names(single)

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.nemotron_h.modeling_nemotron_h import (
+
+from .cache_twotower import KeyValues, KeyValueSlot, MambaState, MambaUpdate, Past, Present, TwoTowerCache
+from .compat_twotower import (
+    CacheOutput,
+    ExpertsInterface,
+    GradientCheckpointingLayer,
     NemotronHAttention,
     NemotronHExperts,
     NemotronHMamba2Mixer,
@@ -29,10 +30,11 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHPreTrainedModel,
     NemotronHRMSNorm,
     NemotronHTopkRouter,
+    accepts_past_key_values,
+    force_accelerate_hooks,
+    grouped_mm_experts_forward,
+    slice_logits_to_keep,
 )
-from transformers.utils import ModelOutput
-
-from .cache_twotower import KeyValues, KeyValueSlot, MambaState, MambaUpdate, Past, Present, TwoTowerCache
 from .configuration_twotower import TwoTowerConfig
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .kernels.block_attention import block_attention
@@ -53,20 +55,20 @@ from .released_twotower import ReleasedInterface
 
 
 @dataclass
-class TwoTowerOutput(ModelOutput):
+class TwoTowerOutput(CacheOutput):
     """
     Result of a forward pass.
 
     Args:
         loss: scalar float32, when `labels` were given.
         logits: (B, T or `logits_to_keep`, V), the context tower's next-token logits; None with `labels`.
-        past_key_values: the cache, when used.
+        cache: also `past_key_values`; what the context tower has read, when used.
         masked_tokens: scalar int64, how many positions the loss averages over, when `labels` were given.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: TwoTowerCache | None = None
+    cache: TwoTowerCache | None = None
     masked_tokens: torch.Tensor | None = None
 
 
@@ -114,6 +116,9 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
     _supports_flex_attn = False
     _can_compile_fullgraph = False
     _can_record_outputs: dict[str, type] = {}
+    # Ours, whatever a release of transformers has for its NemotronH: else files would differ between releases.
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -229,18 +234,26 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (model.denoiser_tower, model.lm_head),
         ):
             for part, source in ((tower, backbone.model), (head, backbone.lm_head)):
-                part.load_state_dict({name: t.clone() for name, t in source.state_dict().items()}, assign=True)
+                copies = {name: cls._stored(name, tensor, backbone) for name, tensor in source.state_dict().items()}
+                part.load_state_dict(copies, assign=True)
         for part in (model.t_embedder, model.t_block, model.scale_shift_tables):
             part.to_empty(device=backbone.device)
         model.t_embedder.apply(model._init_weights)
         model.reset_time_conditioning()
         return model.eval()
 
+    @classmethod
+    def _stored(cls, name: str, tensor: torch.Tensor, backbone: PreTrainedModel) -> torch.Tensor:
+        """A copy of a backbone's tensor in the dtype we keep it in, whatever transformers does."""
+        in_float32 = any(kept in name for kept in cls._keep_in_fp32_modules_strict)
+        return tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=True)
+
+    @accepts_past_key_values
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: TwoTowerCache | None = None,
+        cache: TwoTowerCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         labels: torch.Tensor | None = None,
@@ -255,7 +268,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             input_ids: (B, T).
             attention_mask: (B, T), or after a cache (B, earlier columns + T): 1 on tokens, 0 on padding at either
                 side. Default all ones.
-            past_key_values: cache to continue from and extend in place.
+            cache: also as `past_key_values`; to continue from and extend in place.
             use_cache: return a cache; default `config.use_cache`. Not with `labels`.
             logits_to_keep: logits of so many last columns only; 0 for all. Not with `labels`.
             labels: (B, T); the masked-diffusion loss over positions that are not -100, of which `input_ids` are
@@ -267,25 +280,24 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Returns:
             [`TwoTowerOutput`]; logits float32.
         """
-        self._check_ids("input_ids", input_ids, past_key_values)
+        self._check_ids("input_ids", input_ids, cache)
         if labels is not None:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
             return self._diffusion_loss(input_ids, attention_mask, labels, generator, loss_weighting, corruptions)
-        packed = pack_tokens(input_ids, attention_mask, None if past_key_values is None else past_key_values.width)
+        packed = pack_tokens(input_ids, attention_mask, None if cache is None else cache.width)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and use_cache:
-            past_key_values = TwoTowerCache(self.config)
-        hidden_states = self.context_tower(packed.ids, past_key_values, packed.counts)
+        if cache is None and use_cache:
+            cache = TwoTowerCache(self.config)
+        hidden_states = self.context_tower(packed.ids, cache, packed.counts)
         hidden_states = slice_logits_to_keep(packed.unpack(hidden_states), logits_to_keep)
-        return TwoTowerOutput(
-            logits=self.context_lm_head(hidden_states).float(), past_key_values=past_key_values if use_cache else None
-        )
+        return TwoTowerOutput(logits=self.context_lm_head(hidden_states).float(), cache=cache if use_cache else None)
 
+    @accepts_past_key_values
     def denoise(
         self,
         block_ids: torch.Tensor,
-        past_key_values: TwoTowerCache,
+        cache: TwoTowerCache,
         timestep: torch.Tensor | float | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -294,7 +306,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
 
         Args:
             block_ids: (B, S), S >= 1, with `config.mask_token_id` where a token is wanted.
-            past_key_values: the context tower's cache.
+            cache: the context tower's.
             timestep: (B,) or a number in [0, 1]; default each row's masked fraction.
             attention_mask: (B, S) or (B, earlier columns + S), of which the last S columns count: 1 on tokens, 0 on
                 padding at either end of the block. Default all ones.
@@ -302,41 +314,42 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Returns:
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
-        self._check_ids("block_ids", block_ids, past_key_values)
-        packed = pack_tokens(block_ids, attention_mask, past_key_values.width)
+        self._check_ids("block_ids", block_ids, cache)
+        packed = pack_tokens(block_ids, attention_mask, cache.width)
         mask = packed.mask()
         if timestep is None:
             timestep = _masked_fraction(packed.ids == self.config.mask_token_id, mask)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=block_ids.device).expand(len(block_ids))
         block_mask = None if mask is None else _visible_tokens(mask)
-        layout = ChunkLayout(mask, context_mask=past_key_values.context_mask(), block_mask=block_mask)
-        hidden_states = self._denoise(packed.ids, past_key_values, layout, self._modulations(timestep))
+        layout = ChunkLayout(mask, context_mask=cache.context_mask(), block_mask=block_mask)
+        hidden_states = self._denoise(packed.ids, cache, layout, self._modulations(timestep))
         return self.lm_head(packed.unpack(hidden_states)).float()
 
-    def predict_next(self, input_ids: torch.Tensor, past_key_values: TwoTowerCache) -> torch.Tensor:
+    @accepts_past_key_values
+    def predict_next(self, input_ids: torch.Tensor, cache: TwoTowerCache) -> torch.Tensor:
         """
         The denoiser as an autoregressive model: without time conditioning, from one token the cache does not hold yet.
 
         Args:
             input_ids: (B, 1) the newest token.
-            past_key_values: the context tower's cache before that token.
+            cache: the context tower's before that token.
 
         Returns:
             (B, V) float32 logits of the token after it.
         """
-        self._check_ids("input_ids", input_ids, past_key_values)
-        layout = ChunkLayout(context_mask=past_key_values.context_mask())
+        self._check_ids("input_ids", input_ids, cache)
+        layout = ChunkLayout(context_mask=cache.context_mask())
         plain: list[Modulation | None] = [None] * self.config.num_hidden_layers
-        return self.lm_head(self._denoise(input_ids, past_key_values, layout, plain)[:, -1]).float()
+        return self.lm_head(self._denoise(input_ids, cache, layout, plain)[:, -1]).float()
 
     def _denoise(
         self,
         block_ids: torch.Tensor,
-        past_key_values: TwoTowerCache,
+        cache: TwoTowerCache,
         layout: ChunkLayout,
         modulations: Sequence[Modulation | None],
     ) -> torch.Tensor:
-        pasts = [past_key_values.view(idx) for idx in range(self.config.num_hidden_layers)]
+        pasts = [cache.view(idx) for idx in range(self.config.num_hidden_layers)]
         return self.denoiser_tower(block_ids, pasts, layout, modulations)
 
     @force_accelerate_hooks("scale_shift_tables")  # which are no module to call
@@ -385,11 +398,11 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         )
         return TwoTowerOutput(loss=loss, masked_tokens=masked.sum())
 
-    def _check_ids(self, name: str, ids: torch.Tensor, past_key_values: TwoTowerCache | None) -> None:
+    def _check_ids(self, name: str, ids: torch.Tensor, cache: TwoTowerCache | None) -> None:
         if ids.ndim != 2 or ids.shape[1] < 1:
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
-        if past_key_values is not None and past_key_values.batch_size not in (-1, len(ids)):
-            raise ValueError(f"{name} has {len(ids)} rows, but past_key_values holds {past_key_values.batch_size}")
+        if cache is not None and cache.batch_size not in (-1, len(ids)):
+            raise ValueError(f"{name} has {len(ids)} rows, but past_key_values holds {cache.batch_size}")
 
     @torch.no_grad()
     def reset_denoiser(self) -> None:
@@ -429,10 +442,11 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
 class ContextTower(TwoTowerBackbone):
     """The autoregressive tower: reads tokens causally, into the cache or for all block boundaries at once."""
 
+    @accepts_past_key_values
     def forward(
         self,
         input_ids: torch.Tensor,
-        past_key_values: TwoTowerCache | None = None,
+        cache: TwoTowerCache | None = None,
         counts: torch.Tensor | None = None,
         tentative: bool = False,
     ) -> torch.Tensor:
@@ -441,7 +455,7 @@ class ContextTower(TwoTowerBackbone):
 
         Args:
             input_ids: (B, T), each row's tokens first.
-            past_key_values: the cache, extended in place; default none, from the beginning of the text.
+            cache: extended in place; default none, from the beginning of the text.
             counts: (B,) tokens per row, default T.
             tentative: leave open how many of a row's T tokens are to count until the cache's `accept` says so; needs a
                 cache, and no `counts`.
@@ -450,7 +464,6 @@ class ContextTower(TwoTowerBackbone):
             (B, T, H) normed hidden states; meaningless beyond a row's tokens.
         """
         batch, length = input_ids.shape
-        cache = past_key_values
         if tentative and (cache is None or counts is not None):
             raise ValueError("tentative=True needs past_key_values, and counts=None: each row's count is given later")
         mask = PackedTokens(input_ids, counts).mask()
@@ -624,6 +637,11 @@ class TwoTowerAttention(NemotronHAttention):
 
 class TwoTowerRouter(NemotronHTopkRouter):
     """Expert choice in float64, as NVIDIA's code computes it; the correction bias decides, but does not weigh."""
+
+    def __init__(self, config: TwoTowerConfig):
+        super().__init__(config)
+        # Some releases of transformers make it float32 whatever the model's dtype.
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""

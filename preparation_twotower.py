@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .cache_twotower import TwoTowerCache
+from .compat_twotower import BaseStreamer, accepts_past_key_values
 from .decoding_twotower import Decoding
 from .generation_config_twotower import (
     REFUSED_ARGUMENTS,
@@ -34,12 +34,13 @@ logger = logging.get_logger(__name__)
 
 # Arguments of `generate` that are not of the generation config, and that transformers passes to the decoding method.
 CALL_ARGUMENTS = ("step_callback", "starting_block")
-ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "past_key_values", "use_cache")
+ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "cache", "use_cache")
 
 
 class PreparedGeneration(GenerationMixin):
     """`generate`, up to the decoding method."""
 
+    @accepts_past_key_values
     @torch.no_grad()
     def generate(
         self,
@@ -60,8 +61,8 @@ class PreparedGeneration(GenerationMixin):
             logits_processor, stopping_criteria: called for one row at a time, with its tokens (1, n) before a
                 position, or so far, without padding.
             prefix_allowed_tokens_fn: called with the number of the row and its tokens (n,).
-            past_key_values: [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the whole text, of
-                which the cache holds the beginning. The attention mask may then have holes.
+            cache: also as `past_key_values`; [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the
+                whole text, of which the cache holds the beginning. The attention mask may then have holes.
             starting_block: (B, at most block_size) ids for `mask_diffusion`: the first block, with tokens to keep,
                 and the mask id or nothing where one is wanted.
             step_callback: for `mask_diffusion` and `self_speculative`: called with a [`BlockStep`] after every
@@ -91,7 +92,7 @@ class PreparedGeneration(GenerationMixin):
         }
         if input_ids is None:
             return super().generate(None, **kwargs)
-        continued = kwargs.get("past_key_values") is not None
+        continued = kwargs.get("cache") is not None
         input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), kwargs, continued)
         if padding_mask is None:
             return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
@@ -194,13 +195,13 @@ class PreparedGeneration(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         model_kwargs["keep_cache"] = generation_config.return_dict_in_generate or cache is not None
         if cache is None:
             cache = TwoTowerCache(self.config)
         elif not isinstance(cache, TwoTowerCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
-        model_kwargs["past_key_values"] = cache
+        model_kwargs["cache"] = cache
 
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
@@ -236,6 +237,7 @@ class PreparedGeneration(GenerationMixin):
         def build(row: int) -> LogitsProcessorList:
             prompt = prompts[row] if mask is None else prompts[row][mask[row].bool()]
             config = copy.copy(generation_config)
+            config.num_return_sequences = 1
             config.max_length = _most_tokens(generation_config, len(prompt))
             if generation_config.min_new_tokens is not None:
                 config.min_length = None  # transformers derives it from the padded width
@@ -274,7 +276,7 @@ class PreparedGeneration(GenerationMixin):
             0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
             tuple(recorded),
         )
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs["cache"]
         if cache.batch_size not in (-1, len(input_ids)):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
         return Decoding(

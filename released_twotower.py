@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import is_accelerate_available, requires_backends
 
+from .compat_twotower import is_accelerate_available, requires_backends
 from .generation_twotower import BlockStep
 
 # Without the condition, transformers would ask everybody who loads an exported model to install accelerate.

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process
+
+from .compat_twotower import logits_process
 
 # Processors of transformers that look at a position's scores only: all positions go through them at once.
 ELEMENTWISE = (

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers.generation.streamers import BaseStreamer
+
+from .compat_twotower import BaseStreamer
 
 MASK_SYMBOL = "░"
 # A file has no width; tables there are as wide as their content.

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria
-from transformers.utils import ModelOutput
 
 from .cache_twotower import TwoTowerCache
+from .compat_twotower import CacheOutput, EosTokenCriteria, MaxTimeCriteria
 from .padding_twotower import PackedTokens
 from .unmasking_twotower import Prediction
 
@@ -23,7 +22,7 @@ RECORDS = {"commit_steps": -1, "confidences": torch.nan, "log_probs": torch.nan,
 
 
 @dataclass
-class TwoTowerGenerateOutput(ModelOutput):
+class TwoTowerGenerateOutput(CacheOutput):
     """
     Result of `generate(..., return_dict_in_generate=True)`.
 
@@ -45,7 +44,7 @@ class TwoTowerGenerateOutput(ModelOutput):
         acceptance: (B, S - 1) float32, likewise: share of a row's cycles that added the draft at each position.
         scores, logits: N tensors (B, V) float32, with `output_scores` and `output_logits`: what the token was chosen
             from, after and before logits processors; zero on padding and what a starting block held.
-        past_key_values: the cache after the last chunk read, for a next call.
+        cache: also `past_key_values`; the cache after the last chunk read, for a next call.
     """
 
     sequences: torch.Tensor
@@ -60,7 +59,7 @@ class TwoTowerGenerateOutput(ModelOutput):
     acceptance: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
-    past_key_values: TwoTowerCache | None = None
+    cache: TwoTowerCache | None = None
 
 
 class Block:

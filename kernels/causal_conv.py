@@ -7,7 +7,8 @@ Shapes: B batch, T tokens, C channels, K kernel width.
 
 import torch
 import torch.nn.functional as F
-from transformers.activations import ACT2FN
+
+from ..compat_twotower import ACT2FN
 
 
 def causal_conv(

@@ -98,7 +98,8 @@ class TestWhatIsWritten:
         for path in code:
             assert "from .kernels." not in path.read_text()
             assert "from .." not in path.read_text()
-            installed = {"huggingface_hub", "safetensors", "torch", "transformers"}  # two of them by transformers
+            # Three of them by transformers.
+            installed = {"huggingface_hub", "packaging", "safetensors", "torch", "transformers"}
             assert set(get_imports(path)) <= sys.stdlib_module_names | installed
             py_compile.compile(path, cfile=tmp_path / "compiled", doraise=True)
         ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", *code]
@@ -313,6 +314,19 @@ class TestLoadingWithoutThisPackage:
         check(seen, expected)
         check_saved(tmp_path / "saved-again", exported)
         assert seen["other_class"]
+
+    def test_with_a_release_of_transformers_that_the_code_does_not_know(self, exported, tmp_path):
+        code = (
+            "import transformers\n"
+            "transformers.__version__ = '5.99.0'\n"
+            "try:\n"
+            f"    transformers.AutoModel.from_pretrained({str(exported)!r}, trust_remote_code=True)\n"
+            "except ImportError as error:\n"
+            "    print(error)\n"
+        )
+        said = run_python(tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1")
+        assert said.startswith("this TwoTower code knows transformers from") and said.count("\n") == 1
+        assert "5.99.0 is installed: pip install" in said
 
     def test_from_a_hub_and_its_cache(self, checkpoint, exported, expected, hub, tmp_path):
         # 1. Upload, to a repository that holds the shards of an earlier upload.
