@@ -1,10 +1,14 @@
-# make demo | test | lint | eval | clean. Each creates the environment it needs in .venv; a second run is fast.
+# make demo | test | test-newest | lint | eval | clean. Each creates the environment it needs in .venv; a second run is fast.
 PYTHON ?= python3
 QUESTION ?= Tom has 124 apples. He buys 57 more and then gives 38 to Ana. How many apples does Tom have now?
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint eval clean
+# What test-newest runs: forward, labels, every mode, continuation, export and remote loading, pipeline, NVIDIA's numbers.
+NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat modeling objective generation unmasking \
+	self_speculative continuation cache inspection export pipeline))
+
+.PHONY: demo test test-newest lint eval clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp-base
@@ -12,6 +16,13 @@ demo: .venv/.stamp-base
 
 test: lint
 	$(BIN)/pytest
+
+# With the newest releases that pyproject.toml allows, in an environment of its own that is brought up to date each time.
+test-newest: .venv-newest/.stamp-torch
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' \
+		"$$(grep ^torch== constraints.txt)"
+	.venv-newest/bin/python -m pip list 2>/dev/null | grep -E '^(transformers|tokenizers|huggingface|accelerate|torch) '
+	.venv-newest/bin/pytest $(NEWEST_TESTS)
 
 lint: .venv/.stamp-dev
 	$(BIN)/ruff check
@@ -22,10 +33,10 @@ lint: .venv/.stamp-dev
 eval: .venv/.stamp-base
 	$(BIN)/twotower eval
 
-# Leaves .venv in place.
+# Leaves .venv and .venv-newest in place.
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # .venv/typing/twotower is the root under its package name, for mypy.
 .venv/.stamp-venv:
@@ -37,6 +48,11 @@ clean:
 .venv/.stamp-torch: .venv/.stamp-venv constraints.txt
 	@echo "Installing PyTorch into .venv; the first time may take a few minutes."
 	$(PIP) torch
+	touch $@
+
+.venv-newest/.stamp-torch: constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
 	touch $@
 
 .venv/.stamp-base: .venv/.stamp-torch pyproject.toml
