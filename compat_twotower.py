@@ -59,6 +59,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     ModelOutput,
+    can_return_tuple,
     is_accelerate_available,
     requires_backends,
 )
@@ -133,6 +134,7 @@ __all__ = [
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",
+    "can_return_tuple",
     "force_accelerate_hooks",
     "get_checkpoint_conversion_mapping",
     "get_relative_imports",

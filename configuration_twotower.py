@@ -36,7 +36,7 @@ class TwoTowerConfig(NemotronHConfig):
     """
 
     model_type = "twotower"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state"]
 
     block_size: int = 16
     mask_token_id: int = 3

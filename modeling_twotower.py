@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .arguments_twotower import check_arguments, check_position_ids
 from .cache_twotower import KeyValues, KeyValueSlot, MambaState, MambaUpdate, Past, Present, TwoTowerCache
 from .compat_twotower import (
     CacheOutput,
@@ -31,6 +32,7 @@ from .compat_twotower import (
     NemotronHRMSNorm,
     NemotronHTopkRouter,
     accepts_past_key_values,
+    can_return_tuple,
     force_accelerate_hooks,
     grouped_mm_experts_forward,
     slice_logits_to_keep,
@@ -63,13 +65,18 @@ class TwoTowerOutput(CacheOutput):
         loss: scalar float32, when `labels` were given.
         logits: (B, T or `logits_to_keep`, V), the context tower's next-token logits; None with `labels`.
         cache: also `past_key_values`; what the context tower has read, when used.
+        hidden_states: with `output_hidden_states`, (B, T, H) what each of the context tower's layers was given, and
+            `last_hidden_state`.
         masked_tokens: scalar int64, how many positions the loss averages over, when `labels` were given.
+        last_hidden_state: (B, T, H) normed, what the context tower's head is given; None with `labels`.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     cache: TwoTowerCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
     masked_tokens: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 class ChunkLayout(NamedTuple):
@@ -167,6 +174,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     """
 
     generation_config_class = TwoTowerGenerationConfig
+    # Trainer would conclude otherwise from forward's **kwargs.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__(config)
@@ -248,10 +257,11 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         in_float32 = any(kept in name for kept in cls._keep_in_fp32_modules_strict)
         return tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=True)
 
+    @can_return_tuple
     @accepts_past_key_values
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: TwoTowerCache | None = None,
         use_cache: bool | None = None,
@@ -260,12 +270,16 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         generator: torch.Generator | None = None,
         loss_weighting: LossWeighting = "mean",
         corruptions: int = 1,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
     ) -> TwoTowerOutput:
         """
         Read a chunk with the context tower, or compute the training loss.
 
         Args:
-            input_ids: (B, T).
+            input_ids: (B, T); these or `inputs_embeds`.
             attention_mask: (B, T), or after a cache (B, earlier columns + T): 1 on tokens, 0 on padding at either
                 side. Default all ones.
             cache: also as `past_key_values`; to continue from and extend in place.
@@ -276,22 +290,45 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             generator: of the masking, with `labels`.
             loss_weighting: see [`masked_cross_entropy`], with `labels`.
             corruptions: how often each block is masked and denoised per pass of the context tower, with `labels`.
+            position_ids: (B or 1, T), without an effect, since nothing in the model encodes positions; they may not
+                begin anew within a row, as those of packed texts do.
+            inputs_embeds: (B, T, H) what the context tower is given instead of its embeddings. Not with `labels`.
+            output_hidden_states: return `hidden_states`; default `config.output_hidden_states`. Not with `labels`.
+            kwargs: `return_dict`, and the arguments of other models that [`check_arguments`] lets pass.
 
         Returns:
-            [`TwoTowerOutput`]; logits float32.
+            [`TwoTowerOutput`], or with `return_dict=False` a tuple of what is not None in it; logits float32.
         """
+        check_arguments({"output_attentions": self.config.output_attentions, **kwargs})
+        input_ids = self._ids_or_placeholders(input_ids, inputs_embeds, labels)
         self._check_ids("input_ids", input_ids, cache)
+        cached = None if cache is None else cache.width
+        if position_ids is not None:
+            check_position_ids(position_ids, input_ids, check_attention_mask(input_ids, attention_mask, cached))
         if labels is not None:
             if cache is not None:
                 raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
+            if output_hidden_states:
+                raise ValueError("output_hidden_states and labels were both given; the training loss keeps none")
             return self._diffusion_loss(input_ids, attention_mask, labels, generator, loss_weighting, corruptions)
-        packed = pack_tokens(input_ids, attention_mask, None if cache is None else cache.width)
+        packed = pack_tokens(input_ids, attention_mask, cached)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = TwoTowerCache(self.config)
-        hidden_states = self.context_tower(packed.ids, cache, packed.counts)
-        hidden_states = slice_logits_to_keep(packed.unpack(hidden_states), logits_to_keep)
-        return TwoTowerOutput(logits=self.context_lm_head(hidden_states).float(), cache=cache if use_cache else None)
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        all_hidden_states: list[torch.Tensor] | None = [] if keep_all else None
+        embeds = None if inputs_embeds is None else packed.pack(inputs_embeds)
+        hidden_states = self.context_tower(
+            packed.ids, cache, packed.counts, inputs_embeds=embeds, all_hidden_states=all_hidden_states
+        )
+        hidden_states = packed.unpack(hidden_states)
+        logits = self.context_lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)).float()
+        return TwoTowerOutput(
+            logits=logits,
+            cache=cache if use_cache else None,
+            hidden_states=(*map(packed.unpack, all_hidden_states), hidden_states) if all_hidden_states else None,
+            last_hidden_state=hidden_states,
+        )
 
     @accepts_past_key_values
     def denoise(
@@ -398,6 +435,27 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         )
         return TwoTowerOutput(loss=loss, masked_tokens=masked.sum())
 
+    def _ids_or_placeholders(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`input_ids`, or for (B, T, H) embeddings as many of id -1, which is no token's."""
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("neither input_ids nor inputs_embeds were given; give one of them")
+            return input_ids
+        if input_ids is not None:
+            raise ValueError("input_ids and inputs_embeds were both given; give one of them")
+        if labels is not None:
+            raise ValueError(
+                "labels and inputs_embeds were both given; the training loss masks tokens: give input_ids"
+            )
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
+                f"{self.config.hidden_size})"
+            )
+        return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+
     def _check_ids(self, name: str, ids: torch.Tensor, cache: TwoTowerCache | None) -> None:
         if ids.ndim != 2 or ids.shape[1] < 1:
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
@@ -449,6 +507,8 @@ class ContextTower(TwoTowerBackbone):
         cache: TwoTowerCache | None = None,
         counts: torch.Tensor | None = None,
         tentative: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
+        all_hidden_states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         Read one chunk after what the cache holds, and add it to the cache.
@@ -459,6 +519,8 @@ class ContextTower(TwoTowerBackbone):
             counts: (B,) tokens per row, default T.
             tentative: leave open how many of a row's T tokens are to count until the cache's `accept` says so; needs a
                 cache, and no `counts`.
+            inputs_embeds: (B, T, H), default the embeddings of `input_ids`.
+            all_hidden_states: a list to which what each layer is given, (B, T, H), is added.
 
         Returns:
             (B, T, H) normed hidden states; meaningless beyond a row's tokens.
@@ -471,8 +533,10 @@ class ContextTower(TwoTowerBackbone):
         from_start = cache is None or cache.width == 0
         keep: Literal["state", "update"] = "update" if tentative else "state"
         layout = ChunkLayout(mask, counts, block_mask=visible, causal=from_start, keep=keep)
-        hidden_states, states = self.embeddings(input_ids), {}
+        hidden_states, states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds, {}
         for idx, layer in enumerate(self.layers):
+            if all_hidden_states is not None:
+                all_hidden_states.append(hidden_states)
             hidden_states, present = layer(hidden_states, None if cache is None else cache.slot(idx), layout)
             if present is not None:
                 states[idx] = present

@@ -26,6 +26,12 @@ class PackedTokens(NamedTuple):
             return None
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.counts[:, None]
 
+    def pack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) from the columns the tokens came from."""
+        if self.columns is None:
+            return hidden_states
+        return hidden_states.gather(1, self.columns[..., None].expand_as(hidden_states))
+
     def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, H) back to the columns the tokens came from."""
         if self.columns is None:
