@@ -41,7 +41,7 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import _add_variant as add_variant
 from transformers.modeling_utils import slice_logits_to_keep
@@ -134,6 +134,7 @@ __all__ = [
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",
+    "batched_mm_experts_forward",
     "can_return_tuple",
     "force_accelerate_hooks",
     "get_checkpoint_conversion_mapping",

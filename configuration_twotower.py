@@ -36,6 +36,9 @@ class TwoTowerConfig(NemotronHConfig):
     """
 
     model_type = "twotower"
+    # NemotronH's plans name what one tower would have at the root; a TwoTower has none.
+    base_model_tp_plan = None
+    base_model_ep_plan = None
     keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state"]
 
     block_size: int = 16

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from .compat_twotower import BaseStreamer
 from .decoding_twotower import BlockStep, Decoding
 from .generation_config_twotower import MODES, TwoTowerGenerationConfig
+from .kernels.precision import at_least_float32
 from .padding_twotower import PackedTokens
 from .preparation_twotower import PreparedGeneration
 from .sampling_twotower import RowLogitsProcessors
@@ -104,7 +105,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
                     self._denoise_step(run, draft, step, run.config.draft_steps, number, known=1)
             run.text.context_forwards[run.text.rows] += 1
             hidden_states = self.context_tower(draft.ids, run.cache, tentative=True)
-            logits = self.context_lm_head(hidden_states).float().to(newest.device)
+            logits = at_least_float32(self.context_lm_head(hidden_states)).to(newest.device)
             verified = self._predict(run, logits, draft=draft.ids[:, 1:])
             agrees = draft.ids[:, 1:] == verified.tokens[:, :-1]
             drafted = agrees.int().cumprod(1)
@@ -164,7 +165,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
     def _context_choice(self, run: Decoding, hidden_states: torch.Tensor | None) -> Block:
         """The context tower's next token of each row, from (R, H) hidden states."""
         assert hidden_states is not None, "only mode mask_diffusion goes on from a text that has been read to its end"
-        logits = self.context_lm_head(hidden_states).float().to(run.text.rows.device)
+        logits = at_least_float32(self.context_lm_head(hidden_states)).to(run.text.rows.device)
         return Block.chosen(self._predict(run, logits[:, None]), -1, run.text.recorded)
 
     def _denoise_step(self, run: Decoding, block: Block, step: int, steps: int, number: int, known: int = 0) -> None:

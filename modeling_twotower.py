@@ -32,6 +32,7 @@ from .compat_twotower import (
     NemotronHRMSNorm,
     NemotronHTopkRouter,
     accepts_past_key_values,
+    batched_mm_experts_forward,
     can_return_tuple,
     force_accelerate_hooks,
     grouped_mm_experts_forward,
@@ -42,6 +43,7 @@ from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMix
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
+from .kernels.precision import at_least_float32
 from .kernels.ssd import ssd_scan
 from .loading_twotower import (
     check_complete,
@@ -131,6 +133,13 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for its decorator in this file; it stands on the experts we import
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f'attn_implementation={requested_attention!r} is not supported by a TwoTower; use "sdpa" or "eager"'
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Where none is asked for by name, grouped_mm with a loop over the experts of a lone token."""
         if requested_experts not in (None, GROUPED_MM_OR_LOOP):
@@ -189,6 +198,45 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             nn.Parameter(torch.empty(3, config.hidden_size)) for _ in range(config.num_hidden_layers)
         )
         self.post_init()
+
+    # The embeddings and the head that callers see are those `forward` uses.
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The context tower's; the denoiser tower has its own."""
+        return self.context_tower.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.context_tower.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The context tower's head; `lm_head` is the denoiser's."""
+        return self.context_lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.context_lm_head = new_embeddings
+
+    def _resize_token_embeddings(
+        self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """What `resize_token_embeddings` does to embeddings and heads, of both towers."""
+        if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
+            raise ValueError(
+                f"a vocabulary of {new_num_tokens} tokens would lack the mask, token {self.config.mask_token_id}"
+            )
+        for tower, head in (
+            (self.context_tower, self.context_lm_head),
+            (self.denoiser_tower, self.lm_head),
+        ):
+            trained = tower.embeddings.weight.requires_grad, head.weight.requires_grad
+            # These modules stay, and with them the hooks on them.
+            tower.embeddings = self._get_resized_embeddings(
+                tower.embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
+            resized = self._get_resized_lm_head(head, tower.embeddings.num_embeddings, mean_resizing=mean_resizing)
+            head.weight, head.out_features = resized.weight, resized.out_features
+            for module, requires_grad in zip((tower.embeddings, head), trained, strict=True):
+                module.requires_grad_(requires_grad)
+        return self.context_tower.embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -322,7 +370,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             packed.ids, cache, packed.counts, inputs_embeds=embeds, all_hidden_states=all_hidden_states
         )
         hidden_states = packed.unpack(hidden_states)
-        logits = self.context_lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)).float()
+        logits = at_least_float32(self.context_lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)))
         return TwoTowerOutput(
             logits=logits,
             cache=cache if use_cache else None,
@@ -360,7 +408,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         block_mask = None if mask is None else _visible_tokens(mask)
         layout = ChunkLayout(mask, context_mask=cache.context_mask(), block_mask=block_mask)
         hidden_states = self._denoise(packed.ids, cache, layout, self._modulations(timestep))
-        return self.lm_head(packed.unpack(hidden_states)).float()
+        return at_least_float32(self.lm_head(packed.unpack(hidden_states)))
 
     @accepts_past_key_values
     def predict_next(self, input_ids: torch.Tensor, cache: TwoTowerCache) -> torch.Tensor:
@@ -377,7 +425,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         self._check_ids("input_ids", input_ids, cache)
         layout = ChunkLayout(context_mask=cache.context_mask())
         plain: list[Modulation | None] = [None] * self.config.num_hidden_layers
-        return self.lm_head(self._denoise(input_ids, cache, layout, plain)[:, -1]).float()
+        return at_least_float32(self.lm_head(self._denoise(input_ids, cache, layout, plain)[:, -1]))
 
     def _denoise(
         self,
@@ -487,7 +535,7 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TwoTowerLayer(config, idx) for idx in range(config.num_hidden_layers))
-        self.norm_f = NemotronHRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = TwoTowerRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -600,6 +648,15 @@ class DenoiserTower(TwoTowerBackbone):
         return self.norm_f(hidden_states)
 
 
+class TwoTowerRMSNorm(NemotronHRMSNorm):
+    """transformers' norm, in float32 at least."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = at_least_float32(hidden_states)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (at_least_float32(self.weight) * normed).to(hidden_states.dtype)
+
+
 class TwoTowerMamba(NemotronHMamba2Mixer):
     """Mamba-2 mixer of a chunk, with state in and state out; its step is clamped to `time_step_limit` as NVIDIA's."""
 
@@ -618,7 +675,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             inputs, conv1d.weight.squeeze(1), conv1d.bias, conv_before, layout.ends, self.activation
         )
         x, B, C = self._split_heads(convolved)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(at_least_float32(self.A_log))
         scan = ssd_scan(
             x,
             dt,
@@ -650,7 +707,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
         gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
-        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
+        dt = F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)).clamp(*self.time_step_limit)
         if mask is not None:
             inputs, dt = inputs * mask[..., None], dt * mask[..., None]
         return gate, inputs, dt
@@ -695,6 +752,7 @@ class TwoTowerAttention(NemotronHAttention):
             layout.block_mask,
             causal=layout.causal,
             scale=self.scaling,
+            backend=self.config._attn_implementation,
         )
         return self.o_proj(attended), present
 
@@ -716,7 +774,8 @@ class TwoTowerRouter(NemotronHTopkRouter):
         weights = scores.gather(1, indices)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return logits, (weights * self.routed_scaling_factor).float(), indices
+        weights = (weights * self.routed_scaling_factor).to(torch.promote_types(hidden_states.dtype, torch.float32))
+        return logits, weights, indices
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
@@ -731,7 +790,12 @@ class TwoTowerRouter(NemotronHTopkRouter):
 def grouped_mm_or_loop(
     experts: NemotronHExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """(T, H) tokens through their experts: torch's grouped product, but a lone token on a CPU without its overhead."""
+    """
+    (T, H) tokens through their experts: torch's grouped product, but a lone token on a CPU without its overhead, and
+    float64, which it does not take, token by token.
+    """
+    if hidden_states.dtype == torch.float64:
+        return batched_mm_experts_forward(experts, hidden_states, indices, weights)
     if hidden_states.shape[0] > 1 or hidden_states.device.type != "cpu":
         return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
     up_proj, down_proj = experts.up_proj, experts.down_proj
@@ -765,7 +829,7 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         super().__init__()
         kind = config.layers_block_type[layer_idx]
         self.stateful = kind in STATEFUL_MIXERS
-        self.norm = NemotronHRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = TwoTowerRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = (STATEFUL_MIXERS | STATELESS_MIXERS)[kind](config, layer_idx=layer_idx)
 
     def forward(
@@ -817,9 +881,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
         dtype = next(self.mlp.parameters()).dtype
-        half = torch.arange(self.features // 2, device=timestep.device, dtype=torch.float32)
-        frequencies = torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
-        angles = (timestep.to(dtype) * self.scale).float()[:, None] * frequencies
+        angles = at_least_float32(timestep.to(dtype) * self.scale)[:, None]
+        half = torch.arange(self.features // 2, device=timestep.device, dtype=angles.dtype)
+        angles = angles * torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 

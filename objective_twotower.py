@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from .kernels.precision import at_least_float32
+
 MIN_TIMESTEP = 1e-3
 LossWeighting = Literal["mean", "inverse_timestep"]
 
@@ -57,10 +59,10 @@ def masked_cross_entropy(
             likelihood bound, Sahoo et al. 2024).
 
     Returns:
-        Scalar float32; 0 (with gradient 0) where nothing is masked.
+        Scalar float32 (float64 for float64); 0 (with gradient 0) where nothing is masked.
     """
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    weights = torch.ones_like(losses) if weighting == "mean" else 1 / timestep.float()
+    losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+    weights = torch.ones_like(losses) if weighting == "mean" else 1 / timestep.to(losses.dtype)
     return (losses * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 

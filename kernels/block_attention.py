@@ -9,6 +9,7 @@ Shapes: B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), S c
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ def block_attention(
     block_mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    backend: Literal["sdpa", "eager"] = "sdpa",
 ) -> torch.Tensor:
     """
     Attend over context and block.
@@ -37,20 +39,23 @@ def block_attention(
         block_mask: bool, broadcastable to (B, 1, S, S), likewise; not together with `causal`.
         causal: whether a query sees only itself and earlier columns of the chunk.
         scale: of the scores, default D ** -0.5.
+        backend: "sdpa" leaves to torch what it has a kernel for; "eager" computes the equation for everything.
 
     Returns:
-        (B, S, Hq * D) in query's dtype; softmax in float32.
+        (B, S, Hq * D) in query's dtype; softmax in float32 at least.
     """
     if causal and block_mask is not None:
         raise ValueError("block_attention got both causal=True and a block_mask; give one of them")
     own = (key, value, block_mask)
+    parts = []
     if context_key is not None and context_value is not None and context_key.shape[2] > 0:
+        parts.append((context_key, context_value, context_mask))
+    # With a mask, torch may repeat all keys and values for the query heads that share them.
+    repeats = block_mask is not None and key.shape[2] > query.shape[2] and query.device.type != "cpu"
+    if parts or repeats or backend == "eager":
         if causal and query.shape[2] > 1:
             own = (key, value, _lower_triangle(query.shape[2], query.device))
-        out = block_attention_reference(query, [(context_key, context_value, context_mask), own], scale)
-    elif block_mask is not None and key.shape[2] > query.shape[2] and query.device.type != "cpu":
-        # With a mask, torch may repeat all keys and values for the query heads that share them.
-        out = block_attention_reference(query, [own], scale)
+        out = block_attention_reference(query, [*parts, own], scale)
     else:
         out = F.scaled_dot_product_attention(query, *own, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
@@ -73,7 +78,7 @@ def block_attention_reference(
     for key, _, mask in parts:
         score = _shared_matmul(grouped, key.transpose(-1, -2)).view(*query.shape[:3], -1)  # (B, Hq, S, columns)
         scores.append(score if mask is None else score.masked_fill_(~mask, -torch.inf))
-    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(dtype)
+    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
     weights = weights.view(*grouped.shape[:3], -1)
     columns = [key.shape[2] for key, _, _ in parts]
     products = [_shared_matmul(w, value) for w, (_, value, _) in zip(weights.split(columns, -1), parts, strict=True)]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..compat_twotower import ACT2FN
+from .precision import at_least_float32
 
 
 def causal_conv(
@@ -31,7 +32,7 @@ def causal_conv(
         activation: name in transformers' `ACT2FN`.
 
     Returns:
-        y (B, T, C) in x's dtype (the sum is taken in float32), and the new state (B, K - 1, C) in x's dtype.
+        y (B, T, C) in x's dtype (the sum is taken in float32 at least), and the new state (B, K - 1, C) in x's dtype.
     """
     taps = weight.shape[1]
     padded = inputs_after_state(x, taps, state)
@@ -41,9 +42,9 @@ def causal_conv(
 def causal_conv_reference(
     padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int, activation: str
 ) -> torch.Tensor:
-    """The equation above in float32, one shifted product per tap; `padded` is (B, K - 1 + T, C)."""
-    inputs, weight = padded.float(), weight.float()
-    y = inputs.new_zeros(()) if bias is None else bias.float()
+    """The equation above in float32 at least, one shifted product per tap; `padded` is (B, K - 1 + T, C)."""
+    inputs, weight = at_least_float32(padded), at_least_float32(weight)
+    y = inputs.new_zeros(()) if bias is None else at_least_float32(bias)
     if tokens == 1:
         y = y + (inputs * weight.T).sum(1, keepdim=True)
     else:

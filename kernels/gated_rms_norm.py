@@ -8,6 +8,8 @@ Shapes: B batch, T tokens, C channels, in C / group_size groups.
 import torch
 import torch.nn.functional as F
 
+from .precision import at_least_float32
+
 
 def gated_rms_norm(
     x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group_size: int, eps: float
@@ -23,9 +25,10 @@ def gated_rms_norm(
         eps: added to the mean square.
 
     Returns:
-        (B, T, C) in x's dtype. Normalised in float32, rounded to x's dtype before the weight, as NVIDIA's code does.
+        (B, T, C) in x's dtype. Normalised in float32 at least, rounded to x's dtype before the weight, as NVIDIA's
+        code does.
     """
-    gated = x.float() * F.silu(gate.float())
+    gated = at_least_float32(x) * F.silu(at_least_float32(gate))
     grouped = gated.reshape(-1, group_size)
     normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
     return weight * normed.view(x.shape).to(x.dtype)

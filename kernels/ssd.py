@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from .precision import at_least_float32
+
 
 class ScanOutput(NamedTuple):
     """`y` (B, T, H, P), and as asked `state` (B, H, P, N) after the last token, `chunk_states` (B, T / L, H, P, N)."""
@@ -51,16 +53,16 @@ def ssd_scan(
         return_chunk_states: whether to return the state before each chunk.
 
     Returns:
-        [`ScanOutput`]; y in x's dtype, states in float32. All arithmetic is float32: a seeded state grows to 1e3 and
-        more over a long context, which bfloat16 does not survive.
+        [`ScanOutput`]; y in x's dtype, states in float32. All arithmetic is float32 (float64 for float64): a seeded
+        state grows to 1e3 and more over a long context, which bfloat16 does not survive.
     """
     dtype = x.dtype
-    x, B, C = x.float(), B.float(), C.float()
+    x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
     tokens = x.shape[1]
-    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.float()
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else at_least_float32(state)
     if tokens == 1 and not return_chunk_states:
         y, state = ssd_step_reference(x, dt, A, B, C, state)
-        return ScanOutput(torch.addcmul(y, D.float()[:, None], x).to(dtype), state if return_state else None)
+        return ScanOutput(torch.addcmul(y, at_least_float32(D)[:, None], x).to(dtype), state if return_state else None)
     outputs, chunk_states = [], []
     for start in range(0, tokens, chunk_size):
         chunk_x, chunk_dt, chunk_B, chunk_C = (part[:, start : start + chunk_size] for part in (x, dt, B, C))
@@ -70,7 +72,7 @@ def ssd_scan(
         if return_state or start + chunk_size < tokens:
             state = ssd_state_reference(chunk_x, chunk_dt, A, chunk_B, state)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    y = torch.addcmul(y, D.float()[:, None], x).to(dtype)
+    y = torch.addcmul(y, at_least_float32(D)[:, None], x).to(dtype)
     return ScanOutput(
         y, state if return_state else None, torch.stack(chunk_states, dim=1) if return_chunk_states else None
     )
@@ -96,14 +98,14 @@ def ssd_state(
         ends: (B,) tokens of each row that count, 0 to T; default T for all.
 
     Returns:
-        (B, H, P, N) float32, as is all arithmetic.
+        (B, H, P, N) float32, as is all arithmetic (float64 for float64).
     """
-    x, dt, A, B = (tensor.float() for tensor in (x, dt, A, B))
+    x, dt, A, B = map(at_least_float32, (x, dt, A, B))
     if ends is not None:
         dt = dt * (torch.arange(dt.shape[1], device=dt.device) < ends[:, None])[..., None]
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
-    return ssd_state_reference(x, dt, A, B, state.float())
+    return ssd_state_reference(x, dt, A, B, at_least_float32(state))
 
 
 def ssd_state_reference(

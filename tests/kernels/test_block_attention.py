@@ -154,3 +154,12 @@ def test_causal_and_a_block_mask_are_refused_together():
     tensors = draw()
     with pytest.raises(ValueError, match=r"causal=True and a block_mask"):
         block_attention(*tensors, block_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool), causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_eager_backend_computes_the_same_without_torchs_kernel(causal, tokens, monkeypatch):
+    query, key, value = (torch.randn(2, heads, tokens, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    expected = block_attention(query, key, value, causal=causal)
+    monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
+    torch.testing.assert_close(block_attention(query, key, value, causal=causal, backend="eager"), expected)
