@@ -74,15 +74,16 @@ def block_attention_reference(
     kv_heads, dtype = parts[0][0].shape[1], query.dtype
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     grouped = (query * scale).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # (B, Hkv, Hq/Hkv * S, D)
+    # Products of rows that share a context may lie in memory in another order, which only reshape puts right.
     scores = []
     for key, _, mask in parts:
-        score = _shared_matmul(grouped, key.transpose(-1, -2)).view(*query.shape[:3], -1)  # (B, Hq, S, columns)
+        score = _shared_matmul(grouped, key.transpose(-1, -2)).reshape(*query.shape[:3], -1)  # (B, Hq, S, columns)
         scores.append(score if mask is None else score.masked_fill_(~mask, -torch.inf))
     weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
     weights = weights.view(*grouped.shape[:3], -1)
     columns = [key.shape[2] for key, _, _ in parts]
     products = [_shared_matmul(w, value) for w, (_, value, _) in zip(weights.split(columns, -1), parts, strict=True)]
-    return sum(products[1:], products[0]).view(query.shape)
+    return sum(products[1:], products[0]).reshape(query.shape)
 
 
 def _shared_matmul(rows: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,22 @@ def test_weightings_and_corruptions(padding, corruptions, weighting):
     assert_close(output.loss, expected)
 
 
+@pytest.mark.parametrize("corruptions", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_any_number_of_rows(padding, rows, corruptions):
+    """Also one: its blocks share a single row of the context."""
+    model = tiny_model("all kinds")
+    inputs = {name: tensor[-rows:] for name, tensor in batch(18, padding).items()}
+    output = model(**inputs, generator=seeded(), corruptions=corruptions)
+    with torch.no_grad():
+        expected, count = block_by_block(model, **inputs, corruptions=corruptions)
+    assert output.masked_tokens == count
+    assert_close(output.loss, expected)
+    output.loss.backward()
+    assert all(gradient.isfinite().all() for gradient in learning(model).values())
+
+
 def learning(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 

@@ -106,12 +106,13 @@ def test_a_row_may_see_no_context_at_all():
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("shared_by", [2, 3])
-def test_consecutive_rows_share_a_context_row(shared_by, masked):
-    tensors = draw(batch=2 * shared_by, context_rows=2)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_consecutive_rows_share_a_context_row(rows, shared_by, masked):
+    tensors = draw(batch=rows * shared_by, context_rows=rows)
     repeated = [*tensors[:3], *(tensor.repeat_interleave(shared_by, dim=0) for tensor in tensors[3:])]
     context_mask = None
     if masked:
-        context_mask = torch.arange(11) < torch.arange(1, 2 * shared_by + 1)[:, None, None, None]
+        context_mask = torch.arange(11) < torch.arange(1, rows * shared_by + 1)[:, None, None, None]
     out = block_attention(*tensors, context_mask=context_mask)
     assert_close(out, block_attention(*repeated, context_mask=context_mask))
     if not masked:
@@ -142,8 +143,9 @@ def test_large_scores_stay_finite():
     assert_close(block_attention(*tensors), written_out(*tensors), torch.bfloat16)
 
 
-def test_gradients_equal_those_of_the_equation():
-    tensors = [tensor.requires_grad_() for tensor in draw(batch=4, context_rows=2)]
+@pytest.mark.parametrize("context_rows", [1, 2])
+def test_gradients_equal_those_of_the_equation(context_rows):
+    tensors = [tensor.requires_grad_() for tensor in draw(batch=4, context_rows=context_rows)]
     gradients = torch.autograd.grad(block_attention(*tensors).square().sum(), tensors)
     expected = torch.autograd.grad(written_out(*tensors).square().sum(), tensors)
     for gradient, expected_gradient in zip(gradients, expected, strict=True):
