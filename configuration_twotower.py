@@ -39,7 +39,7 @@ class TwoTowerConfig(NemotronHConfig):
     # NemotronH's plans name what one tower would have at the root; a TwoTower has none.
     base_model_tp_plan = None
     base_model_ep_plan = None
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state", "masked_tokens"]
 
     block_size: int = 16
     mask_token_id: int = 3

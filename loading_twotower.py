@@ -10,7 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import NemotronHForCausalLM, PreTrainedModel
 
 from .compat_twotower import (
@@ -112,6 +114,43 @@ def check_complete(missing: set[str], path: str | os.PathLike) -> None:
         raise ValueError(f"{path} lacks {shown}")
 
 
+def merge_expert_matrices(
+    experts: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """
+    Before `load_state_dict` loads a layer's experts: merge a matrix per expert, as NVIDIA's layout has and
+    `save_pretrained` writes, into the tensor this layer holds.
+
+    transformers converts in `from_pretrained` only; its Trainer loads checkpoints with `load_state_dict`, those in
+    several files one by one, so that experts that are not in `state_dict` keep the weights they have.
+    """
+    for name, tensor in experts.named_parameters(recurse=False):
+        keys = {idx: f"{prefix}{idx}.{name}.weight" for idx in range(len(tensor))}
+        found = {idx: state_dict.pop(key) for idx, key in keys.items() if key in state_dict}
+        if not found or prefix + name in state_dict:
+            continue
+        absent = [key for idx, key in keys.items() if idx not in found]
+        if absent and strict:
+            missing_keys.extend(absent)
+        shapes = {tuple(matrix.shape) for matrix in found.values()}
+        if shapes != {tuple(tensor.shape[1:])}:
+            error_msgs.append(f"experts of {prefix}{name} have shapes {shapes}, expected {tuple(tensor.shape[1:])}.")
+        elif absent:
+            merged = tensor.detach().clone()
+            for idx, matrix in found.items():
+                merged[idx] = matrix
+            state_dict[prefix + name] = merged
+        else:
+            state_dict[prefix + name] = torch.stack([found[idx] for idx in sorted(found)])
+
+
 def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> NemotronHForCausalLM:
     """A NemotronH with its head, as given or loaded as strictly as a TwoTower."""
     if isinstance(path_or_model, NemotronHForCausalLM):
@@ -141,5 +180,6 @@ __all__ = [
     "check_safetensors",
     "config_of_backbone",
     "load_backbone",
+    "merge_expert_matrices",
     "register_checkpoint_layout",
 ]

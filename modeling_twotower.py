@@ -8,9 +8,10 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,17 @@ from .loading_twotower import (
     check_safetensors,
     config_of_backbone,
     load_backbone,
+    merge_expert_matrices,
     register_checkpoint_layout,
 )
-from .objective_twotower import LossWeighting, check_objective, masked_cross_entropy, sample_masked
+from .objective_twotower import (
+    LossWeighting,
+    check_objective,
+    content_masked,
+    expected_weight,
+    masked_cross_entropy,
+    sample_masked,
+)
 from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
 from .released_twotower import ReleasedInterface
 
@@ -160,6 +169,15 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
         return super()._grouped_mm_can_dispatch()
 
 
+TrainedTowers = Literal["denoiser", "context", "both"]
+
+
+def check_trained_towers(towers: str) -> None:
+    """Raise a ValueError for a name that is not one of [`TrainedTowers`]."""
+    if towers not in get_args(TrainedTowers):
+        raise ValueError(f"trained_towers is {towers!r}; use one of {', '.join(get_args(TrainedTowers))}")
+
+
 TWOTOWER_PARTS = (
     "context_tower",
     "context_lm_head",
@@ -178,13 +196,17 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     Calling the model runs the context tower (next-token logits and cache), or with `labels` the training objective;
     [`~TwoTowerForBlockDiffusion.denoise`] runs the denoiser.
 
+    However it is made, a model's context tower and its head are frozen (no parameter of theirs requires a gradient):
+    training the denoiser is what the model is for, and its objective gives them none. To train them as well, or
+    instead, see [`~TwoTowerForBlockDiffusion.set_trained_towers`].
+
     `save_pretrained` writes NVIDIA's layout, a matrix per expert under the released checkpoint's names, or with
     `save_original_format=False` this class's own tensors, all experts of a layer in one; `from_pretrained` takes both.
     """
 
     generation_config_class = TwoTowerGenerationConfig
-    # Trainer would conclude otherwise from forward's **kwargs.
-    accepts_loss_kwargs = False
+    # Tells transformers' Trainer to pass `num_items_in_batch`.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__(config)
@@ -198,6 +220,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             nn.Parameter(torch.empty(3, config.hidden_size)) for _ in range(config.num_hidden_layers)
         )
         self.post_init()
+        self.set_trained_towers("denoiser")
 
     # The embeddings and the head that callers see are those `forward` uses.
 
@@ -250,10 +273,16 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         """
         Load a checkpoint in NVIDIA's layout or ours; takes every argument of `PreTrainedModel.from_pretrained`.
 
+        Args:
+            trained_towers: "denoiser" (default), "context" or "both", see
+                [`~TwoTowerForBlockDiffusion.set_trained_towers`].
+
         Raises:
-            ValueError: for a local folder without safetensors, or with a missing or truncated file, before anything
+            ValueError: for an unknown `trained_towers`; for a local folder without safetensors, or with a missing or truncated file, before anything
                 is built; for a checkpoint that lacks tensors of a TwoTower.
         """
+        trained_towers = kwargs.pop("trained_towers", "denoiser")
+        check_trained_towers(trained_towers)
         names = check_safetensors(pretrained_model_name_or_path, kwargs)
         renamed = bool(kwargs.get("key_mapping"))
         if names is not None and not renamed:
@@ -265,11 +294,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if not renamed:
             # What save_pretrained writes is to depend on its arguments, not on the layout this model was loaded from.
             model._weight_conversions = None
+        model.set_trained_towers(trained_towers)
         return (model, info) if with_info else model
 
     @classmethod
     def from_backbone(
-        cls, path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: Any
+        cls,
+        path_or_model: str | os.PathLike | PreTrainedModel,
+        trained_towers: TrainedTowers = "denoiser",
+        **kwargs: Any,
     ) -> "TwoTowerForBlockDiffusion":
         """
         Put a denoiser to train on a NemotronH backbone.
@@ -279,9 +312,11 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
 
         Args:
             path_or_model: folder or Hub id of any NemotronH checkpoint, or a loaded [`NemotronHForCausalLM`].
+            trained_towers: see [`~TwoTowerForBlockDiffusion.set_trained_towers`].
             kwargs: `block_size`, `mask_token_id` and what else [`TwoTowerConfig`] adds to the backbone's config; with
                 a path also arguments of `from_pretrained`, such as `dtype`.
         """
+        check_trained_towers(trained_towers)
         added = {name: kwargs.pop(name) for name in TwoTowerConfig.__annotations__ if name in kwargs}
         backbone = load_backbone(path_or_model, **kwargs)
         with torch.device("meta"):
@@ -297,6 +332,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             part.to_empty(device=backbone.device)
         model.t_embedder.apply(model._init_weights)
         model.reset_time_conditioning()
+        model.set_trained_towers(trained_towers)
         return model.eval()
 
     @classmethod
@@ -318,6 +354,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         generator: torch.Generator | None = None,
         loss_weighting: LossWeighting = "mean",
         corruptions: int = 1,
+        num_items_in_batch: torch.Tensor | int | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -335,9 +372,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             logits_to_keep: logits of so many last columns only; 0 for all. Not with `labels`.
             labels: (B, T); the masked-diffusion loss over positions that are not -100, of which `input_ids` are
                 the targets. Blocks are counted from the first column, padding included.
-            generator: of the masking, with `labels`.
+            generator: of the masking, with `labels`. Default: in `train()` mode torch's global one. In `eval()` mode
+                none: a row's masks are a hash of its own tokens, so that an evaluation's loss is the same every time,
+                whatever else is in the batch, in whatever order (see [`content_masked`]).
             loss_weighting: see [`masked_cross_entropy`], with `labels`.
             corruptions: how often each block is masked and denoised per pass of the context tower, with `labels`.
+            num_items_in_batch: how many labels that are not -100 all batches of an optimiser step have, as
+                transformers' Trainer counts them. The loss is then this batch's share of the step's: the sum over its
+                masked positions divided by the expected one over the step's (see [`expected_weight`]), not a mean over
+                those of this batch alone. Summed over any division of the step into batches it is the same loss.
             position_ids: (B or 1, T), without an effect, since nothing in the model encodes positions; they may not
                 begin anew within a row, as those of packed texts do.
             inputs_embeds: (B, T, H) what the context tower is given instead of its embeddings. Not with `labels`.
@@ -358,7 +401,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
                 raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
             if output_hidden_states:
                 raise ValueError("output_hidden_states and labels were both given; the training loss keeps none")
-            return self._diffusion_loss(input_ids, attention_mask, labels, generator, loss_weighting, corruptions)
+            return self._diffusion_loss(
+                input_ids, attention_mask, labels, generator, loss_weighting, corruptions, num_items_in_batch
+            )
+        if num_items_in_batch is not None:
+            raise ValueError(
+                "num_items_in_batch was given without labels: a Trainer keeps these to itself under "
+                "label_smoothing_factor or compute_loss_func, and would train the context tower's next-token logits on "
+                "them; set label_smoothing_factor to 0, or for a loss of your own override Trainer.compute_loss"
+            )
         packed = pack_tokens(input_ids, attention_mask, cached)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
@@ -452,6 +503,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         generator: torch.Generator | None,
         weighting: LossWeighting,
         corruptions: int,
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> TwoTowerOutput:
         """All blocks from the first one with a label on, denoised at once from one frozen context pass."""
         check_objective(weighting, corruptions)
@@ -464,14 +516,17 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         ids, trainable = (part.repeat_interleave(corruptions, dim=0) for part in (ids, trainable))
         mask = None if mask is None else mask.repeat_interleave(corruptions, dim=0)
         # 3. Corrupt, and drop the leading blocks in which no row has a label.
-        masked = sample_masked(trainable, size, generator)
+        if generator is None and not self.training:
+            masked = content_masked(ids, mask, trainable, size, corruptions)
+        else:
+            masked = sample_masked(trainable, size, generator)
         blocks = ids.shape[1] // size
         first = int(trainable.any(0).nonzero()[0]) // size if trainable.any() else blocks - 1
         block_ids = torch.where(masked, self.config.mask_token_id, ids).unflatten(1, (blocks, size))[:, first:]
         masked = masked.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
         targets = ids.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
         pasts = [_blocks_from(present, first, blocks, corruptions) for present in presents]
-        # 4. Denoise (R, S) and average over the masked positions.
+        # 4. Denoise (R, S) and average over the masked positions, of which there may be none.
         layout, tokens = _training_layout(mask, first, blocks, size, len(ids), ids.device)
         timestep = masked.sum(-1) / tokens.clamp(min=1)
         hidden_states = self.denoiser_tower(block_ids.flatten(0, 1), pasts, layout, self._modulations(timestep))
@@ -480,7 +535,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             targets[masked],
             timestep[:, None].expand_as(masked)[masked],
             weighting,
+            None if num_items_in_batch is None else expected_weight(num_items_in_batch, weighting, corruptions),
         )
+        if generator is None and not self.training and loss.requires_grad:
+            loss.register_hook(_warn_of_fixed_masks)
         return TwoTowerOutput(loss=loss, masked_tokens=masked.sum())
 
     def _ids_or_placeholders(
@@ -509,6 +567,20 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
         if cache is not None and cache.batch_size not in (-1, len(ids)):
             raise ValueError(f"{name} has {len(ids)} rows, but past_key_values holds {cache.batch_size}")
+
+    def set_trained_towers(self, towers: TrainedTowers) -> None:
+        """
+        Choose whose parameters require a gradient; all others are frozen.
+
+        Args:
+            towers: "denoiser", its head and the time conditioning, for the loss with `labels`; "context", the context
+                tower and its head, for a next-token loss on `logits`; "both", for a loss that sums the two.
+        """
+        check_trained_towers(towers)
+        for name, parameter in self.named_parameters():
+            trained = towers in ("both", "context" if name.startswith("context_") else "denoiser")
+            # Quantised weights are integers, and can have no gradient.
+            parameter.requires_grad_(trained and parameter.is_floating_point())
 
     @torch.no_grad()
     def reset_denoiser(self) -> None:
@@ -644,7 +716,7 @@ class DenoiserTower(TwoTowerBackbone):
         layout = layout._replace(keep="nothing")
         hidden_states = self.embeddings(block_ids)
         for layer, past, modulation in zip(self.layers, pasts, modulations, strict=True):
-            hidden_states, _ = layer(hidden_states, past, layout, modulation)
+            hidden_states, _ = layer(hidden_states, past, layout, *(modulation or ()))
         return self.norm_f(hidden_states)
 
 
@@ -816,6 +888,7 @@ class TwoTowerMoE(NemotronHMoE):
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.gate = TwoTowerRouter(config)
+        self.experts.register_load_state_dict_pre_hook(merge_expert_matrices)
 
 
 STATEFUL_MIXERS = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
@@ -824,6 +897,17 @@ STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": NemotronHMLP}
 
 class TwoTowerLayer(GradientCheckpointingLayer):
     """One pre-norm residual layer: x + gate * mixer(modulated norm(x))."""
+
+    _checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Not in a pass without gradients, such as the frozen context tower's: it has nothing to compute again."""
+        return self._checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self._checkpointing = enabled
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__()
@@ -837,24 +921,26 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         past: Past,
         layout: ChunkLayout,
-        modulation: Modulation | None = None,
+        *modulation: torch.Tensor,
     ) -> tuple[torch.Tensor, Present]:
         """
         Args:
             hidden_states: (B, T, H).
             past: what the same layer of the context tower holds; for keys and values also where to write them.
             layout: the chunk's [`ChunkLayout`].
-            modulation: the block's [`Modulation`]; None for a plain layer.
+            modulation: the parts of the block's [`Modulation`], one by one, since reentrant checkpointing gives
+                gradients to no tensor inside of a tuple; none for a plain layer.
 
         Returns:
             (B, T, H) and what the layer adds to the cache, unless it has been written.
         """
-        mixer_input = self._modulated_norm(hidden_states, modulation)
+        modulated = Modulation(*modulation) if modulation else None
+        mixer_input = self._modulated_norm(hidden_states, modulated)
         if self.stateful:
             mixed, present = self.mixer(mixer_input, past, layout)
         else:
             mixed, present = self.mixer(mixer_input), None
-        return hidden_states + (mixed if modulation is None else modulation.gate * mixed), present
+        return hidden_states + (mixed if modulated is None else modulated.gate * mixed), present
 
     def _modulated_norm(self, hidden_states: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         if modulation is None:
@@ -885,6 +971,14 @@ class TimestepEmbedder(nn.Module):
         half = torch.arange(self.features // 2, device=timestep.device, dtype=angles.dtype)
         angles = angles * torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+
+
+def _warn_of_fixed_masks(gradient: torch.Tensor) -> None:
+    warnings.warn(
+        "backward through a loss of eval() mode, whose masks are the same at every step; call model.train(), or give a "
+        "generator",
+        stacklevel=2,
+    )
 
 
 def _whole_blocks(

@@ -104,6 +104,12 @@ def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, step: int) -> to
     return _unit(_hash(_hash(_hash(seeds ^ _UNIFORM_STREAM)[:, None] + positions) + step))
 
 
+def content_seeds(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) token ids and where there are tokens, bool -> (B,) seeds: a hash of each row's tokens and their order."""
+    hashed = _hash(_hash(ids.long()) + mask.cumsum(1))
+    return _hash(hashed.masked_fill(~mask, 0).sum(1))
+
+
 def derived_seeds(seeds: torch.Tensor, copies: int) -> torch.Tensor:
     """(R,) -> (R x copies,): the seed itself for a row's first copy, other ones for the others."""
     copy = torch.arange(copies, device=seeds.device)
@@ -128,4 +134,4 @@ def _unit(hashed: torch.Tensor) -> torch.Tensor:
     return ((_shift_right(hashed, 11).float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
 
 
-__all__ = ["RowLogitsProcessors", "derived_seeds", "gumbel_noise", "uniform_noise"]
+__all__ = ["RowLogitsProcessors", "content_seeds", "derived_seeds", "gumbel_noise", "uniform_noise"]

@@ -9,7 +9,13 @@ from tiny import GEOMETRIES, random_ids, tiny_model
 from tolerances import GRADIENTS, assert_close
 
 from twotower.cache_twotower import TwoTowerCache
-from twotower.objective_twotower import MIN_TIMESTEP, check_objective, masked_cross_entropy, sample_masked
+from twotower.objective_twotower import (
+    MIN_TIMESTEP,
+    check_objective,
+    content_masked,
+    masked_cross_entropy,
+    sample_masked,
+)
 
 MASK = 3
 
@@ -147,6 +153,160 @@ def test_gradient_checkpointing_changes_nothing():
         assert_close(gradient, expected[name], slack=GRADIENTS)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("geometry", ["all kinds", "odd", "only *"])
+@pytest.mark.parametrize("trained", ["denoiser", "context"])
+@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
+def test_either_kind_of_checkpointing_gives_the_same_gradients(trained, geometry, use_reentrant):
+    model = tiny_model(geometry).train()
+    model.set_trained_towers(trained)
+    inputs = batch(12, "right", model.config.vocab_size)
+
+    def gradients():
+        model.zero_grad()
+        if trained == "denoiser":
+            model(**inputs, generator=seeded(), corruptions=2).loss.backward()
+        else:
+            model(inputs["input_ids"]).logits.square().mean().backward()
+        return learning(model)
+
+    expected = gradients()
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = gradients()
+    assert checkpointed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(checkpointed[name], gradient), name
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_checkpointing_computes_every_denoiser_layer_twice_and_no_context_layer():
+    model = tiny_model("all kinds").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    calls = []
+    for layer in (*model.context_tower.layers, *model.denoiser_tower.layers):
+        layer.norm.register_forward_hook(lambda module, *_: calls.append(module))
+    ids = random_ids(2, 12)
+    model(ids, labels=ids).loss.backward()
+    assert [calls.count(layer.norm) for layer in model.context_tower.layers] == [1] * 7
+    assert [calls.count(layer.norm) for layer in model.denoiser_tower.layers] == [2] * 7
+
+
+# Who is trained
+
+
+def trained_parts(model) -> set[str]:
+    return {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+CONTEXT_PARTS = {"context_tower", "context_lm_head"}
+DENOISER_PARTS = {"denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables"}
+PARTS = {"denoiser": DENOISER_PARTS, "context": CONTEXT_PARTS, "both": CONTEXT_PARTS | DENOISER_PARTS}
+
+
+def test_the_context_tower_is_frozen_unless_asked_for():
+    model = tiny_model()
+    assert trained_parts(model) == DENOISER_PARTS
+    for towers, parts in PARTS.items():
+        model.set_trained_towers(towers)
+        assert trained_parts(model) == parts
+    with pytest.raises(ValueError, match="trained_towers is 'none'; use one of denoiser, context, both"):
+        model.set_trained_towers("none")
+
+
+def test_integer_weights_are_not_asked_for_gradients():
+    model = tiny_model("only -")
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    model.set_trained_towers("both")
+    assert not model.lm_head.weight.requires_grad and model.context_lm_head.weight.requires_grad
+
+
+def test_a_loss_on_the_logits_of_a_frozen_context_tower_fails():
+    model = tiny_model()
+    loss = model(random_ids(2, 8)).logits.square().mean()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_every_trained_parameter_gets_a_gradient_at_every_step(labelled, geometry):
+    """As DistributedDataParallel wants; also where nothing is masked, and from experts no token has chosen."""
+    model = tiny_model(geometry).train()
+    ids = random_ids(1, 2 * model.config.block_size, vocab_size=model.config.vocab_size)
+    model(ids, labels=ids if labelled else torch.full_like(ids, -100)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+# One step of many batches
+
+
+@pytest.mark.parametrize("weighting", ["mean", "inverse_timestep"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1)])
+@pytest.mark.filterwarnings("ignore:backward through a loss of eval")
+def test_batches_of_a_step_sum_to_the_step(sizes, weighting):
+    """With the items of the whole step, and the same masks: those of eval() depend on a row alone."""
+    model = tiny_model("all kinds")
+    inputs = batch(18, "right")
+    items = int((inputs["labels"] != -100).sum())
+    chosen = {"loss_weighting": weighting, "num_items_in_batch": items, "corruptions": 2}
+    whole = model(**inputs, **chosen).loss
+    gradient = torch.autograd.grad(whole, model.lm_head.weight)[0]
+    parts = zip(*(tensor.split(sizes) for tensor in inputs.values()), strict=True)
+    losses = [model(**dict(zip(inputs, part, strict=True)), **chosen).loss for part in parts]
+    assert_close(sum(losses), whole)
+    assert_close(torch.autograd.grad(sum(losses), model.lm_head.weight)[0], gradient, slack=GRADIENTS)
+
+
+@pytest.mark.parametrize("weighting", ["mean", "inverse_timestep"])
+def test_the_loss_per_item_is_the_mean_in_expectation(weighting):
+    """Over many masked blocks the sum of their weights is what it is expected to be."""
+    model = tiny_model("only -").train()
+    ids = random_ids(8, 1600)
+    with torch.no_grad():
+        chosen = {"labels": ids, "loss_weighting": weighting, "corruptions": 2}
+        mean = model(ids, **chosen, generator=seeded()).loss
+        per_item = model(ids, **chosen, generator=seeded(), num_items_in_batch=torch.tensor(ids.numel())).loss
+    # Of all blocks of 4 tokens, a fifth has no masked one and weighs nothing.
+    expected = mean if weighting == "mean" else mean * 4 / 5
+    assert abs(per_item / expected - 1) < 0.03
+
+
+def test_items_repeated_for_several_devices_count_once():
+    model = tiny_model("only -")
+    ids = random_ids(2, 8)
+    once = model(ids, labels=ids, num_items_in_batch=16).loss
+    assert model(ids, labels=ids, num_items_in_batch=torch.tensor([[16, 16]])).loss == once
+    assert model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(0)).loss == 0
+
+
+def test_items_without_labels_are_refused_with_the_flag_that_does_it():
+    ids = random_ids(1, 6)
+    with pytest.raises(ValueError, match=r"without labels.*label_smoothing_factor or compute_loss_func"):
+        tiny_model()(ids, num_items_in_batch=6)
+
+
+# Evaluation
+
+
+def test_an_evaluation_masks_the_same_every_time():
+    model = tiny_model("all kinds")
+    inputs = batch(18, "right")
+    torch.manual_seed(0)
+    first = model(**inputs, corruptions=2).loss
+    torch.manual_seed(1)
+    assert model(**inputs, corruptions=2).loss == first
+    model.train()
+    assert model(**inputs, corruptions=2).loss != model(**inputs, corruptions=2).loss
+
+
+def test_training_on_the_masks_of_an_evaluation_warns():
+    model = tiny_model("only -")
+    ids = random_ids(2, 8)
+    with pytest.warns(UserWarning, match=r"masks are the same at every step; call model.train\(\)"):
+        model(ids, labels=ids).loss.backward()
+
+
 def test_a_seeded_generator_is_reproducible():
     model = tiny_model()
     inputs = batch(18, None)
@@ -229,6 +389,38 @@ def test_sample_masked_draws_a_uniform_probability_per_block():
     first, second = counts.float().unbind(1)
     assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.06
     assert MIN_TIMESTEP == 1e-3
+
+
+def test_content_masked_depends_on_a_rows_own_tokens_alone():
+    ids, size = random_ids(4, 24), 8
+    tokens = torch.ones_like(ids).bool()
+    tokens[0, 13:], tokens[1, 8:] = False, False
+    trainable = tokens & (torch.rand(4, 24, generator=seeded()) < 0.7)
+    masked = content_masked(ids, tokens, trainable, size)
+    assert masked.any() and not (masked & ~trainable).any()
+    assert torch.equal(content_masked(ids.flip(0), tokens.flip(0), trainable.flip(0), size), masked.flip(0))
+    for row in range(4):
+        alone = slice(row, row + 1)
+        assert torch.equal(content_masked(ids[alone], tokens[alone], trainable[alone], size), masked[alone])
+    wider = [F.pad(part, (8, 16)) for part in (ids, tokens, trainable)]
+    assert torch.equal(content_masked(*wider, size)[:, 8:32], masked)
+    ids[2, 5] += 1
+    changed = content_masked(ids, tokens, trainable, size) != masked
+    assert changed.any(1).tolist() == [False, False, True, False]
+    swapped = ids[:, [1, 0, *range(2, 24)]]
+    assert not torch.equal(content_masked(swapped, None, torch.ones_like(tokens), size), masked)
+
+
+def test_content_masked_masks_as_often_as_sample_masked():
+    ids = random_ids(4000, 16)
+    masked = content_masked(ids.repeat_interleave(2, dim=0), None, torch.ones(8000, 16, dtype=torch.bool), 8, 2)
+    counts = masked.unflatten(1, (2, 8)).sum(-1)
+    shares = torch.bincount(counts.flatten(), minlength=9) / counts.numel()
+    assert (shares - 1 / 9).abs().max() < 0.02
+    first, second = counts.float().unbind(1)
+    assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.06
+    once, again = counts[:, 0].float().unflatten(0, (-1, 2)).unbind(1)
+    assert torch.corrcoef(torch.stack([once, again]))[0, 1].abs() < 0.06
 
 
 def test_masked_cross_entropy_mean():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class Stage:
         numbers_only: share of rows in which only digits are masked and counted.
     """
 
-    name: str
+    name: Literal["context", "denoiser"]
     steps: int
     batch_size: int = 32
     matrix_lr: float = 4e-3
@@ -181,21 +182,25 @@ def run_stage(
     resumed = state.get("stage") == stage.name
     if stage.name == "denoiser" and not resumed:
         model.reset_denoiser()
-    freeze_all_but(model, stage.name)
+    model.set_trained_towers(stage.name)
     optimizer = MatrixOptimizer(model, stage.matrix_lr, stage.other_lr, stage.weight_decay)
     balancer = ExpertBalancer((model.context_tower if stage.name == "context" else model.denoiser_tower).modules())
     first, seconds = (state["step"], state["seconds"]) if resumed else (0, 0.0)
     if resumed:
         optimizer.load_state_dict(state["optimizer"])
-    generator = torch.Generator().manual_seed(seed + first)
+    generator = torch.Generator().manual_seed(seed)
+    if resumed:
+        generator.set_state(state["generator"])
     batches = training_batches(
         tokenizer,
         stage.batch_size,
         model.config.block_size,
         stage.aligned,
-        seed + 1 + first,
+        seed + 1,
         stage.numbers_only,
     )
+    # An interrupted run goes on with the batches and masks it would have gone on with.
+    batches = islice(batches, first, None)
     started = time.monotonic() - seconds
     with open(folder / "log.jsonl", "a") as log, _progress_bar() as progress:
         task = progress.add_task(stage.name, total=stage.steps, completed=first, loss="")
@@ -208,7 +213,8 @@ def run_stage(
                 log.flush()
             state = {**state, "stage": stage.name, "step": step + 1, "seconds": record["seconds"]}
             if (step + 1) % save_every == 0:
-                _save(model, tokenizer, {**state, "optimizer": optimizer.state_dict()}, folder)
+                kept = {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+                _save(model, tokenizer, {**state, **kept}, folder)
     state = {"done": [*state["done"], stage.name]}
     _save(model, tokenizer, state, folder)
     return state
@@ -235,12 +241,6 @@ def _train_step(
         "grad_norm": round(norm, 4),
         "answer_tokens": int((batch.labels != IGNORED).sum()),
     }
-
-
-def freeze_all_but(model: TwoTowerForBlockDiffusion, stage: str) -> None:
-    """The context stage trains the context tower and its head, the denoiser stage everything else."""
-    for name, param in model.named_parameters():
-        param.requires_grad_(name.startswith("context_") == (stage == "context"))
 
 
 def _save(model: TwoTowerForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, state: dict, folder: Path) -> None:
