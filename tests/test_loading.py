@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from twotower.configuration_twotower import TwoTowerConfig
 from twotower.modeling_twotower import TWOTOWER_PARTS, TwoTowerForBlockDiffusion
@@ -160,6 +161,91 @@ def test_auto_classes(auto_class, tmp_path):
     assert type(loaded) is TwoTowerForBlockDiffusion
     assert_same_weights(loaded, model)
     assert type(auto_class.from_config(tiny_config())) is TwoTowerForBlockDiffusion
+
+
+# load_state_dict, by which transformers' Trainer loads checkpoints
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("original", [True, False])
+def test_load_state_dict_takes_both_layouts(original, assign, tmp_path):
+    model, other = tiny_model("all kinds"), tiny_model("all kinds", seed=1)
+    model.save_pretrained(tmp_path, save_original_format=original)
+    tensors = stored(tmp_path)
+    names = set(tensors)
+    assert not any(other.load_state_dict(tensors, assign=assign))
+    assert set(tensors) == names, "the caller's own dictionary"
+    assert_same_weights(other, model)
+    assert_same_weights(tiny_model("all kinds"), model)
+    wrapped = torch.nn.ModuleDict({"module": tiny_model("all kinds", seed=1)})
+    assert not any(wrapped.load_state_dict({f"module.{name}": tensor for name, tensor in tensors.items()}))
+    assert_same_weights(wrapped["module"], model)
+
+
+@pytest.mark.parametrize("size", ["2KB", "40KB"])
+def test_load_state_dict_takes_one_shard_after_another(size, tmp_path):
+    """An expert's matrices then come with any others of its layer or with none."""
+    model, other = tiny_model("all kinds"), tiny_model("all kinds", seed=1)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    load_sharded_checkpoint(other, tmp_path, strict=False)
+    assert_same_weights(other, model)
+
+
+def test_load_state_dict_names_absent_experts_and_keeps_their_weights(tmp_path):
+    model, other = tiny_model("only E"), tiny_model("only E", seed=1)
+    kept = other.denoiser_tower.layers[0].mixer.experts.up_proj[2].detach().clone()
+    model.save_pretrained(tmp_path)
+    tensors = stored(tmp_path)
+    absent = "denoiser_tower.layers.0.mixer.experts.2.up_proj.weight"
+    removed = tensors.pop(absent)
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{absent}"'):
+        other.load_state_dict(tensors)
+    other.load_state_dict(tensors, strict=False)
+    assert torch.equal(other.denoiser_tower.layers[0].mixer.experts.up_proj[2], kept)
+    with torch.no_grad():
+        other.denoiser_tower.layers[0].mixer.experts.up_proj[2] = removed
+    assert_same_weights(other, model)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_load_state_dict_refuses_experts_of_another_shape_or_number(strict, tmp_path):
+    tiny_model("only E", n_routed_experts=5).save_pretrained(tmp_path / "more")
+    tiny_model("only E", moe_intermediate_size=8).save_pretrained(tmp_path / "smaller")
+    with pytest.raises(RuntimeError, match=r"experts.up_proj have shapes \{\(8, 32\)\}, expected \(16, 32\)"):
+        tiny_model("only E").load_state_dict(stored(tmp_path / "smaller"), strict=strict)
+    if strict:
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.4\.up_proj\.weight"):
+            tiny_model("only E", n_routed_experts=4).load_state_dict(stored(tmp_path / "more"))
+
+
+# Who is trained
+
+
+def frozen(model: torch.nn.Module) -> set[str]:
+    return {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_loaded_context_towers_are_frozen_unless_asked_for(original, tmp_path):
+    context, denoiser = set(TWOTOWER_PARTS[:2]), set(TWOTOWER_PARTS[2:])
+    tiny_model().save_pretrained(tmp_path, save_original_format=original)
+    for load in (TwoTowerForBlockDiffusion.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        assert frozen(load(tmp_path)) == context
+        assert frozen(load(tmp_path, trained_towers="context")) == denoiser
+        assert frozen(load(tmp_path, trained_towers="both")) == set()
+
+
+def test_the_context_tower_of_a_backbone_is_frozen_unless_asked_for():
+    backbone = nemotron_h()
+    assert frozen(TwoTowerForBlockDiffusion.from_backbone(backbone)) == set(TWOTOWER_PARTS[:2])
+    assert frozen(TwoTowerForBlockDiffusion.from_backbone(backbone, trained_towers="both")) == set()
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_unknown_towers_are_refused_before_any_work(no_work, tmp_path):
+    for load in (TwoTowerForBlockDiffusion.from_pretrained, TwoTowerForBlockDiffusion.from_backbone):
+        with pytest.raises(ValueError, match="trained_towers is 'all'; use one of denoiser, context, both"):
+            load(tmp_path, trained_towers="all")
 
 
 # NVIDIA's 30B geometry, without weights
