@@ -5,13 +5,17 @@ encodes positions, so a row's tokens lie packed at the front of its buffers, wha
 prompt, and `lengths` says how many there are: rows may differ, and dropping a row's newest keys is a change of its
 length. A chunk may also be read tentatively: then each row keeps its own first few tokens of it, by `accept`.
 
-Shapes: B batch rows, L most tokens of any row, S tokens read tentatively, Hkv key/value heads, D head dim, K kernel
-width, C channels, H Mamba heads, P their dim, G groups, N state.
+Beside them it keeps the ids of these tokens and what is known of the model that read them, so that another text or
+another model is refused rather than answered wrongly.
+
+Shapes: B batch rows, L most tokens of any row, T tokens of a chunk, S tokens read tentatively, Hkv key/value heads, D
+head dim, K kernel width, C channels, H Mamba heads, P their dim, G groups, N state, V vocabulary, E hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +84,7 @@ class KeyValueLayer:
         self.buffers: KeyValues | None = None
 
     def view(self, width: int) -> KeyValues | None:
-        if self.buffers is None:
+        if self.buffers is None or width == 0:
             return None
         return KeyValues(self.buffers.key[:, :, :width], self.buffers.value[:, :, :width])
 
@@ -108,6 +112,9 @@ class KeyValueLayer:
     @torch.inference_mode(False)
     def _reserve(self, like: KeyValues, columns: int) -> None:
         """Grow by an eighth at least, so that appending costs amortised constant time."""
+        # From the beginning of a text on, buffers can only be those of a read that failed, maybe of other rows.
+        if columns == like.key.shape[2]:
+            self.buffers = None
         held = 0 if self.buffers is None else self.buffers.key.shape[2]
         if columns <= held:
             return
@@ -121,14 +128,25 @@ class KeyValueLayer:
     @torch.inference_mode(False)
     def select_rows(self, rows: torch.Tensor, width: int) -> None:
         held = self.view(width)
-        if held is not None:
-            self.buffers = KeyValues(*(part.index_select(0, rows.to(part.device)) for part in held))
+        self.buffers = held and KeyValues(*(part.index_select(0, rows.to(part.device)) for part in held))
 
     @torch.inference_mode(False)
     def replace_rows(self, layers: Sequence["KeyValueLayer"], rows: Sequence[int], width: int) -> None:
         held = [layer.view(width) for layer in layers]
         parts = [[F.pad(part, (0, 0, 0, width - part.shape[2])) for part in each] for each in _with_zeros(held, rows)]
         self.buffers = KeyValues(*map(torch.cat, zip(*parts, strict=True))) if parts else None
+
+
+class TokenLayer(KeyValueLayer):
+    """
+    The ids read, plus one, in the place of keys (B, 1, capacity, 1), and values of no dimension.
+
+    So 0, which fills buffers, says that a token's id is not known.
+    """
+
+    def write_ids(self, ids: torch.Tensor, width: int, starts: torch.Tensor | None) -> None:
+        key = (ids.long() + 1)[:, None, :, None]
+        self.write(KeyValues(key, key[..., :0]), width, starts)
 
 
 class MambaLayer:
@@ -196,21 +214,98 @@ def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[in
 CACHE_LAYERS = {"full_attention": KeyValueLayer, "linear_attention": MambaLayer}
 
 
+# What of a config says which model a cache is of, in the order in which a difference is looked for.
+GEOMETRY = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "head_dim",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "ssm_state_size",
+    "n_groups",
+    "conv_kernel",
+)
+
+
 class TwoTowerCache(Cache):
     """
     Keys, values and states of the context tower after `lengths` tokens of each row; behind them, `tentative` columns
     that do not count until `accept` says how many of them do.
 
     Args:
-        config: [`TwoTowerConfig`], for the kind of each layer.
+        config: [`TwoTowerConfig`], of the model that will read with it.
     """
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__(layers=[CACHE_LAYERS.get(kind, StatelessLayer)() for kind in config.layers_block_type])
+        self.tokens = TokenLayer()
         self.lengths: torch.Tensor | None = None
         self.width = 0
         self.ragged = False
         self.tentative = 0
+        self.geometry = _geometry(config)
+        # Of the model that has read, once one has.
+        self.dtype: torch.dtype | None = None
+        self.embeddings: torch.Tensor | None = None
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """(B, L) the tokens read, -1 where they were given as embeddings; meaningless beyond a row's. None: unknown."""
+        held = self.tokens.view(self.width)
+        return None if held is None else held.key[:, 0, :, 0] - 1
+
+    def write_ids(self, ids: torch.Tensor) -> None:
+        """Keep a chunk's ids (B, T), which count as its states do; -1 where a token was given as an embedding."""
+        ids = ids if self.lengths is None else ids.to(self.lengths.device)
+        self.tokens.write_ids(ids, self.width, self.lengths if self.ragged else None)
+
+    def sign(self, embeddings: torch.Tensor) -> None:
+        """Remember by its embeddings (V, E) which model has read."""
+        if self.dtype is None:
+            self.dtype, self.embeddings = _computing_dtype(embeddings), _some_of(embeddings)
+
+    def check_model(self, config: TwoTowerConfig, embeddings: torch.Tensor) -> None:
+        """
+        Refuse a model that would not have read what is held: of another geometry, dtype, or with other embeddings.
+
+        Args:
+            config: the model's.
+            embeddings: (V, E) the context tower's.
+        """
+        remedy = "give a cache of this model, or leave past_key_values out"
+        for name, expected in _geometry(config).items():
+            if (held := self.geometry.get(name)) != expected:
+                raise ValueError(
+                    f"past_key_values is of another model: its {name} is {held!r}, this model's {expected!r}; {remedy}"
+                )
+        dtype, own = _computing_dtype(embeddings), _some_of(embeddings)
+        if self.dtype not in (None, dtype):
+            raise ValueError(f"past_key_values was read in {self.dtype}, this model computes in {dtype}; {remedy}")
+        if self.embeddings is not None and own is not None and not self.embeddings.to(own.device).equal(own):
+            raise ValueError(f"past_key_values is of a model with other embeddings than this model's; {remedy}")
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """
+        If what is done within fails, leave the cache as it was.
+
+        Nothing is copied for that: columns that count are never written over, and states, and buffers that grow or
+        lose rows, are replaced by new ones. (So the old ones live on until this ends.)
+        """
+        before = self._sharing_all()
+        try:
+            yield
+        except BaseException:
+            vars(self).update(vars(before))
+            raise
+
+    def _sharing_all(self) -> "TwoTowerCache":
+        """A cache of its own with the same tensors."""
+        shared = copy(self)
+        shared.layers, shared.tokens = [copy(layer) for layer in self.layers], copy(self.tokens)
+        return shared
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:
         """What layer `layer_idx` holds; keys and values are views of the first `width` columns, not copies."""
@@ -288,13 +383,12 @@ class TwoTowerCache(Cache):
         # Of a cache that has read nothing, any rows.
         lengths = torch.zeros_like(rows) if self.lengths is None else self.lengths.index_select(0, rows)
         self._set_lengths(lengths)
-        for layer in self.layers:
+        for layer in (*self.layers, self.tokens):
             layer.select_rows(rows, self.width)
 
     def copy_rows(self, rows: torch.Tensor) -> "TwoTowerCache":
         """A cache of its own for copies of the rows of index `rows` (R,), which may repeat."""
-        copied = copy(self)
-        copied.layers = [copy(layer) for layer in self.layers]
+        copied = self._sharing_all()
         copied.select_rows(rows)
         return copied
 
@@ -305,12 +399,33 @@ class TwoTowerCache(Cache):
         lengths = [cache.lengths for cache in caches if cache.lengths is not None]
         assert len(lengths) == len(caches) > 0, "a cache that has read nothing has rows once some were selected"
         self._set_lengths(torch.cat(lengths))
-        for layer, *replacements in zip(self.layers, *(cache.layers for cache in caches), strict=True):
+        held = ((*cache.layers, cache.tokens) for cache in (self, *caches))
+        for layer, *replacements in zip(*held, strict=True):
             layer.replace_rows(replacements, [len(each) for each in lengths], self.width)
 
     def _set_lengths(self, lengths: torch.Tensor) -> None:
         shortest, longest = torch.stack(lengths.aminmax()).tolist()
         self.lengths, self.width, self.ragged = lengths, longest, shortest != longest
+
+
+def _geometry(config: TwoTowerConfig) -> dict[str, Any]:
+    facts = {name: getattr(config, name) for name in GEOMETRY}
+    return facts | {f"layers_block_type[{idx}]": kind for idx, kind in enumerate(config.layers_block_type)}
+
+
+def _computing_dtype(embeddings: torch.Tensor) -> torch.dtype:
+    """Of the keys a model with such embeddings computes; they may be offloaded (device "meta")."""
+    device = embeddings.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return embeddings.dtype
+
+
+def _some_of(embeddings: torch.Tensor) -> torch.Tensor | None:
+    """A few numbers of (V, E) to tell models apart by; None where they are offloaded, sharded or quantised."""
+    if embeddings.device.type == "meta" or type(embeddings) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    return embeddings.detach()[:: max(1, len(embeddings) // 16), :8].clone()
 
 
 __all__ = ["KeyValueSlot", "KeyValues", "MambaState", "MambaUpdate", "Past", "Present", "TwoTowerCache"]

@@ -236,9 +236,7 @@ class Decoding:
             self.streamer.put_draft(ids.cpu())
 
     def restore_cache(self) -> None:
-        """Bring the rows that left the cache back, in the order of the batch; of a failed cycle nothing counts."""
-        if self.cache.tentative:
-            self.cache.accept(torch.zeros_like(self.cached_rows))
+        """Bring the rows that left the cache back, in the order of the batch."""
         if self.ended:
             remaining = torch.arange(len(self.cached_rows), device=self.cached_rows.device)
             self.cache.replace_rows([part for _, part in self.ended] + [self.cache.copy_rows(remaining)])

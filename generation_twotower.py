@@ -48,13 +48,12 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             "mock_ar": self._mock_ar,
             "ar": self._ar,
         }
-        try:
+        with run.cache.undone_on_error():
             decode[generation_config.mode](run)
-        finally:
             run.restore_cache()
-        if streamer is not None:
-            streamer.end()
-        output = run.output(input_ids.to(run.text.rows.device))
+            if streamer is not None:
+                streamer.end()
+            output = run.output(input_ids.to(run.text.rows.device))
         return output if generation_config.return_dict_in_generate else output.sequences
 
     # The modes.

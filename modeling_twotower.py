@@ -10,6 +10,7 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -417,11 +418,13 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_hidden_states: list[torch.Tensor] | None = [] if keep_all else None
         embeds = None if inputs_embeds is None else packed.pack(inputs_embeds)
-        hidden_states = self.context_tower(
-            packed.ids, cache, packed.counts, inputs_embeds=embeds, all_hidden_states=all_hidden_states
-        )
-        hidden_states = packed.unpack(hidden_states)
-        logits = at_least_float32(self.context_lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)))
+        # Logits may be too large for the memory when the cache has been extended.
+        with nullcontext() if cache is None else cache.undone_on_error():
+            hidden_states = self.context_tower(
+                packed.ids, cache, packed.counts, inputs_embeds=embeds, all_hidden_states=all_hidden_states
+            )
+            hidden_states = packed.unpack(hidden_states)
+            logits = at_least_float32(self.context_lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)))
         return TwoTowerOutput(
             logits=logits,
             cache=cache if use_cache else None,
@@ -565,7 +568,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     def _check_ids(self, name: str, ids: torch.Tensor, cache: TwoTowerCache | None) -> None:
         if ids.ndim != 2 or ids.shape[1] < 1:
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
-        if cache is not None and cache.batch_size not in (-1, len(ids)):
+        if cache is None:
+            return
+        self._check_cache(cache)
+        if cache.batch_size not in (-1, len(ids)):
             raise ValueError(f"{name} has {len(ids)} rows, but past_key_values holds {cache.batch_size}")
 
     def set_trained_towers(self, towers: TrainedTowers) -> None:
@@ -660,15 +666,18 @@ class ContextTower(TwoTowerBackbone):
             hidden_states, present = layer(hidden_states, None if cache is None else cache.slot(idx), layout)
             if present is not None:
                 states[idx] = present
+        hidden_states = self.norm_f(hidden_states)
         if cache is not None:
-            # Only now, so that an error in the middle leaves the cache as it was.
-            for idx, state in states.items():
-                cache.write(idx, state)
+            # Only now, and what might fail first, so that an error in the middle leaves the cache as it was.
+            cache.write_ids(input_ids)
+            cache.sign(self.embeddings.weight)
             if tentative:
                 cache.tentative = length
             else:
                 cache.advance(batch, length, counts, input_ids.device)
-        return self.norm_f(hidden_states)
+            for idx, state in states.items():
+                cache.write(idx, state)
+        return hidden_states
 
     def read_blocks(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, block_size: int

@@ -199,9 +199,19 @@ class PreparedGeneration(GenerationMixin):
         model_kwargs["keep_cache"] = generation_config.return_dict_in_generate or cache is not None
         if cache is None:
             cache = TwoTowerCache(self.config)
-        elif not isinstance(cache, TwoTowerCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
+        else:
+            self._check_cache(cache)
         model_kwargs["cache"] = cache
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, TwoTowerCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
+        cache.check_model(self.config, self.context_tower.embeddings.weight)
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, TwoTowerCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
+        cache.check_model(self.config, self.context_tower.embeddings.weight)
 
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
@@ -283,7 +293,7 @@ class PreparedGeneration(GenerationMixin):
             text=text,
             cache=cache,
             # The denoiser needs no token that the context tower has not read.
-            unread=_unread(prompt, cache, least=0 if config.mode == "mask_diffusion" else 1),
+            unread=_unread(prompt, cache, 0 if config.mode == "mask_diffusion" else 1, config.num_return_sequences),
             config=config,
             processors=processors,
             rule=UnmaskingRule(config),
@@ -347,16 +357,17 @@ def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache
     return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
 
 
-def _unread(prompt: PackedTokens, cache: TwoTowerCache, least: int) -> PackedTokens:
-    """What of each row the cache does not hold yet."""
+def _unread(prompt: PackedTokens, cache: TwoTowerCache, least: int, copies: int) -> PackedTokens:
+    """What of each row the cache does not hold yet, `least` tokens at least; of `copies` rows of each of input_ids."""
     if cache.lengths is None:
         return prompt
     lengths = prompt.lengths
+    _check_begins_as_read(prompt, cache, copies)
     counts = lengths - cache.lengths.to(lengths.device)
     if (counts < least).any():
         row = int((counts < least).nonzero()[0])
         raise ValueError(
-            f"past_key_values holds {int(cache.lengths[row])} tokens of row {row}, whose text has "
+            f"past_key_values holds {int(cache.lengths[row])} tokens of row {row // copies}, whose text has "
             f"{int(lengths[row])}; give the whole text as input_ids"
             f"{', at least one token longer' if least else ''}"
         )
@@ -364,6 +375,24 @@ def _unread(prompt: PackedTokens, cache: TwoTowerCache, least: int) -> PackedTok
     columns = (lengths - counts)[:, None] + torch.arange(width, device=lengths.device)
     ids = prompt.ids.gather(1, columns.clamp(max=prompt.ids.shape[1] - 1))
     return PackedTokens(ids, None if (counts == width).all() else counts)
+
+
+def _check_begins_as_read(prompt: PackedTokens, cache: TwoTowerCache, copies: int) -> None:
+    """Mamba states cannot go back to where a text parts from the one they are of, so such a text is refused."""
+    if cache.ids is None or cache.lengths is None:
+        return
+    read = cache.ids[:, : prompt.ids.shape[1]].to(prompt.ids.device)
+    given = prompt.ids[:, : read.shape[1]]
+    columns = torch.arange(read.shape[1], device=given.device)
+    both = columns < torch.minimum(prompt.lengths, cache.lengths.to(given.device))[:, None]
+    differ = both & (read >= 0) & (read != given)
+    if differ.any():
+        row, column = differ.nonzero()[0].tolist()
+        raise ValueError(
+            f"past_key_values has read token {int(read[row, column])} at position {column} of row {row // copies}, "
+            f"where its text has {int(given[row, column])}; give the text it has read and what follows, or a fresh "
+            "cache, or leave past_key_values out"
+        )
 
 
 def _inferred_mask(input_ids: torch.Tensor, pad_token_id: int, continued: bool) -> torch.Tensor | None:
