@@ -399,6 +399,8 @@ class TwoTowerCache(Cache):
         lengths = [cache.lengths for cache in caches if cache.lengths is not None]
         assert len(lengths) == len(caches) > 0, "a cache that has read nothing has rows once some were selected"
         self._set_lengths(torch.cat(lengths))
+        signed = next((cache for cache in caches if cache.dtype is not None), caches[0])
+        self.geometry, self.dtype, self.embeddings = signed.geometry, signed.dtype, signed.embeddings
         held = ((*cache.layers, cache.tokens) for cache in (self, *caches))
         for layer, *replacements in zip(*held, strict=True):
             layer.replace_rows(replacements, [len(each) for each in lengths], self.width)

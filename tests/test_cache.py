@@ -1,11 +1,18 @@
 """TwoTowerCache: what it holds, that reading it copies nothing, ragged rows, and the choice of rows."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from tiny import random_ids, tiny_config, tiny_model
+from accelerate import cpu_offload
+from test_continuation import generate
+from tiny import random_block, random_ids, tiny_config, tiny_model, without_special_tokens
 from tolerances import assert_close
+from transformers import DynamicCache
 
-from twotower.cache_twotower import KeyValues, MambaState, TwoTowerCache
+from twotower.cache_twotower import KeyValues, MambaState, MambaUpdate, TwoTowerCache
+from twotower.generation_twotower import MODES
 
 HEADS, HEAD_DIM = 2, 3
 
@@ -300,3 +307,198 @@ def test_what_is_read_tentatively_must_be_accepted_first():
     ):
         with pytest.raises(ValueError, match=r"holds 2 tokens read tentatively; call accept\(counts\) first"):
             call()
+
+
+@pytest.mark.parametrize("counts", [[0, 5], [2, 3], [5, 1]])
+@pytest.mark.parametrize("taps", [1, 2, 4, 7])
+def test_the_convolution_goes_back_to_the_tokens_that_count(taps, counts):
+    """Its inputs are the last ones before the tokens that do not, those before the chunk among them."""
+    inputs = torch.arange(2 * (taps - 1 + 5)).float().view(2, -1, 1).expand(-1, -1, 3)
+    scan = [torch.rand(2, 5, 2, 4), torch.rand(2, 5, 2), -torch.ones(2), torch.rand(2, 5, 1, 3)]
+    state = MambaUpdate(inputs, *scan).apply(None, torch.tensor(counts))
+    for row, count in enumerate(counts):
+        assert torch.equal(state.conv[row], inputs[row, count : count + taps - 1])
+
+
+# What has been read
+
+
+def ids_of(cache: TwoTowerCache) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(cache.ids, cache.lengths, strict=True)]
+
+
+def test_ids_follow_the_tokens_that_count():
+    model, ids = tiny_model("all kinds"), random_ids(3, 6)
+    cache = TwoTowerCache(model.config)
+    assert cache.ids is None
+    model(ids[:, :4], attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]), past_key_values=cache)
+    rows = [ids[0, 1:4].tolist(), ids[1, :2].tolist(), ids[2, :4].tolist()]
+    assert ids_of(cache) == rows
+    for counts in ([2, 0, 1], [1, 2, 2]):
+        model.context_tower(ids[:, 4:], cache, tentative=True)
+        assert ids_of(cache) == rows
+        cache.accept(torch.tensor(counts))
+        rows = [row + new[:count].tolist() for row, new, count in zip(rows, ids[:, 4:], counts, strict=True)]
+        assert ids_of(cache) == rows
+    parts = [cache.copy_rows(torch.tensor([2, 0])), cache.copy_rows(torch.tensor([1]))]
+    assert ids_of(parts[0]) == [rows[2], rows[0]]
+    cache.replace_rows(parts)
+    assert ids_of(cache) == [rows[2], rows[0], rows[1]]
+    cache.select_rows(torch.tensor([1, 1]))
+    model(ids[:2, :1], past_key_values=cache)
+    assert ids_of(cache) == [rows[0] + ids[0, :1].tolist(), rows[0] + ids[1, :1].tolist()]
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return without_special_tokens(tiny_model("all kinds"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cache_knows_the_text_it_is_of(writer, mode):
+    output = generate(writer, random_ids(3, 5), mode=mode, eos_token_id=list(range(28, 34)), max_new_tokens=9)
+    cache = output.past_key_values
+    assert cache.ragged, "rows must have ended at different times"
+    assert ids_of(cache) == [
+        row[:length].tolist() for row, length in zip(output.sequences, cache.lengths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "hole"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_text_that_differs_from_what_was_read_is_refused(writer, mode, side):
+    """By its row and the position among the row's own tokens; padding does not count."""
+    text = random_ids(2, 9, seed=1)
+    cache = writer(text[:, :6], past_key_values=TwoTowerCache(writer.config)).past_key_values
+    place = {"left": 0, "right": 9, "hole": 2}[side]
+    padded, mask = (
+        torch.cat([part[:, :place], part.new_zeros(2, 3), part[:, place:]], dim=1)
+        for part in (text, torch.ones_like(text))
+    )
+    for position in (0, 4, 5):
+        other = padded.clone()
+        column = position if position < place else position + 3
+        read, other[1, column] = int(text[1, position]), 4 if text[1, position] > 4 else 5
+        message = (
+            f"read token {read} at position {position} of row 1, where its text has {int(other[1, column])}; give"
+        )
+        with pytest.raises(ValueError, match=f"past_key_values has {message} .* or leave past_key_values out"):
+            generate(writer, other, attention_mask=mask, mode=mode, past_key_values=cache)
+    # What follows may be anything, and the refusals have changed nothing.
+    output = generate(writer, padded, attention_mask=mask, mode=mode, past_key_values=cache)
+    fresh = generate(writer, text, mode=mode).sequences[:, 9:]
+    assert torch.equal(output.sequences[:, 12:], fresh)
+
+
+def test_a_text_that_differs_is_refused_whatever_its_length(writer):
+    text = random_ids(2, 6, seed=1)
+    cache = generate(writer, text, max_new_tokens=4).past_key_values
+    other = text.clone()
+    other[1, 3] = 4 if text[1, 3] > 4 else 5
+    for length in (4, 5, 6):
+        with pytest.raises(ValueError, match="at position 3 of row 1, "):
+            generate(writer, other[:, :length], past_key_values=cache)
+    # Of copies, the row of input_ids is named.
+    with pytest.raises(ValueError, match="at position 3 of row 1, "):
+        generate(writer, other, past_key_values=cache, num_return_sequences=3, do_sample=True)
+    assert generate(writer, text, past_key_values=cache, max_new_tokens=1).sequences.shape == (2, 7)
+
+
+@pytest.mark.parametrize("known", [0, 3])
+def test_tokens_read_as_embeddings_are_not_compared(writer, known):
+    text = random_ids(2, 8, seed=1)
+    cache = TwoTowerCache(writer.config)
+    writer(text[:, :6], past_key_values=cache)
+    unknown = text[:, :6].clone()
+    unknown[:, known:] = -1
+    cache.tokens.write_ids(unknown, 0, None)
+    assert torch.equal(cache.ids, unknown)
+    assert torch.equal(generate(writer, text, past_key_values=cache).sequences, generate(writer, text).sequences)
+
+
+# Which model has read
+
+
+OTHERS = {
+    "vocab_size": ({"vocab_size": 49}, "48", "49"),
+    "hidden_size": ({"hidden_size": 40}, "32", "40"),
+    "num_hidden_layers": ({"hybrid_override_pattern": "M-*E*-"}, "7", "6"),
+    r"layers_block_type\[1\]": ({"hybrid_override_pattern": "ME*E*-M"}, "'mlp'", "'moe'"),
+    "num_key_value_heads": ({"num_key_value_heads": 4}, "2", "4"),
+    "head_dim": ({"head_dim": 4}, "8", "4"),
+    "mamba_num_heads": ({"mamba_num_heads": 8}, "4", "8"),
+    "mamba_head_dim": ({"mamba_head_dim": 4}, "8", "4"),
+    "ssm_state_size": ({"ssm_state_size": 4}, "8", "4"),
+    "n_groups": ({"n_groups": 1}, "2", "1"),
+    "conv_kernel": ({"conv_kernel": 3}, "4", "3"),
+}
+
+
+def refusals(model, cache: TwoTowerCache, message: str) -> None:
+    text = random_ids(2, 9, seed=1)
+    calls = [
+        lambda: generate(model, text, past_key_values=cache),
+        lambda: model(text, past_key_values=cache),
+        lambda: model.denoise(random_block(2, 3), cache),
+        lambda: model.predict_next(text[:, :1], cache),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_cache_of_another_geometry_is_refused(writer, name):
+    fields, held, expected = OTHERS[name]
+    other = tiny_model("all kinds", **fields)
+    remedy = "give a cache of this model, or leave past_key_values out"
+    for cache in (TwoTowerCache(writer.config), writer(random_ids(2, 4)).past_key_values):
+        refusals(other, cache, f"another model: its {name} is {held}, this model's {expected}; {remedy}")
+
+
+def test_a_cache_of_another_dtype_is_refused(writer):
+    cache = writer(random_ids(2, 4)).past_key_values
+    message = "past_key_values was read in torch.float32, this model computes in torch.bfloat16; give a cache"
+    refusals(tiny_model("all kinds").to(torch.bfloat16), cache, message)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        refusals(writer, cache, message)
+        own = writer(random_ids(2, 4)).past_key_values
+        writer(random_ids(2, 4), past_key_values=own)
+    refusals(writer, own, "read in torch.bfloat16, this model computes in torch.float32")
+
+
+def test_a_cache_of_another_model_of_the_same_geometry_is_refused(writer):
+    other = without_special_tokens(tiny_model("all kinds", seed=1))
+    cache = other(random_ids(2, 4)).past_key_values
+    refusals(writer, cache, "past_key_values is of a model with other embeddings than this model's; give a cache")
+    joined = TwoTowerCache(writer.config)
+    joined.replace_rows([cache])
+    refusals(writer, joined, "with other embeddings")
+    # A fresh one is nobody's yet, and the denoiser is not what has read.
+    writer(random_ids(2, 4), past_key_values=TwoTowerCache(other.config))
+    trained = copy.deepcopy(writer)
+    trained.reset_denoiser()
+    trained(random_ids(2, 4), past_key_values=writer(random_ids(2, 4)).past_key_values)
+
+
+def test_what_is_no_cache_of_a_twotower_is_refused(writer):
+    refusals(writer, DynamicCache(), "past_key_values is a DynamicCache; give the TwoTowerCache of an earlier call")
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copied_or_pickled_cache_goes_on(writer, carry):
+    text = random_ids(2, 9, seed=1)
+    cache = writer(text[:, :6]).past_key_values
+    expected = generate(writer, text).sequences
+    assert torch.equal(generate(writer, text, past_key_values=carry(cache)).sequences, expected)
+    assert cache.lengths.tolist() == [6, 6]
+
+
+def test_a_cache_goes_between_an_offloaded_model_and_one_in_memory(writer):
+    text = random_ids(2, 9, seed=1)
+    offloaded = cpu_offload(copy.deepcopy(writer), torch.device("cpu"))
+    assert offloaded.context_tower.embeddings.weight.device.type == "meta"
+    expected = generate(writer, text).sequences
+    for reader, other in ((writer, offloaded), (offloaded, writer)):
+        cache = reader(text[:, :6]).past_key_values
+        assert torch.equal(generate(other, text, past_key_values=cache).sequences, expected)
