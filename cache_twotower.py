@@ -252,7 +252,7 @@ class TwoTowerCache(Cache):
 
     @property
     def ids(self) -> torch.Tensor | None:
-        """(B, L) the tokens read, -1 where they were given as embeddings; meaningless beyond a row's. None: unknown."""
+        """(B, L) tokens read, -1 where given as embeddings, meaningless beyond a row's own; None if none are known."""
         held = self.tokens.view(self.width)
         return None if held is None else held.key[:, 0, :, 0] - 1
 
@@ -298,7 +298,7 @@ class TwoTowerCache(Cache):
         try:
             yield
         except BaseException:
-            vars(self).update(vars(before))
+            self.__dict__.update(before.__dict__)
             raise
 
     def _sharing_all(self) -> "TwoTowerCache":

@@ -62,7 +62,8 @@ class PreparedGeneration(GenerationMixin):
                 position, or so far, without padding.
             prefix_allowed_tokens_fn: called with the number of the row and its tokens (n,).
             cache: also as `past_key_values`; [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the
-                whole text, of which the cache holds the beginning. The attention mask may then have holes.
+                whole text, of which the cache holds the beginning. The attention mask may then have holes. After an
+                exception, from wherever, the cache is what it was before the call.
             starting_block: (B, at most block_size) ids for `mask_diffusion`: the first block, with tokens to keep,
                 and the mask id or nothing where one is wanted.
             step_callback: for `mask_diffusion` and `self_speculative`: called with a [`BlockStep`] after every
@@ -202,11 +203,6 @@ class PreparedGeneration(GenerationMixin):
         else:
             self._check_cache(cache)
         model_kwargs["cache"] = cache
-
-    def _check_cache(self, cache: Any) -> None:
-        if not isinstance(cache, TwoTowerCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
-        cache.check_model(self.config, self.context_tower.embeddings.weight)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, TwoTowerCache):

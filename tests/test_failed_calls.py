@@ -1,4 +1,4 @@
-"""A call that fails leaves the caller's cache as it was: the same call, and a longer turn, go on as if it had not been."""
+"""A call that fails leaves the caller's cache as it was: the same call and a longer turn go on as without it."""
 
 from typing import Any
 
