@@ -5,6 +5,7 @@ Shapes: B batch, R rows still generating, P prompt columns, S block, V vocabular
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -22,7 +23,8 @@ class BlockStep:
     """
     What `step_callback` sees after a denoiser pass and before its commits.
 
-    It may change `commit` (veto: False; commit more: True) and `tokens` (replace), in place or by assignment. What the
+    All tensors are copies. It may change `commit` (veto: False; commit more: True) and `tokens` (replace), in place or
+    by assignment of tensors of their shape, kind and device; nothing comes of what it does to the others. What the
     last step leaves open is committed by no later one, so a veto there is an error; replace the token instead. In mode
     "self_speculative" the block is a draft that begins with the text's newest token: what changes is how much of it is
     kept, never the text. If a logits processor looks at the text, what was chosen to the right of a replaced token is
@@ -179,20 +181,22 @@ class Decoding:
         """What the user's callback makes of a pass."""
         assert self.step_callback is not None
         state = BlockStep(
-            rows=self.text.rows,
+            rows=self.text.rows.clone(),
             block=number,
             step=step,
             steps=steps,
             ids=block.ids.clone(),
             committed=~block.masked,
-            timestep=timestep,
+            timestep=timestep.clone(),
             logits=prediction.logits.clone(),
             tokens=prediction.tokens.clone(),
-            confidence=prediction.confidence,
+            confidence=prediction.confidence.clone(),
             commit=commit.clone(),
         )
         self.step_callback(state)
-        commit = state.commit.bool() & block.masked
+        _check_answer("commit", state.commit, block.masked)
+        _check_answer("tokens", state.tokens, prediction.tokens)
+        commit = state.commit & block.masked
         if step == steps - 1 and not is_draft and not torch.equal(commit, block.masked):
             row, column = (block.masked & ~commit).nonzero()[0].tolist()
             raise ValueError(
@@ -241,6 +245,19 @@ class Decoding:
             remaining = torch.arange(len(self.cached_rows), device=self.cached_rows.device)
             self.cache.replace_rows([part for _, part in self.ended] + [self.cache.copy_rows(remaining)])
             self.cache.select_rows(torch.cat([rows for rows, _ in self.ended] + [self.cached_rows]).argsort())
+
+
+def _check_answer(name: str, answer: Any, like: torch.Tensor) -> None:
+    """Raise a ValueError for what a callback assigned that is not of the kind it was given."""
+    if not isinstance(answer, torch.Tensor):
+        raise ValueError(
+            f"step_callback left {name} as a {type(answer).__name__}; assign a tensor, or change it in place"
+        )
+    for what in ("dtype", "shape", "device"):
+        given, wanted = getattr(answer, what), getattr(like, what)
+        if given != wanted:
+            given, wanted = (tuple(size) if what == "shape" else size for size in (given, wanted))
+            raise ValueError(f"step_callback left {name} with {what} {given}; it needs {wanted}")
 
 
 __all__ = ["BlockStep", "Decoding"]

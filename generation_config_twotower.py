@@ -15,6 +15,19 @@ STRATEGY_DEFAULTS: dict[str, Any] = {
     "seed": None,
     **UNMASKING_DEFAULTS,
 }
+# Flags that count something, ours and transformers', and the least each may be.
+COUNTS = {
+    "block_size": 1,
+    "steps_per_block": 1,
+    "draft_steps": 1,
+    "tokens_per_step": 1,
+    "max_new_tokens": 1,
+    "max_length": 1,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "num_return_sequences": 1,
+    "prefill_chunk_size": 1,
+}
 # Flags without meaning for two towers, or for one cache that only this model has, and the values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     # beams
@@ -57,6 +70,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     # the prompt, which is not to change between what the user gave and what comes back
     "token_healing": (False,),
 }
+MOST_POSTERIOR_STEPS = 4096
 REFUSED_ARGUMENTS = (
     "assistant_model",
     "assistant_tokenizer",
@@ -94,6 +108,7 @@ class TwoTowerGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs: Any):
+        kwargs = plain_counts(kwargs)
         kwargs["seed"] = plain_seed(kwargs.get("seed"))
         for name in STRATEGY_DEFAULTS:
             setattr(self, name, kwargs.pop(name, None))
@@ -101,8 +116,8 @@ class TwoTowerGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
-        super().validate(*args, **kwargs)
         check_strategy(self)
+        super().validate(*args, **kwargs)
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
@@ -114,12 +129,22 @@ def check_strategy(config: GenerationConfig) -> None:
     """Raise a ValueError for a strategy knob out of range; None means unset."""
     if config.mode is not None and config.mode not in MODES:
         raise ValueError(f"mode is {config.mode!r}; use one of {', '.join(MODES)}")
-    for name in ("block_size", "steps_per_block", "draft_steps"):
-        value = getattr(config, name)
-        if value is not None and not (is_whole(value) and value >= 1):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    plain_counts(vars(config))
     plain_seed(config.seed)
     check_unmasking(config)
+
+
+def plain_counts(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags, those of [`COUNTS`] as Python's whole numbers; a ValueError for one that is none or too small."""
+    plain = dict(flags)
+    for name, least in COUNTS.items():
+        value = flags.get(name)
+        number = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
+        if number is not None and not (is_whole(number) and number >= least):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if name in flags:
+            plain[name] = number
+    return plain
 
 
 def plain_seed(seed: Any) -> int | list[int] | None:
@@ -142,10 +167,10 @@ def check_supported(config: GenerationConfig) -> None:
         raise ValueError(f"temperature is {temperature!r}; sampling needs it above 0 (or do_sample=False)")
     if config.mode == "self_speculative" and config.block_size < 2:
         raise ValueError(f"block_size is {config.block_size}; self_speculative needs at least 2")
-    for name in ("prefill_chunk_size", "num_return_sequences"):
-        value = getattr(config, name)
-        if value is not None and not (is_whole(value) and value >= 1):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    seconds = config.max_time
+    if seconds is not None and not (isinstance(seconds, int | float) and seconds == seconds):
+        raise ValueError(f"max_time is {seconds!r}; give a number of seconds")
+    _check_posterior_steps(config)
     watermark = config.watermarking_config
     if type(watermark).__name__ == "SynthIDTextWatermarkingConfig" and config.mode not in ("ar", "mock_ar"):
         raise ValueError(
@@ -154,4 +179,23 @@ def check_supported(config: GenerationConfig) -> None:
         )
 
 
-__all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "check_strategy", "check_supported", "plain_seed"]
+def _check_posterior_steps(config: GenerationConfig) -> None:
+    """This rule alone spreads its commits over all the steps there may be, most of which then commit nothing."""
+    name = {"mask_diffusion": "steps_per_block", "self_speculative": "draft_steps"}.get(config.mode)
+    if name is None or config.unmasking_rule != "posterior" or getattr(config, name) <= MOST_POSTERIOR_STEPS:
+        return
+    raise ValueError(
+        f'{name} is {getattr(config, name)}; the rule "posterior" takes passes that commit nothing, in proportion, so '
+        f"give it at most {MOST_POSTERIOR_STEPS}"
+    )
+
+
+__all__ = [
+    "MODES",
+    "STRATEGY_DEFAULTS",
+    "TwoTowerGenerationConfig",
+    "check_strategy",
+    "check_supported",
+    "plain_counts",
+    "plain_seed",
+]

@@ -100,8 +100,9 @@ class TwoTowerGenerationMixin(PreparedGeneration):
                 return
             draft = run.open_block(newest)
             for step in range(run.config.draft_steps):
-                if draft.masked.any():
-                    self._denoise_step(run, draft, step, run.config.draft_steps, number, known=1)
+                if not draft.masked.any():
+                    break
+                self._denoise_step(run, draft, step, run.config.draft_steps, number, known=1)
             run.text.context_forwards[run.text.rows] += 1
             hidden_states = self.context_tower(draft.ids, run.cache, tentative=True)
             logits = at_least_float32(self.context_lm_head(hidden_states)).to(newest.device)

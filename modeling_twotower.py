@@ -64,7 +64,7 @@ from .objective_twotower import (
     masked_cross_entropy,
     sample_masked,
 )
-from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
+from .padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
 from .released_twotower import ReleasedInterface
 
 
@@ -458,7 +458,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         mask = packed.mask()
         if timestep is None:
             timestep = _masked_fraction(packed.ids == self.config.mask_token_id, mask)
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=block_ids.device).expand(len(block_ids))
+        timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
         block_mask = None if mask is None else _visible_tokens(mask)
         layout = ChunkLayout(mask, context_mask=cache.context_mask(), block_mask=block_mask)
         hidden_states = self._denoise(packed.ids, cache, layout, self._modulations(timestep))
@@ -566,7 +566,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
 
     def _check_ids(self, name: str, ids: torch.Tensor, cache: TwoTowerCache | None) -> None:
-        if ids.ndim != 2 or ids.shape[1] < 1:
+        check_ids(name, ids)
+        if ids.shape[1] < 1:
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
         if cache is None:
             return
@@ -994,6 +995,7 @@ def _whole_blocks(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Pad on the right to a multiple of `size`: ids, mask of tokens (None when all are), and trainable positions."""
+    check_ids("labels", labels)
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; make them equal"
@@ -1033,6 +1035,17 @@ def _training_layout(
 def _visible_tokens(mask: torch.Tensor) -> torch.Tensor:
     """(R, S) -> (R, 1, S, S): all of a block's tokens and, so that no column sees nothing, itself."""
     return mask[:, None, None] | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+
+
+def _time_per_row(timestep: Any, rows: int, device: torch.device) -> torch.Tensor:
+    """(R,) float32 from a number or one per row."""
+    try:
+        times = torch.as_tensor(timestep, dtype=torch.float32, device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"timestep is {timestep!r}; give a number in [0, 1], or one per row") from error
+    if times.shape not in ((), (1,), (rows,)):
+        raise ValueError(f"timestep has shape {tuple(times.shape)}; give a number, or one for each of the {rows} rows")
+    return times.expand(rows)
 
 
 def _masked_fraction(masked: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

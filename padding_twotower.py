@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens, H hidden size.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +40,25 @@ class PackedTokens(NamedTuple):
         return torch.zeros_like(hidden_states).scatter(
             1, self.columns[..., None].expand_as(hidden_states), hidden_states
         )
+
+
+def check_ids(name: str, ids: Any) -> None:
+    """
+    Raise a ValueError that names what is no batch of token ids: (B, T) int64 or int32, what embeddings take; B >= 1.
+
+    Whether they lie within the vocabulary is not looked at, which on an accelerator would wait for it.
+    """
+    _check_tensor(name, ids, "token ids")
+    if ids.ndim != 2 or len(ids) == 0:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one row")
+    if ids.dtype not in (torch.int64, torch.int32) and ids.numel() > 0:  # tokenizers' empty texts are floats
+        raise ValueError(f"{name} are {ids.dtype}; give token ids as torch.int64")
+
+
+def _check_tensor(name: str, value: Any, content: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        remedy = "unpack it, as model(**inputs)" if isinstance(value, Mapping) else f"give a tensor of {content}"
+        raise ValueError(f"{name} is a {type(value).__name__}; {remedy}")
 
 
 def pack_tokens(
@@ -80,6 +100,9 @@ def check_attention_mask(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
     if attention_mask is None:
         return None
+    _check_tensor("attention_mask", attention_mask, "1 on tokens and 0 on padding")
+    if attention_mask.ndim == 0:
+        raise ValueError("attention_mask has shape (); give one of (batch, tokens)")
     length, width = input_ids.shape[1], attention_mask.shape[-1]
     fits = width == length or (cached is not None and 0 < cached <= width - length)
     if attention_mask.shape != (len(input_ids), width) or not fits:
@@ -99,4 +122,4 @@ def check_attention_mask(
     return mask
 
 
-__all__ = ["PackedTokens", "check_attention_mask", "pack_tokens"]
+__all__ = ["PackedTokens", "check_attention_mask", "check_ids", "pack_tokens"]

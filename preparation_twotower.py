@@ -23,9 +23,10 @@ from .generation_config_twotower import (
     TwoTowerGenerationConfig,
     check_strategy,
     check_supported,
+    plain_counts,
     plain_seed,
 )
-from .padding_twotower import PackedTokens, check_attention_mask, pack_tokens
+from .padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
 from .sampling_twotower import RowLogitsProcessors, derived_seeds
 from .text_twotower import GeneratedText, TwoTowerGenerateOutput
 from .unmasking_twotower import UnmaskingRule
@@ -35,6 +36,12 @@ logger = logging.get_logger(__name__)
 # Arguments of `generate` that are not of the generation config, and that transformers passes to the decoding method.
 CALL_ARGUMENTS = ("step_callback", "starting_block")
 ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "cache", "use_cache")
+
+
+# The 30B model's quality was measured on blocks of up to four times the size it was trained on.
+MOST_TRAINED_SIZES = 4
+# Limits beyond any text, such as sys.maxsize, must not overflow where they are added up.
+_UNLIMITED = 2**62
 
 
 class PreparedGeneration(GenerationMixin):
@@ -83,7 +90,7 @@ class PreparedGeneration(GenerationMixin):
                 "leave it unset"
             )
         if kwargs.get("starting_block") is not None:
-            kwargs["starting_block"] = torch.as_tensor(kwargs["starting_block"])
+            kwargs["starting_block"] = _as_ids("starting_block", kwargs["starting_block"])
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         kwargs |= {
             "generation_config": generation_config,
@@ -117,6 +124,7 @@ class PreparedGeneration(GenerationMixin):
             places = (given.get(name), getattr(given["generation_config"], name, None))
             return next((value for value in places if value is not None), getattr(self.generation_config, name))
 
+        check_ids("input_ids", input_ids)
         mask = check_attention_mask(input_ids, attention_mask, holes=continued)
         if input_ids.shape[1] == 0:
             bos = special("bos_token_id")
@@ -154,9 +162,10 @@ class PreparedGeneration(GenerationMixin):
         for name in STRATEGY_DEFAULTS:
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, None)
+        kwargs = plain_counts(kwargs)
         if "seed" in kwargs:
             kwargs["seed"] = plain_seed(kwargs["seed"])
-        limits = [kwargs, {} if generation_config is None else generation_config.to_dict()]
+        limits = [kwargs, {} if generation_config is None else plain_counts(generation_config.to_dict())]
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if all(limit.get("max_new_tokens") is None for limit in limits) and any(
             limit.get("max_length") is not None for limit in limits
@@ -166,6 +175,8 @@ class PreparedGeneration(GenerationMixin):
             if getattr(config, name, None) is None:
                 setattr(config, name, default)
         config.seed = plain_seed(config.seed)
+        for name, value in plain_counts(vars(config)).items():
+            setattr(config, name, value)
         check_strategy(config)
         check_supported(config)
         for name, modes in (
@@ -177,6 +188,7 @@ class PreparedGeneration(GenerationMixin):
         callback = model_kwargs.get("step_callback")
         if callback is not None and not callable(callback):
             raise ValueError(f"step_callback is {callback!r}, which cannot be called")
+        _bound_block(config, self.config.block_size)
         if config.block_size > self.config.block_size and config.mode == "mask_diffusion":
             logger.warning(
                 f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "
@@ -316,12 +328,38 @@ class PreparedGeneration(GenerationMixin):
         return block
 
 
+def _as_ids(name: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is a {type(value).__name__} that makes no tensor ({error}); give token ids") from error
+
+
+def _bound_block(config: GenerationConfig, trained: int) -> None:
+    """
+    Refuse or, where it changes no text, leave out columns of a block that no row may ever write.
+
+    What a block's other columns are changes what the denoiser makes of it, so up to the trained size, and in
+    `mask_diffusion` up to the largest multiple of it that was ever measured, a block is as wide as it was asked for.
+    The bound depends on nothing but the call's flags: a row's passes must not depend on its neighbours.
+    """
+    tokens = config.max_length if config.max_new_tokens is None else config.max_new_tokens
+    most = max(tokens, MOST_TRAINED_SIZES * trained)
+    if config.mode == "self_speculative":
+        config.block_size = min(config.block_size, max(tokens, trained, 2))
+    elif config.mode == "mask_diffusion" and config.block_size > most:
+        raise ValueError(
+            f"block_size is {config.block_size}, but no row may write more than {tokens} tokens, and the denoiser was "
+            f"trained on blocks of {trained}; give at most {most}, or more max_new_tokens"
+        )
+
+
 def _most_tokens(config: GenerationConfig, prompt_length: Any) -> Any:
     """Where a row's text ends at the latest: `max_length` counts its own tokens, not its padding."""
     if config.max_new_tokens is not None:
-        return prompt_length + config.max_new_tokens
+        return prompt_length + min(config.max_new_tokens, _UNLIMITED)
     if isinstance(prompt_length, torch.Tensor):
-        return torch.full_like(prompt_length, config.max_length)
+        return torch.full_like(prompt_length, min(config.max_length, _UNLIMITED))
     return config.max_length
 
 

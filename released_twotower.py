@@ -14,6 +14,7 @@ from torch import nn
 
 from .compat_twotower import is_accelerate_available, requires_backends
 from .generation_twotower import BlockStep
+from .padding_twotower import check_ids
 
 # Without the condition, transformers would ask everybody who loads an exported model to install accelerate.
 if is_accelerate_available():
@@ -136,6 +137,7 @@ def _common_arguments(
     top_p: float | None,
     eos_token_id: int | list[int] | None,
 ) -> dict[str, Any]:
+    check_ids("input_ids", input_ids)
     arguments: dict[str, Any] = {
         "attention_mask": torch.ones_like(input_ids),
         "max_new_tokens": max_new_tokens,

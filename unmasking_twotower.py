@@ -261,6 +261,7 @@ def _commit_first(
     one, and with `steps_left` enough to finish in time."""
     count = count.clamp(min=1)
     if steps_left is not None:
+        steps_left = min(steps_left, masked.shape[-1])  # more are of no use, and might not fit into int64
         count = torch.maximum(count, (masked.sum(-1) + steps_left - 1) // steps_left)
     order = priority.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return (order.argsort(dim=-1) < count[:, None]) & masked
