@@ -56,6 +56,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHTopkRouter,
 )
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     ModelOutput,
@@ -113,6 +114,7 @@ def _current_name(key: Any) -> Any:
 
 __all__ = [
     "ACT2FN",
+    "CONFIG_NAME",
     "SAFE_WEIGHTS_INDEX_NAME",
     "SAFE_WEIGHTS_NAME",
     "BaseStreamer",

@@ -50,6 +50,7 @@ class TwoTowerConfig(NemotronHConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
         auto_map = kwargs.pop("auto_map", None)
+        check_auto_map(auto_map, "the config")
         declared_layers = kwargs.get("num_hidden_layers")
         super().__post_init__(**kwargs)
         if auto_map and _is_own_code(auto_map):
@@ -65,6 +66,7 @@ class TwoTowerConfig(NemotronHConfig):
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a config as transformers does, taking NVIDIA's `nemotron_h` for the TwoTower it describes."""
         config_dict, unused = super().get_config_dict(*args, **kwargs)
+        check_auto_map(config_dict.get("auto_map"), f"config.json in {args[0]}" if args else "config.json")
         if config_dict.get("model_type") == NemotronHConfig.model_type:
             config_dict = {**config_dict, "model_type": cls.model_type, "architectures": ["TwoTowerForBlockDiffusion"]}
         return config_dict, unused
@@ -150,11 +152,26 @@ class TwoTowerConfig(NemotronHConfig):
         return [LAYER_LETTERS[letter] for letter in pattern]
 
 
+def check_auto_map(auto_map: Any, source: Any) -> None:
+    """Raise a ValueError that names what is no mapping of auto classes to code; `source` says where it stands."""
+    if auto_map is None:
+        return
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"auto_map of {source} is {auto_map!r}; it must map auto classes to code, or be left out")
+    for name, reference in auto_map.items():
+        # A tokenizer's is a pair, of which either may be None.
+        references = reference if name == "AutoTokenizer" and isinstance(reference, list | tuple) else [reference]
+        if not all(isinstance(code, str) or (code is None and len(references) > 1) for code in references):
+            raise ValueError(f"auto_map of {source} has {reference!r} for {name}; it must be 'module.Class'")
+
+
 def _is_own_code(auto_map: dict[str, str]) -> bool:
     """Whether a config's `auto_map` points at this model's exported code (`repo--module.Class` or `module.Class`)."""
-    return all(reference.split("--")[-1].split(".")[0].endswith("_twotower") for reference in auto_map.values()) and (
-        auto_map.get("AutoConfig", "").endswith(TwoTowerConfig.__name__)
+    own_config = auto_map.get("AutoConfig", "").endswith(TwoTowerConfig.__name__)
+    return own_config and all(
+        isinstance(reference, str) and reference.split("--")[-1].split(".")[0].endswith("_twotower")
+        for reference in auto_map.values()
     )
 
 
-__all__ = ["TwoTowerConfig"]
+__all__ = ["TwoTowerConfig", "check_auto_map"]

@@ -42,6 +42,7 @@ class BlockStep:
         tokens: (R, S) predictions.
         confidence: (R, S) their untempered probabilities.
         commit: (R, S) bool, open positions the unmasking rule commits now.
+        mask_logits: (R, S) float32, the logits of the mask id.
     """
 
     rows: torch.Tensor
@@ -55,6 +56,7 @@ class BlockStep:
     tokens: torch.Tensor
     confidence: torch.Tensor
     commit: torch.Tensor
+    mask_logits: torch.Tensor
 
 
 @dataclass
@@ -177,6 +179,7 @@ class Decoding:
         steps: int,
         number: int,
         is_draft: bool,
+        mask_logits: torch.Tensor,
     ) -> tuple[Prediction, torch.Tensor]:
         """What the user's callback makes of a pass."""
         assert self.step_callback is not None
@@ -192,6 +195,7 @@ class Decoding:
             tokens=prediction.tokens.clone(),
             confidence=prediction.confidence.clone(),
             commit=commit.clone(),
+            mask_logits=mask_logits,
         )
         self.step_callback(state)
         _check_answer("commit", state.commit, block.masked)

@@ -177,6 +177,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         run.text.denoiser_forwards[run.text.rows] += block.masked.any(-1)
         timestep = run.rule.timestep(block.masked, step, steps)
         logits = self.denoise(block.ids, run.cache, timestep).to(block.ids.device)
+        mask_logits = logits[..., self.config.mask_token_id].clone()
         logits[..., self.config.mask_token_id] = -torch.inf
         prediction = self._predict(run, logits, block, known)
         commit = run.rule.commit(prediction, block.masked, step, steps, lambda: run.uniform(block, step, -known))
@@ -184,7 +185,9 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             # What processors saw before a position must be the text that comes to stand there.
             commit = commit_run(commit, block.masked, steps - step)
         if run.step_callback is not None:
-            asked, commit = run.ask(block, prediction, commit, timestep, step, steps, number, is_draft=known > 0)
+            asked, commit = run.ask(
+                block, prediction, commit, timestep, step, steps, number, is_draft=known > 0, mask_logits=mask_logits
+            )
             if run.processors.sees_text:
                 # What was chosen after a token that is replaced is chosen again; after a veto it must wait.
                 replaced = commit & (asked.tokens != prediction.tokens)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import NemotronHForCausalLM, PreTrainedModel
 
 from .compat_twotower import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WeightConverter,
@@ -23,9 +24,10 @@ from .compat_twotower import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from .configuration_twotower import TwoTowerConfig
+from .configuration_twotower import TwoTowerConfig, check_auto_map
 
 PICKLED_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 EXPERT_MATRIX = re.compile(r"(.+\.mixer\.experts\.)(\d+)(\..+)")
 BACKBONE_ONLY_FIELDS = (
     "model_type architectures auto_map transformers_version num_nextn_predict_layers mtp_layers_block_type"
@@ -50,7 +52,8 @@ def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[st
         Names of the tensors of a local folder; None for anything else.
 
     Raises:
-        ValueError: without weights, with pickled ones only, or where a file is missing, truncated or lacks a tensor.
+        ValueError: without config.json or weights, with pickled ones only, where a file is missing, truncated,
+            malformed or lacks a tensor, or where a tensor is of numbers that no weight is.
     """
     if kwargs.get("use_safetensors") is False:
         raise ValueError("use_safetensors is False, but only safetensors are loaded; leave it unset")
@@ -61,9 +64,9 @@ def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[st
         folder / add_variant(name, kwargs.get("variant")) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )
     if single.is_file():
-        return _tensor_names(single)
+        return _tensor_names(single, _check_config(folder, kwargs))
     if index.is_file():
-        return _sharded_tensor_names(index)
+        return _sharded_tensor_names(index, _check_config(folder, kwargs))
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED_SUFFIXES)
     if pickled:
         raise ValueError(
@@ -72,9 +75,36 @@ def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[st
     raise ValueError(f"{folder} holds no weights: neither {single.name} nor {index.name}")
 
 
-def _sharded_tensor_names(index: Path) -> set[str]:
-    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    held = {shard: _tensor_names(index.parent / shard) for shard in sorted(set(weight_map.values()))}
+def _check_config(folder: Path, kwargs: dict[str, Any]) -> bool:
+    """Whether the weights are quantised; a ValueError where config.json is needed and missing or malformed."""
+    if kwargs.get("config") is not None:  # or the path of one
+        return getattr(kwargs["config"], "quantization_config", None) is not None
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no {CONFIG_NAME}; give a checkpoint's folder, or copy the model's there")
+    config = _read_object(file)
+    check_auto_map(config.get("auto_map"), file)
+    return config.get("quantization_config") is not None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object of fields; download it again")
+    return content
+
+
+def _sharded_tensor_names(index: Path, quantized: bool) -> set[str]:
+    weight_map = _read_object(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map):
+        raise ValueError(f"{index} has no weight_map of tensor names to files; download it again")
+    for name, shard in weight_map.items():
+        if not (isinstance(shard, str) and shard):
+            raise ValueError(f"the weight_map of {index} has {shard!r} for {name}; it needs a file's name")
+    held = {shard: _tensor_names(index.parent / shard, quantized) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in held[shard]:
             raise ValueError(
@@ -83,12 +113,20 @@ def _sharded_tensor_names(index: Path) -> set[str]:
     return set(weight_map)
 
 
-def _tensor_names(file: Path) -> set[str]:
+def _tensor_names(file: Path, quantized: bool) -> set[str]:
     if not file.is_file():
         raise ValueError(f"{file} is missing; download it again")
     try:
         with safe_open(file, framework="pt") as tensors:
-            return set(tensors.keys())
+            names = set(tensors.keys())
+            for name in [] if quantized else sorted(names):
+                dtype = tensors.get_slice(name).get_dtype()
+                if dtype not in WEIGHT_DTYPES:
+                    raise ValueError(
+                        f"{file} holds {name} as {dtype}, which would be cast to a weight; give it as one of "
+                        f"{', '.join(WEIGHT_DTYPES)}, or the quantization_config it belongs to"
+                    )
+            return names
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
 

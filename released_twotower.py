@@ -7,12 +7,12 @@ Shapes: B batch, R rows still generating, P prompt columns, N new tokens, S bloc
 """
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import nn
 
-from .compat_twotower import is_accelerate_available, requires_backends
+from .compat_twotower import BaseStreamer, is_accelerate_available, requires_backends
 from .generation_twotower import BlockStep
 from .padding_twotower import check_ids
 
@@ -26,9 +26,23 @@ DENOISER_PARTS = ("denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_s
 
 
 class ReleasedInterface:
-    """Mixin with the methods of NVIDIA's model class; `_last_nfe` counts the denoiser passes of the last diffusion."""
+    """
+    Mixin with the methods of NVIDIA's model class.
 
-    _last_nfe: int
+    `_last_nfe` counts the denoiser passes of this thread's last `generate_mask_diffusion`, or in a thread that has made
+    none those of the last in any.
+    """
+
+    @property
+    def _last_nfe(self) -> int:
+        counts = vars(self).get("_nfe_by_thread", {})
+        if not counts:
+            raise AttributeError("_last_nfe is set by generate_mask_diffusion, which was not called yet")
+        return counts.get(get_ident(), counts[None])
+
+    @_last_nfe.setter
+    def _last_nfe(self, count: int) -> None:
+        vars(self).setdefault("_nfe_by_thread", {}).update({None: count, get_ident(): count})
 
     def generate_mask_diffusion(
         self: Any,
@@ -65,21 +79,18 @@ class ReleasedInterface:
             raise ValueError(
                 f"mask_token_id is {mask_token_id}, but the model's is {self.config.mask_token_id}; give that one"
             )
-        passes = _DenoiserPasses(mask_token_id)
-        hook = self.lm_head.register_forward_hook(passes)
-        try:
-            sequences = self.generate(
-                input_ids,
-                mode="mask_diffusion",
-                block_size=block_size,
-                steps_per_block=steps_per_block,
-                unmasking_rule="confidence",
-                confidence_threshold=confidence_threshold,
-                step_callback=None if step_callback is None else _released_callback(step_callback, passes),
-                **_common_arguments(input_ids, max_new_tokens, temperature, top_k, None, eos_token_id),
-            )
-        finally:
-            hook.remove()
+        passes = _PassCounter()
+        sequences = self.generate(
+            input_ids,
+            mode="mask_diffusion",
+            block_size=block_size,
+            steps_per_block=steps_per_block,
+            unmasking_rule="confidence",
+            confidence_threshold=confidence_threshold,
+            step_callback=None if step_callback is None else _released_callback(step_callback, mask_token_id),
+            streamer=passes,
+            **_common_arguments(input_ids, max_new_tokens, temperature, top_k, None, eos_token_id),
+        )
         self._last_nfe = passes.count
         return sequences.to(input_ids.device)
 
@@ -151,30 +162,31 @@ def _common_arguments(
     return arguments
 
 
-class _DenoiserPasses:
-    """Hook of the denoiser's head: counts its passes and keeps the mask id's logit, which `generate` overwrites."""
+class _PassCounter(BaseStreamer):
+    """Of one call, whatever other threads do with the model: `generate` shows it the block after every pass."""
 
-    def __init__(self, mask_token_id: int):
-        self.mask_token_id, self.count = mask_token_id, 0
+    def __init__(self) -> None:
+        self.count = 0
 
-    def __call__(self, head: nn.Module, args: Any, logits: torch.Tensor) -> None:
+    def put_draft(self, value: torch.Tensor) -> None:
         self.count += 1
-        self.mask_logits = logits[..., self.mask_token_id].to(torch.float32, copy=True)
 
-    def restore(self, logits: torch.Tensor) -> torch.Tensor:
-        """The newest pass's (R, S, V) logits as the denoiser gave them."""
-        restored = logits.clone()
-        restored[..., self.mask_token_id] = self.mask_logits.to(logits.device)
-        return restored
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
-def _released_callback(step_callback: Callable[..., Any], passes: _DenoiserPasses) -> Callable[[BlockStep], None]:
+def _released_callback(step_callback: Callable[..., Any], mask_token_id: int) -> Callable[[BlockStep], None]:
     def call(state: BlockStep) -> None:
         ids, steps, block = state.ids, state.steps, state.block
         if state.step == 0:
             step_callback(0, steps, ids.clone(), t=1.0, logits=None, block_idx=block)
         masked_fraction = float(state.timestep.mean())
-        step_callback(state.step, steps, ids, t=masked_fraction, logits=passes.restore(state.logits), block_idx=block)
+        # As the denoiser gave them; `generate` forbids the mask.
+        state.logits[..., mask_token_id] = state.mask_logits
+        step_callback(state.step, steps, ids, t=masked_fraction, logits=state.logits, block_idx=block)
 
     return call
 

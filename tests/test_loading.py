@@ -26,6 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from twotower.configuration_twotower import TwoTowerConfig
+from twotower.loading_twotower import check_safetensors
 from twotower.modeling_twotower import TWOTOWER_PARTS, TwoTowerForBlockDiffusion
 
 
@@ -590,3 +591,98 @@ def test_key_mapping_renames_on_loading(tmp_path):
     assert "head.weight" in tensors
     loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, key_mapping={r"head\.weight$": "lm_head.weight"})
     assert_same_weights(loaded, model)
+
+
+# Folders that are malformed
+
+
+def test_a_folder_without_config_is_refused_at_once(no_work, broken, monkeypatch):
+    """Not after asking the Hub for what a folder lacks, and with no hint at a network."""
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    (broken.parent / "config.json").unlink()
+    for load in (TwoTowerForBlockDiffusion.from_pretrained, TwoTowerForBlockDiffusion.from_backbone):
+        with pytest.raises(ValueError, match=f"^{broken.parent} holds no config.json; give a checkpoint's folder.*$"):
+            load(broken.parent)
+
+
+def test_a_config_given_beside_the_folder_needs_no_file(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").rename(tmp_path / "config.json")
+    config = TwoTowerConfig.from_pretrained(tmp_path)
+    expected = TwoTowerForBlockDiffusion.from_pretrained(sharded)
+    assert_same_weights(TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "bare", config=config), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is no JSON"),
+        ("{'single': 'quotes'}", "is no JSON"),
+        ("[]", "holds a list, not an object"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": ["a.safetensors"]}', "has no weight_map"),
+        ('{"weight_map": {"lm_head.weight": 5}}', "has 5 for lm_head.weight; it needs a file's name"),
+        ('{"weight_map": {"lm_head.weight": null}}', "has None for lm_head.weight"),
+        ('{"weight_map": {"lm_head.weight": ["a"]}}', r"has \['a'\] for lm_head.weight"),
+        ('{"weight_map": {"lm_head.weight": ""}}', "has '' for lm_head.weight"),
+        ('{"weight_map": {"lm_head.weight": "."}}', "broken is missing"),
+    ],
+)
+def test_a_malformed_index_is_named(no_work, broken, content, message):
+    index = broken.parent / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        TwoTowerForBlockDiffusion.from_pretrained(broken.parent)
+    assert str(broken.parent) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[1]"])
+def test_a_malformed_config_is_named(no_work, broken, content):
+    (broken.parent / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^{broken.parent / 'config.json'} (is no JSON|holds a list)"):
+        TwoTowerForBlockDiffusion.from_pretrained(broken.parent)
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "message"),
+    [
+        (["AutoModel"], r"is \['AutoModel'\]; it must map auto classes to code"),
+        ("modeling_twotower.Model", "is 'modeling_twotower.Model'; it must map"),
+        ({"AutoModel": None}, "has None for AutoModel; it must be 'module.Class'"),
+        ({"AutoModel": ["a.B"]}, r"has \['a.B'\] for AutoModel"),
+        ({"AutoTokenizer": ["a.B", 5]}, r"has \['a.B', 5\] for AutoTokenizer"),
+    ],
+)
+def test_a_malformed_auto_map_is_named(no_work, broken, auto_map, message):
+    file = broken.parent / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": auto_map}))
+    with pytest.raises(ValueError, match=f"auto_map of {file} {message}"):
+        TwoTowerForBlockDiffusion.from_pretrained(broken.parent)
+    with pytest.raises(ValueError, match=f"auto_map of config.json in {broken.parent} {message}"):
+        TwoTowerConfig.from_pretrained(broken.parent)
+    with pytest.raises(ValueError, match=f"auto_map of the config {message}"):
+        tiny_config(auto_map=auto_map)
+
+
+def test_an_auto_map_with_a_tokenizers_pair_loads(sharded, tmp_path):
+    config = json.loads((sharded / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "other.Config", "AutoTokenizer": [None, "other.Fast"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not hasattr(TwoTowerConfig.from_pretrained(tmp_path), "auto_map")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64, torch.int8, torch.uint8])
+def test_weights_that_are_no_floats_are_refused(no_work, broken, dtype):
+    tensors = load_file(broken)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name].to(dtype)}, broken, metadata={"format": "pt"})
+    refused(broken.parent, f"{broken.name} holds {name} as [A-Z0-9]+, which would be cast to a weight")
+
+
+def test_a_quantised_checkpoint_may_hold_integers(broken):
+    file = broken.parent / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "other"}}))
+    tensors = load_file(broken)
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, broken, metadata={"format": "pt"})
+    assert check_safetensors(broken.parent, {}) == set(stored(broken.parent))

@@ -1,8 +1,11 @@
 """The released code's method names: what each call of `generate` they stand for gives, and what a callback is told."""
 
+import copy
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 
 import pytest
 import torch
@@ -255,3 +258,48 @@ class TestPlacement:
 def _all_modes(model):
     outputs = [model.generate_mask_diffusion(PROMPT, **DIFFUSION), model.generate_mock_ar(PROMPT, 6)]
     return [output.tolist() for output in (*outputs, model.generate_ar(PROMPT, 6))]
+
+
+class TestPassCount:
+    def test_threads_do_not_mix_their_counts(self):
+        """Two calls at the same time, one pass of each after one of the other."""
+        model = tiny_model()
+        prompts = [random_ids(1, 6, seed=seed) for seed in (0, 1)]
+        options = [DIFFUSION | {"confidence_threshold": 1.0}, DIFFUSION | {"max_new_tokens": 4, "steps_per_block": 1}]
+        alone = []
+        for prompt, option in zip(prompts, options, strict=True):
+            model.generate_mask_diffusion(prompt, **option)
+            alone.append(model._last_nfe)
+        assert alone == [12, 1]
+        both, started = Barrier(2, timeout=60), [False, False]
+
+        def call(idx):
+            def meet(step, steps, block_ids, t, logits, block_idx):
+                if not started[idx]:
+                    started[idx] = True
+                    both.wait()
+
+            model.generate_mask_diffusion(prompts[idx], step_callback=meet, **options[idx])
+            both.wait()  # the other has set its count, too
+            return model._last_nfe
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(call, range(2))) == alone
+
+    def test_another_thread_finds_the_last_count(self):
+        """As with a plain attribute, of a call that was handed to a worker."""
+        model = tiny_model()
+        with pytest.raises(AttributeError, match="_last_nfe"):
+            model._last_nfe  # noqa: B018
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(model.generate_mask_diffusion, PROMPT, **DIFFUSION | {"max_new_tokens": 1}).result()
+        count = model._last_nfe
+        assert 1 <= count <= 4
+        assert copy.deepcopy(model)._last_nfe == count
+
+    def test_one_per_pass_of_the_whole_batch(self, model):
+        seen = []
+        hook = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+        model.generate_mask_diffusion(random_ids(3, 6, seed=4), eos_token_id=list(range(4, 12)), **DIFFUSION)
+        hook.remove()
+        assert model._last_nfe == len(seen)
