@@ -12,7 +12,7 @@ NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat modeling objectiv
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp-base
-	$(BIN)/twotower generate "$(QUESTION)"
+	$(BIN)/twotower generate --trace "$(QUESTION)"
 
 test: lint
 	$(BIN)/pytest

@@ -1,12 +1,16 @@
 """The `twotower` command. What takes long to import is imported by the command that needs it."""
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import randbits
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,12 +43,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        try:
+            number = metadata.version("twotower")
+        except metadata.PackageNotFoundError:
+            number = "(not installed)"  # but found on the path
+        typer.echo(f"twotower {number}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; default the demonstration checkpoint.")]
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="A question, or with --raw the beginning of a text.")],
+    prompt: Annotated[
+        str, typer.Argument(help="A question, or with --raw the beginning of a text; - reads it from standard input.")
+    ],
     model: Model = None,
     mode: Annotated[
         str | None, typer.Option(help="mask_diffusion, self_speculative, mock_ar or ar; default the checkpoint's.")
@@ -70,9 +95,11 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="With --do-sample: among the likeliest, p in all.")] = None,
     seed: Annotated[int | None, typer.Option(help="With --do-sample: the same seed gives the same text.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Print a line per denoiser pass, then what ar makes of the same prompt.")
+    ] = False,
 ) -> None:
     """Answer PROMPT: the text on standard output, a line about its cost on standard error."""
-    from .evaluation import cut_after_end, end_ids
     from .generation_twotower import TwoTowerGenerationConfig
     from .terminal import DraftStreamer, output_console
 
@@ -92,17 +119,21 @@ def generate(
     }
     options = {name: value for name, value in options.items() if value is not None}
     # Loading may take minutes; what is wrong with the options is known before.
+    prompt = _prompt(prompt)
     TwoTowerGenerationConfig(**options).validate()
     two_towers, tokenizer = _load(model)
     _check_sampling(options, two_towers.generation_config.do_sample)
     inputs = _encode(prompt, tokenizer, raw).to(two_towers.device)
     console = output_console()
+    if trace:
+        _trace(two_towers, tokenizer, inputs, options, console)
+        return
     show = DraftStreamer(tokenizer, two_towers.config.mask_token_id, console) if console.is_terminal else None
     with show or nullcontext():
         started = time.perf_counter()
         output: Any = two_towers.generate(**inputs, **options, streamer=show, return_dict_in_generate=True)
         seconds = time.perf_counter() - started
-    tokens = cut_after_end(output.sequences[0, inputs.input_ids.shape[1] :].tolist(), end_ids(two_towers))
+    tokens = _new_tokens(two_towers, inputs, output)
     if show is None:
         typer.echo(tokenizer.decode(tokens, skip_special_tokens=True).strip())
     typer.echo(_cost(len(tokens), int(output.denoiser_forwards), int(output.context_forwards), seconds), err=True)
@@ -202,8 +233,7 @@ def evaluate(
     for file in (json_file, png_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # A file that cannot be written is reported now rather than after the work.
-            file.open("a").close()
+            _check_writable(file)
     two_towers, tokenizer = _load(model)
     torch.set_num_threads(threads)
     # transformers' NemotronH says once per kernel that this machine has none.
@@ -214,14 +244,15 @@ def evaluate(
         report = evaluation.evaluate(two_towers, tokenizer, problems, seed, sizes, repeats, track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        figures = json.dumps(report, indent=2) + "\n"
+        _write_whole(json_file, lambda file: file.write_text(figures))
     console = output_console()
     table = rules_evaluation.rules_table(report) if rules else evaluation.table(report)
     show_table(console, evaluation.title(report), *table, left_columns=2 if rules else 1)
     if not rules:
         console.print(evaluation.footnote(report), soft_wrap=True)
     if png_file is not None:
-        rules_evaluation.draw_rules(report, png_file)
+        _write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
 
 
 def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":
@@ -274,6 +305,84 @@ def _check_sampling(options: dict[str, Any], sampling_is_default: bool | None) -
     if given and not options.get("do_sample", sampling_is_default):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names} given without sampling, where it has no effect; add --do-sample or leave it out")
+
+
+def _prompt(argument: str) -> str:
+    prompt = sys.stdin.read().removesuffix("\n") if argument == "-" else argument
+    if not prompt.strip():
+        where = "standard input" if argument == "-" else "the prompt"
+        raise ValueError(f"{where} is empty; give a question, or with --raw the beginning of a text")
+    return prompt
+
+
+def _trace(two_towers: Any, tokenizer: Any, inputs: "BatchEncoding", options: dict[str, Any], console: Any) -> None:
+    """A line per denoiser pass, the text, and what it cost beside mode "ar"."""
+    from .terminal import TraceStreamer
+
+    mode = options.get("mode") or two_towers.generation_config.mode or "mask_diffusion"
+    if mode == "ar":
+        raise ValueError('--trace shows denoiser passes, and mode "ar" takes none; leave one of them out')
+    draws = options.get("do_sample", two_towers.generation_config.do_sample)
+    if (draws or options.get("unmasking_rule") == "posterior") and "seed" not in options:
+        options |= {"seed": randbits(62)}  # every time the same text
+    stream = TraceStreamer(tokenizer, two_towers.config.mask_token_id, console, drafts=mode == "self_speculative")
+    two_towers.generate(**inputs, **options, streamer=stream)
+    # Timed without printing, and not the first time.
+    texts, costs = {}, {}
+    for name in (mode, "ar"):
+        two_towers.generate(**inputs, **options | {"mode": name, "max_new_tokens": 2})
+        started = time.perf_counter()
+        output = two_towers.generate(**inputs, **options | {"mode": name}, return_dict_in_generate=True)
+        seconds = time.perf_counter() - started
+        tokens = _new_tokens(two_towers, inputs, output)
+        texts[name] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        costs[name] = _short_cost(len(tokens), int(output.denoiser_forwards), int(output.context_forwards), seconds)
+    console.print(texts[mode], soft_wrap=True)
+    if texts["ar"] != texts[mode]:
+        console.print(f"\nar writes: {texts['ar']}", soft_wrap=True)
+    console.print()
+    for name, cost in costs.items():
+        console.print(f"{name + ':':<{len(mode) + 1}} {cost}", soft_wrap=True)
+
+
+def _new_tokens(two_towers: Any, inputs: "BatchEncoding", output: Any) -> list[int]:
+    from .evaluation import cut_after_end, end_ids
+
+    return cut_after_end(output.sequences[0, inputs.input_ids.shape[1] :].tolist(), end_ids(two_towers))
+
+
+def _short_cost(tokens: int, denoiser_passes: int, context_passes: int, seconds: float) -> str:
+    passes = f"{denoiser_passes} denoiser + {context_passes} context" if denoiser_passes else str(context_passes)
+    return f"{tokens} tokens in {passes} passes, {tokens / seconds:.0f} tokens/s"
+
+
+def _check_writable(file: Path) -> None:
+    """Report now what would keep a file from being written after the work; nothing is left, and nothing changed."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; give a file")
+    if not file.exists() or file.is_file():
+        scratch = _sibling(file)
+        scratch.open("x").close()
+        scratch.unlink()
+
+
+def _write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file all at once: interrupted, it is as it was before."""
+    if file.exists() and not file.is_file():  # a pipe, say
+        write(file)
+        return
+    scratch = _sibling(file)
+    try:
+        write(scratch)
+        os.replace(scratch, file.resolve())
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _sibling(file: Path) -> Path:
+    """On the same file system, and of the same kind."""
+    target = file.resolve()
+    return target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
 
 
 def _encode(prompt: str, tokenizer: Any, raw: bool) -> "BatchEncoding":

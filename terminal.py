@@ -18,7 +18,7 @@ from rich.text import Text
 
 from .compat_twotower import BaseStreamer
 
-MASK_SYMBOL = "░"
+MASK_SYMBOL, END_SYMBOL = "░", "■"
 # A file has no width; tables there are as wide as their content.
 PLAIN_WIDTH = 10_000
 
@@ -64,6 +64,76 @@ def draft_text(token_ids: list[int], tokenizer: Any, mask_token_id: int) -> Text
         else:
             text.append(tokenizer.decode(list(run), skip_special_tokens=True), style="yellow")
     return text
+
+
+class TraceStreamer(BaseStreamer):
+    """
+    Prints a line for each denoiser pass over one row: block, pass, how many tokens it committed, the block after it.
+
+    In mode "self_speculative" a block is a draft, and a line more says what the context tower kept of it.
+
+    Args:
+        tokenizer: of the model.
+        mask_token_id: id of the [MASK] token in drafts.
+        console: a terminal, where what a pass committed stands out, or plain text.
+        drafts: whether blocks are drafts.
+    """
+
+    def __init__(self, tokenizer: Any, mask_token_id: int, console: Console, drafts: bool = False):
+        self.tokenizer, self.mask_token_id, self.console, self.drafts = tokenizer, mask_token_id, console, drafts
+        self.block, self.step, self.prompt_seen = 1, 0, False
+        self.before: list[int] = []
+        console.print(f"One line per denoiser pass; {MASK_SYMBOL} is a token still open, {END_SYMBOL} the end of the text.")
+        self._line("draft" if drafts else "block", "pass", "new", Text("text"))
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take (1, n) tokens of the text; the first call brings the prompt, which is not shown."""
+        tokens = value.flatten().tolist()
+        text, new = self._text(tokens), f"+{len(tokens)}"
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        if self.drafts and not self.step:  # the context tower's, before the first draft
+            self._line("-", "-", new, text)
+            return
+        if self.drafts:
+            self._line(str(self.block), "kept", new, text)
+        elif not self.step:  # mode "mock_ar"
+            self._line(str(self.block), "1", new, text)
+        self.block, self.step, self.before = self.block + 1, 0, []
+
+    def put_draft(self, value: torch.Tensor) -> None:
+        """Take the (1, S) block after a denoiser pass."""
+        tokens = value.flatten().tolist()
+        before = self.before or [self.mask_token_id] * len(tokens)
+        self.step, self.before = self.step + 1, tokens
+        new = [token != old for token, old in zip(tokens, before, strict=True)]
+        counted = new[: self._end(tokens)]
+        self._line(str(self.block), str(self.step), f"+{sum(counted)}", self._text(tokens, new))
+
+    def end(self) -> None:
+        self.console.print()
+
+    def _end(self, tokens: list[int]) -> int:
+        """How many of the tokens come before what follows the end of the text."""
+        end = self.tokenizer.eos_token_id
+        return tokens.index(end) + 1 if end in tokens else len(tokens)
+
+    def _text(self, tokens: list[int], new: Sequence[bool] = ()) -> Text:
+        """One line of text, with a dim symbol for each open token and the end marked; what is new is bold."""
+        text, shown = Text(), self._end(tokens)
+        marked = list(zip(tokens[:shown], [*new, *[False] * len(tokens)], strict=False))
+        for (is_open, is_new), run in groupby(marked, key=lambda pair: (pair[0] == self.mask_token_id, pair[1])):
+            ids = [token for token, _ in run]
+            if is_open:
+                text.append(MASK_SYMBOL * len(ids), style="dim")
+                continue
+            words = self.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", "⏎")
+            text.append(words + (END_SYMBOL if ids[-1] == self.tokenizer.eos_token_id else ""), "bold" if is_new else "")
+        return text
+
+    def _line(self, block: str, step: str, new: str, text: Text) -> None:
+        self.console.print(Text(f"{block:>5}  {step:>4}  {new:>4}  ").append_text(text), soft_wrap=True)
 
 
 class DraftStreamer(BaseStreamer):

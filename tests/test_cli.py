@@ -31,8 +31,8 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments, code=0, **kwargs):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
     assert result.exit_code == code, result.output
     return result
 
@@ -248,6 +248,112 @@ def test_export_writes_a_hub_folder(checkpoint, tmp_path):
 def test_help_names_the_commands():
     shown = run("--help").stdout
     assert all(command in shown for command in ("generate", "export", "info", "train", "eval"))
+
+
+def test_generate_reads_standard_input(checkpoint):
+    arguments = ("--model", checkpoint, "--max-new-tokens", 6)
+    expected = run("generate", QUESTION, *arguments).stdout
+    assert run("generate", "-", *arguments, input=f"{QUESTION}\n").stdout == expected
+
+
+@pytest.mark.parametrize(("prompt", "given"), [("", None), (" \n\t", None), ("-", ""), ("-", " \n")])
+def test_generate_refuses_an_empty_prompt_before_any_work(prompt, given, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    name = "standard input" if prompt == "-" else "the prompt"
+    for raw in ((), ("--raw",)):
+        result = run("generate", prompt, *raw, code=2, input=given)
+        assert result.stderr == f"error: {name} is empty; give a question, or with --raw the beginning of a text\n"
+
+
+def test_version(monkeypatch):
+    monkeypatch.setattr(cli.metadata, "version", lambda name: {"twotower": "1.2.3"}[name])
+    assert run("--version").stdout == "twotower 1.2.3\n"
+
+    def absent(name):
+        raise cli.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli.metadata, "version", absent)
+    assert run("--version").stdout == "twotower (not installed)\n"
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative", "mock_ar"])
+def test_trace_shows_every_pass_and_ar_beside_it(checkpoint, mode):
+    knobs = {"mode": mode, "max_new_tokens": 12}
+    arguments = ("--model", checkpoint, "--mode", mode, "--max-new-tokens", 12)
+    result = run("generate", QUESTION, *arguments, "--trace")
+    assert result.stderr == "" and "\x1b" not in result.stdout
+    text, tokens, output = answer(checkpoint, f"Question: {QUESTION}\nAnswer:", **knobs)
+    passes, reads = int(output.denoiser_forwards), int(output.context_forwards)
+    lines = result.stdout.splitlines()
+    numbered = [line.split()[:3] for line in lines if line[:5].strip().isdigit() and line.split()[1].isdigit()]
+    assert len(numbered) == passes
+    if mode == "mask_diffusion":
+        assert sum(int(new) for _, _, new in numbered) >= tokens
+        assert [block for block, *_ in numbered] == sorted(block for block, *_ in numbered)
+    assert text in result.stdout
+    *_, first, second = lines
+    assert first.startswith(f"{mode}: {tokens} tokens in {passes} denoiser + {reads} context passes, ")
+    ar_text, ar_tokens, _ = answer(checkpoint, f"Question: {QUESTION}\nAnswer:", mode="ar", max_new_tokens=12)
+    assert second.startswith(f"{'ar:':<{len(mode) + 1}} {ar_tokens} tokens in {ar_tokens} passes, ")
+    assert first.endswith("tokens/s") and second.endswith("tokens/s")
+    assert (f"ar writes: {ar_text}" in result.stdout) == (ar_text != text)
+
+
+def test_trace_draws_the_same_text_every_time(checkpoint):
+    """Traced and timed are the same text, with a seed of the command's own."""
+    arguments = ("--model", checkpoint, "--max-new-tokens", 8, "--do-sample", "--temperature", 3)
+    lines = run("generate", "ab", "--raw", *arguments, "--trace").stdout.splitlines()
+    drafts = [line for line in lines if line[:5].strip().isdigit()]
+    text = lines[lines.index("") + 1]
+    assert drafts[-1][19:].strip().startswith(text[:4])
+
+
+def test_trace_of_ar_is_refused(checkpoint):
+    result = run("generate", "ab", "--model", checkpoint, "--mode", "ar", "--trace", code=2)
+    assert result.stderr.startswith("error: --trace shows denoiser passes")
+
+
+@pytest.mark.parametrize("before", [None, "older figures"])
+def test_an_interrupted_eval_leaves_no_half_written_file(checkpoint, before, monkeypatch, tmp_path):
+    figures, drawing = tmp_path / "figures.json", tmp_path / "rules.png"
+    for file in (figures, drawing):
+        if before is not None:
+            file.write_text(before)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def half_written(report, file):
+        file.write_text("half")
+        raise OSError("the disk is full")
+
+    arguments = ("eval", "--model", checkpoint, "--rules", "--json", figures, "--png", drawing)
+    kept = [] if before is None else [figures, drawing]
+    monkeypatch.setattr(rules_evaluation, "compare_rules", interrupted)
+    assert CliRunner().invoke(app, [str(part) for part in arguments]).exit_code != 0
+    assert sorted(tmp_path.iterdir()) == kept
+    monkeypatch.setattr(rules_evaluation, "compare_rules", lambda *_, **__: {"problems": 1, "seed": 0})
+    monkeypatch.setattr(rules_evaluation, "rules_table", lambda _: (["a"], []))
+    monkeypatch.setattr(evaluation, "title", lambda _: "title")
+    monkeypatch.setattr(rules_evaluation, "draw_rules", half_written)
+    assert "the disk is full" in run(*arguments, code=1).stderr
+    assert json.loads(figures.read_text())["problems"] == 1
+    assert sorted(tmp_path.iterdir()) == sorted({figures, *kept})
+    assert before is None or drawing.read_text() == before
+
+
+def test_figures_go_through_a_link_and_into_what_is_no_file(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    cli._check_writable(link)
+    cli._write_whole(link, lambda file: file.write_text("new"))
+    assert link.is_symlink() and target.read_text() == "new"
+    cli._check_writable(Path("/dev/null"))
+    cli._write_whole(Path("/dev/null"), lambda file: file.write_text("new"))
+    assert not Path("/dev/null").is_file()
+    with pytest.raises(IsADirectoryError, match="is a folder; give a file"):
+        cli._check_writable(tmp_path)
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from twotower.terminal import MASK_SYMBOL, DraftStreamer, draft_text, output_console, show_table, track
+from twotower.terminal import (
+    MASK_SYMBOL,
+    DraftStreamer,
+    TraceStreamer,
+    draft_text,
+    output_console,
+    show_table,
+    track,
+)
 from twotower.train.problems import training_problems
 from twotower.train.tokenizer import train_tokenizer
 
@@ -90,3 +98,54 @@ def test_table_has_rules_on_a_terminal(terminal):
 def test_track_is_silent_where_it_is_not_a_terminal(capsys):
     assert list(track([1, 2], "counting")) == [1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def plain():
+    return Console(file=io.StringIO(), force_terminal=False, color_system=None, width=200, markup=False, highlight=False)
+
+
+def test_trace_has_a_line_per_pass_with_what_it_committed(tokenizer, plain):
+    answer = ids(tokenizer, " 4 + 5 = 9")
+    opened = [*answer[:2], *[MASK] * (len(answer) - 2)]
+    streamer = TraceStreamer(tokenizer, MASK, plain)
+    streamer.put(torch.tensor([ids(tokenizer, "Question: 77?")]))
+    streamer.put_draft(torch.tensor([opened]))
+    streamer.put_draft(torch.tensor([answer]))
+    streamer.put(torch.tensor([answer]))
+    ends = [*ids(tokenizer, "\n7"), tokenizer.eos_token_id, 9, 9]
+    streamer.put_draft(torch.tensor([ends]))
+    streamer.put(torch.tensor([ends[:-2]]))
+    streamer.end()
+    legend, *lines = plain.file.getvalue().splitlines()
+    open_count = len(answer) - 2
+    assert MASK_SYMBOL in legend and "■" in legend
+    assert lines == [
+        "block  pass   new  text",
+        f"    1     1    +2  {tokenizer.decode(answer[:2])}{MASK_SYMBOL * open_count}",
+        f"    1     2  {f'+{open_count}':>4}   4 + 5 = 9",
+        f"    2     1  {f'+{len(ends) - 2}':>4}  ⏎7■",
+        "",
+    ]
+
+
+def test_trace_of_drafts_says_what_was_kept(tokenizer, plain):
+    streamer = TraceStreamer(tokenizer, MASK, plain, drafts=True)
+    one, two = ids(tokenizer, "1"), ids(tokenizer, "2")
+    for put, tokens in (("put", one), ("put", one), ("put_draft", [*two, MASK]), ("put", [*two, *one])):
+        getattr(streamer, put)(torch.tensor([tokens]))
+    assert plain.file.getvalue().splitlines()[1:] == [
+        "draft  pass   new  text",
+        "    -     -    +1  1",
+        f"    1     1    +1  2{MASK_SYMBOL}",
+        "    1  kept    +2  21",
+    ]
+
+
+def test_trace_makes_what_is_new_stand_out_on_a_terminal(tokenizer, terminal):
+    streamer = TraceStreamer(tokenizer, MASK, terminal)
+    one = ids(tokenizer, "1")
+    for tokens in ([*one, MASK], [*one, *one]):
+        streamer.prompt_seen = True
+        streamer.put_draft(torch.tensor([tokens]))
+    assert "1\x1b[1m1\x1b[0m" in terminal.file.getvalue().splitlines()[-1]

@@ -1,0 +1,39 @@
+"""The README's Python runs as it stands, block after block; what needs the 60B checkpoint is compiled only."""
+
+import ast
+import re
+from pathlib import Path
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def names_nvidias_checkpoint(code: str) -> bool:
+    """Whether a string in the code, not a comment, is a repository of NVIDIA's: 126 GB to download."""
+    strings = (node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant))
+    return any(isinstance(value, str) and value.startswith("nvidia/") for value in strings)
+
+
+def test_the_blocks_run_in_order(capsys):
+    names, ran = {"__name__": "__main__"}, 0
+    for number, code in enumerate(BLOCKS):
+        compiled = compile(code, f"README.md, Python block {number}", "exec")
+        if not names_nvidias_checkpoint(code):
+            exec(compiled, names)
+            ran += 1
+    assert (ran, len(BLOCKS)) == (4, 5), "one block alone loads the 60B checkpoint"
+    shown = capsys.readouterr().out
+    assert "#### 143" in shown and "#### 138" in shown, "both questions are answered"
+    width = names["text"].shape[1]
+    assert names["output"].sequences.shape[1] > width, "the second turn wrote something"
+    assert (names["output"].sequences[:, :width] == names["text"]).all()
+    assert names["loss"].isfinite()
+
+
+def test_the_blocks_that_begin_with_imports_run_alone():
+    """All but the second turn and a map of devices, whose text says what they come after."""
+    continued = [code for code in BLOCKS if "import" not in code or "output.sequences, next_turn" in code]
+    assert len(continued) == 2
+    for code in BLOCKS:
+        if code not in continued and not names_nvidias_checkpoint(code):
+            exec(code, {})
