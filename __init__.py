@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .asking_twotower import PerRow, Stateless
 from .configuration_twotower import TwoTowerConfig
 from .generation_twotower import TwoTowerGenerationConfig
 from .modeling_twotower import TwoTowerForBlockDiffusion
@@ -26,4 +27,11 @@ def demo_checkpoint() -> Path:
     return folder
 
 
-__all__ = ["TwoTowerConfig", "TwoTowerForBlockDiffusion", "TwoTowerGenerationConfig", "demo_checkpoint"]
+__all__ = [
+    "PerRow",
+    "Stateless",
+    "TwoTowerConfig",
+    "TwoTowerForBlockDiffusion",
+    "TwoTowerGenerationConfig",
+    "demo_checkpoint",
+]

@@ -15,7 +15,15 @@ from .compat_twotower import BaseStreamer
 from .padding_twotower import PackedTokens
 from .sampling_twotower import RowLogitsProcessors, gumbel_noise, uniform_noise
 from .text_twotower import Block, GeneratedText, TwoTowerGenerateOutput, per_pass
-from .unmasking_twotower import Prediction, UnmaskingRule, log_prob
+from .unmasking_twotower import (
+    DRAFT_NOT_A_NUMBER,
+    FORBIDDEN,
+    NO_PROBLEM,
+    NOT_A_NUMBER,
+    Prediction,
+    UnmaskingRule,
+    log_prob,
+)
 
 
 @dataclass
@@ -110,6 +118,14 @@ class Decoding:
             return self.text.rows
         return self.write(block, kept.where(ended, 0), ended)
 
+    def ends_before(self, ids: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor, in_step: bool) -> torch.Tensor:
+        """(R,) bool, whether the text ends within each row's first `kept` of (R, n) tokens to come."""
+        block = Block(ids, torch.zeros_like(ids, dtype=torch.bool))
+        if "scores" in self.text.recorded:
+            block.records["scores"] = scores[:, : ids.shape[1]]
+        block.checked = (kept - 1).clamp(min=0)
+        return self.text.first_stop(block, kept, in_step)[1]
+
     def append(self, block: Block) -> torch.Tensor:
         """Write what is committed of a block from its beginning on, up to each row's first stop; see `write`."""
         return self.write(block, *self.text.first_stop(block, block.prefix()))
@@ -118,6 +134,8 @@ class Decoding:
         """Add each row's first `kept` tokens to the text; rows that `ended` leave. Indices of those that go on."""
         rows = self.text.rows
         going_on = self.text.write(block, kept, ended)
+        if len(going_on) < len(rows):  # a problem ends a row, too
+            self._refuse_problems(rows, block, kept, ended)
         block.select_rows(going_on)
         if 0 < len(going_on) < len(rows):  # the last rows to end need not leave
             if self.keep_cache:
@@ -127,6 +145,31 @@ class Decoding:
             self.cached_rows = self.text.rows
         self._stream()
         return going_on
+
+    def _refuse_problems(self, rows: torch.Tensor, block: Block, kept: torch.Tensor, ended: torch.Tensor) -> None:
+        """Raise for the first of the rows (R,) that could take no token as the last of its `kept`."""
+        last = (kept - 1).clamp(min=0)
+        problems = block.problems.gather(1, last[:, None])[:, 0].where(ended & (kept > 0), NO_PROBLEM)
+        if not problems.any():
+            return
+        idx = int(problems.nonzero()[0])
+        row, problem, text = int(rows[idx]), int(problems[idx]), self.text
+        new = int(text.new_tokens[row]) - 1
+        where = (
+            f"at position {int(text.prompt_lengths[row]) + new} of row {row}, after {new} new tokens, "
+            f"{int(text.context_forwards[row])} passes of the context tower and {int(text.denoiser_forwards[row])} of "
+            "the denoiser"
+        )
+        if problem == FORBIDDEN:
+            mask = f" but the mask id {self.mask_token_id}" if self.config.mode == "mask_diffusion" else ""
+            raise ValueError(
+                f"the logits processors forbid every token{mask} {where}; allow one, for example end-of-text"
+            )
+        denoiser = problem == DRAFT_NOT_A_NUMBER or self.config.mode in ("mask_diffusion", "mock_ar")
+        raise ValueError(
+            f"the {'denoiser' if denoiser else 'context tower'} gives no numbers (NaN or infinity) {where}; look for "
+            "NaN in the model's weights, or try float32"
+        )
 
     def _stream(self) -> None:
         """Hand out the columns of new tokens that by now every row has, or will never have."""
@@ -150,7 +193,7 @@ class Decoding:
         columns = first + torch.arange(positions, device=self.text.rows.device)
         return self.seeds[self.text.rows], self.text.lengths[:, None] + columns
 
-    def forbid_mask(self, scores: torch.Tensor, is_draft: bool) -> torch.Tensor:
+    def forbid_mask(self, scores: torch.Tensor) -> torch.Tensor:
         """
         Set the mask id to -inf again where logits processors may have made new scores (R, S, V).
 
@@ -160,14 +203,17 @@ class Decoding:
         if not self.processors.lists[0]:
             return torch.ones_like(scores[..., 0], dtype=torch.bool)
         scores[..., self.mask_token_id] = -torch.inf
-        possible = scores.amax(-1) != -torch.inf
-        if not is_draft and not possible.all():
-            raise ValueError(f"the logits processors forbid every token but the mask id {self.mask_token_id}")
-        return possible
+        return (scores > -torch.inf).any(-1)
 
     def prediction(self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> Prediction:
         log_probs = log_prob(scores, tokens) if self.text.recorded else None
-        return Prediction(logits, tokens, log_prob(logits, tokens).exp(), log_probs, scores)
+        confidence = log_prob(logits, tokens).exp()
+        problems = torch.zeros_like(tokens, dtype=torch.int8)
+        if self.processors.lists[0]:
+            problems = problems.masked_fill(~(scores > -torch.inf).any(-1), FORBIDDEN)
+        if not self.processors.repairs:
+            problems = problems.masked_fill(confidence.isnan(), NOT_A_NUMBER)
+        return Prediction(logits, tokens, confidence, log_probs, scores, problems)
 
     def ask(
         self,

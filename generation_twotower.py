@@ -6,6 +6,7 @@ One method per mode, run by transformers' `generate` through `_sample`; what it 
 Shapes: R rows still generating, S block, H hidden size, V vocabulary.
 """
 
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -20,7 +21,7 @@ from .padding_twotower import PackedTokens
 from .preparation_twotower import PreparedGeneration
 from .sampling_twotower import RowLogitsProcessors
 from .text_twotower import Block, TwoTowerGenerateOutput
-from .unmasking_twotower import Prediction, commit_run
+from .unmasking_twotower import DRAFT_NOT_A_NUMBER, NO_PROBLEM, NOT_A_NUMBER, Prediction, commit_run
 
 
 class TwoTowerGenerationMixin(PreparedGeneration):
@@ -90,6 +91,9 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         3. keep the drafted tokens that are its own choice up to the first that is not, and then its choice there;
         4. let the cache keep as much, which leaves the newest token unread.
 
+        A stopping criterion about all rows ends a row when all have come as far; a cache that is wanted afterwards
+        must not hold more than the text, so then all rows keep as much as the one that keeps least.
+
         Choices are those of mode "ar": the same logits, processors and noise, so the text is, too.
         """
         block = self._context_choice(run, self._read_prompt(run))
@@ -106,15 +110,18 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             run.text.context_forwards[run.text.rows] += 1
             hidden_states = self.context_tower(draft.ids, run.cache, tentative=True)
             logits = at_least_float32(self.context_lm_head(hidden_states)).to(newest.device)
-            verified = self._predict(run, logits, draft=draft.ids[:, 1:])
+            in_step = run.keep_cache and len(run.text.shared) > 0
+            verified = self._predict(run, logits, draft=draft.ids[:, 1:], in_step=in_step)
             agrees = draft.ids[:, 1:] == verified.tokens[:, :-1]
             drafted = agrees.int().cumprod(1)
             steps = torch.cat([draft.commit_steps()[:, 1:].where(agrees, -1), torch.full_like(newest, -1)], dim=1)
             block = Block.chosen(verified, steps, run.text.recorded)
-            kept, ended = run.text.first_stop(block, drafted.sum(1) + 1)
+            drafted_nothing = (draft.problems == NOT_A_NUMBER).any(1, keepdim=True)
+            block.problems = block.problems.masked_fill(drafted_nothing & (block.problems == 0), DRAFT_NOT_A_NUMBER)
+            kept, ended = run.text.first_stop(block, drafted.sum(1) + 1, in_step)
             run.count_cycle(drafted, kept)
-            run.cache.accept(kept)
-            newest = block.ids.gather(1, kept[:, None] - 1)
+            run.cache.accept(kept.clamp(min=0))
+            newest = block.ids.gather(1, kept.clamp(min=1)[:, None] - 1)
             going_on = run.write(block, kept, ended)
             newest = newest[going_on]
 
@@ -179,24 +186,46 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         logits = self.denoise(block.ids, run.cache, timestep).to(block.ids.device)
         mask_logits = logits[..., self.config.mask_token_id].clone()
         logits[..., self.config.mask_token_id] = -torch.inf
-        prediction = self._predict(run, logits, block, known)
+        # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.
+        in_order = run.processors.first_stateful() is not None
+        prediction = self._predict(run, logits, block, known, only_known=in_order)
         commit = run.rule.commit(prediction, block.masked, step, steps, lambda: run.uniform(block, step, -known))
-        if run.processors.sees_text:
-            # What processors saw before a position must be the text that comes to stand there.
-            commit = commit_run(commit, block.masked, steps - step)
+        is_draft = known > 0
+        if run.processors.known_sees_text or (in_order and not is_draft):
+            # What processors saw before a position must be the text that comes to stand there; and what leads to a
+            # position where they allow nothing, a later pass may choose otherwise.
+            commit = commit_run(commit & (prediction.problems == NO_PROBLEM), block.masked, steps - step)
+        if in_order and not is_draft:
+            prediction, commit = self._predict_in_order(run, logits, block, prediction, commit, step == steps - 1)
         if run.step_callback is not None:
             asked, commit = run.ask(
-                block, prediction, commit, timestep, step, steps, number, is_draft=known > 0, mask_logits=mask_logits
+                block, prediction, commit, timestep, step, steps, number, is_draft=is_draft, mask_logits=mask_logits
             )
-            if run.processors.sees_text:
+            if run.processors.known_sees_text:
                 # What was chosen after a token that is replaced is chosen again; after a veto it must wait.
                 replaced = commit & (asked.tokens != prediction.tokens)
                 block.commit(replaced, asked, step)
-                asked = self._predict(run, logits, block, known)
+                asked = self._predict(run, logits, block, known, only_known=in_order)
                 commit = commit & block.masked & ((block.masked & ~commit).cumsum(-1) == 0)
             prediction = asked
         block.commit(commit, prediction, step)
         run.show_draft(block.ids[:, known:])
+
+    def _predict_in_order(
+        self, run: Decoding, logits: torch.Tensor, block: Block, guess: Prediction, commit: torch.Tensor, is_last: bool
+    ) -> tuple[Prediction, torch.Tensor]:
+        """
+        Choose a token for a run of positions to commit, asking processors that may keep state about each once.
+
+        The run ends where they choose another token than was guessed without them, unless it must not end.
+        """
+        wanted = Block(block.ids, commit)
+        draft = None if is_last else guess.tokens.where(commit, block.ids)
+        prediction = self._predict(run, logits, wanted, draft=draft)
+        if draft is None:
+            return prediction, commit
+        differs = commit & (prediction.tokens != draft)
+        return prediction, commit & (differs.cumsum(-1) - differs.int() == 0)
 
     def _predict(
         self,
@@ -205,6 +234,8 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         block: Block | None = None,
         known: int = 0,
         draft: torch.Tensor | None = None,
+        only_known: bool = False,
+        in_step: bool = False,
     ) -> Prediction:
         """
         Choose a token per position.
@@ -218,18 +249,22 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             block: whose open positions are wanted, and never the mask for them; default S positions after the text.
             known: how many of the block's first tokens the text holds already.
             draft: (R, S - 1) tokens to verify.
+            only_known: leave out processors that may keep state.
+            in_step: stop for all rows where one stops.
         """
-        if not run.processors.sees_text:
-            scores = run.processors(logits)
+        if not (run.processors.known_sees_text if only_known else run.processors.sees_text):
+            scores = run.processors(logits, only_known=only_known)
             if block is not None:
-                run.forbid_mask(scores, is_draft=known > 0)
+                run.forbid_mask(scores)
             return run.prediction(logits, scores, run.choose(scores, -known))
         scores, texts = logits.clone(), run.text.texts()
         ids = run.choose(scores, -known)
         wanted = torch.ones_like(ids, dtype=torch.bool)
         if block is not None:
             wanted, ids = block.masked, ids.where(block.masked, block.ids)
-        goes_on = torch.ones_like(wanted[:, 0])
+        goes_on, kept = torch.ones_like(wanted[:, 0]), torch.zeros_like(ids[:, 0])
+        # What is beyond a stop that only a criterion knows of must not be asked of a processor that may keep state.
+        watched = run.text.has_criteria and draft is not None and block is None and run.processors.first_stateful()
         for column in range(known, ids.shape[1]):
             asked = wanted[:, column] & goes_on
             before = [
@@ -237,14 +272,20 @@ class TwoTowerGenerationMixin(PreparedGeneration):
                 for text, row, ask in zip(texts, ids, asked.tolist(), strict=True)
             ]
             here = slice(column, column + 1)
-            scores[:, here] = run.processors(logits[:, here], run.text.rows.tolist(), before)
+            batch = partial(run.text.padded, ids[:, known:column])
+            scores[:, here] = run.processors(logits[:, here], run.text.rows.tolist(), before, batch, only_known)
             if block is not None:
-                goes_on = goes_on & run.forbid_mask(scores[:, here], is_draft=known > 0)[:, 0]
+                goes_on = goes_on & run.forbid_mask(scores[:, here])[:, 0]
             chosen = run.choose(scores[:, here], column - known)[:, 0]
             ids[:, column] = chosen.where(asked, ids[:, column])
             goes_on = goes_on & ~run.text.ends(ids[:, known : column + 1])[:, -1]
             if draft is not None and column < draft.shape[1]:
                 goes_on = goes_on & (ids[:, column] == draft[:, column])
+            if watched:
+                kept = kept + asked
+                goes_on = goes_on & ~run.ends_before(ids[:, : column + 1], scores, kept, in_step)
+            if in_step:
+                goes_on = goes_on & goes_on.all()
         return run.prediction(logits, scores, ids)
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
+from .asking_twotower import made_for
 from .cache_twotower import TwoTowerCache
 from .compat_twotower import BaseStreamer, accepts_past_key_values
 from .decoding_twotower import Decoding
@@ -65,8 +66,13 @@ class PreparedGeneration(GenerationMixin):
             inputs: (B, P) prompt ids, also as `input_ids`; padding on either side with its `attention_mask`. Without
                 one, the padding id is taken for padding, unless it is an end-of-text id.
             generation_config: a [`TwoTowerGenerationConfig`] or a plain one.
-            logits_processor, stopping_criteria: called for one row at a time, with its tokens (1, n) before a
-                position, or so far, without padding.
+            logits_processor, stopping_criteria: transformers' own, and what is [`Stateless`], are called for one row
+                at a time, with its tokens (1, n) before a position, or so far, without padding. Others may keep state
+                and are called as transformers does, once for every new token, with all rows (B, T) padded on the
+                left. Where rows take different numbers of tokens per pass (modes `mask_diffusion` and
+                `self_speculative`), a batch cannot give a processor such calls: give [`PerRow`], one for each row,
+                which works in every mode. In `self_speculative` it is asked what `ar` would ask it, and never about
+                drafts.
             prefix_allowed_tokens_fn: called with the number of the row and its tokens (n,).
             cache: also as `past_key_values`; [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the
                 whole text, of which the cache holds the beginning. The attention mask may then have holes. After an
@@ -251,6 +257,8 @@ class PreparedGeneration(GenerationMixin):
         copies = generation_config.num_return_sequences
         prompts = encoder_input_ids.repeat_interleave(copies, dim=0)
         mask = (model_kwargs or {}).get("attention_mask")
+        given: list[Any] = list(logits_processor or [])
+        made: list[Any] = []
 
         def build(row: int) -> LogitsProcessorList:
             prompt = prompts[row] if mask is None else prompts[row][mask[row].bool()]
@@ -265,11 +273,11 @@ class PreparedGeneration(GenerationMixin):
                 input_ids_seq_length=len(prompt),
                 encoder_input_ids=prompt[None],
                 prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row, text),
-                logits_processor=logits_processor,
+                logits_processor=LogitsProcessorList(made_for(row, len(prompt), given, made)),
                 device=device,
             )
 
-        return RowLogitsProcessors(build, len(prompts))
+        return RowLogitsProcessors(build, len(prompts), given)
 
     def _begin(
         self,
@@ -293,7 +301,9 @@ class PreparedGeneration(GenerationMixin):
             stopping_criteria,
             0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
             tuple(recorded),
+            input_ids,
         )
+        _check_askable(processors, config, len(input_ids), model_kwargs)
         cache = model_kwargs["cache"]
         if cache.batch_size not in (-1, len(input_ids)):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
@@ -332,7 +342,9 @@ def _as_ids(name: str, value: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} is a {type(value).__name__} that makes no tensor ({error}); give token ids") from error
+        raise ValueError(
+            f"{name} is a {type(value).__name__} that makes no tensor ({error}); give token ids"
+        ) from error
 
 
 def _bound_block(config: GenerationConfig, trained: int) -> None:
@@ -352,6 +364,26 @@ def _bound_block(config: GenerationConfig, trained: int) -> None:
             f"block_size is {config.block_size}, but no row may write more than {tokens} tokens, and the denoiser was "
             f"trained on blocks of {trained}; give at most {most}, or more max_new_tokens"
         )
+
+
+def _check_askable(
+    processors: RowLogitsProcessors, config: GenerationConfig, rows: int, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse what cannot give a processor that may keep state its calls: each kept token once, in order."""
+    mode, name = config.mode, processors.first_stateful(shared=True)
+    if name is not None and rows > 1 and mode in ("mask_diffusion", "self_speculative"):
+        raise ValueError(
+            f"the logits processor {name} is one for {rows} rows, and in mode {mode!r} rows do not take one token "
+            f"each at a time; give PerRow(lambda row: ...), which makes one for each row, or Stateless({name}) if it "
+            'is a function of its arguments alone, or use mode "ar"'
+        )
+    name = processors.first_stateful()
+    for argument in ("starting_block", "step_callback"):
+        if name is not None and mode == "mask_diffusion" and model_kwargs.get(argument) is not None:
+            raise ValueError(
+                f"{argument} decides about tokens that the logits processor {name} would not see, or would see "
+                f"replaced; leave it out, or give Stateless({name}) if it is a function of its arguments alone"
+            )
 
 
 def _most_tokens(config: GenerationConfig, prompt_length: Any) -> Any:

@@ -8,10 +8,12 @@ Shapes: R rows, S positions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
+from .asking_twotower import keeps_no_state, name_of
 from .compat_twotower import logits_process
 
 # Processors of transformers that look at a position's scores only: all positions go through them at once.
@@ -39,25 +41,50 @@ class RowLogitsProcessors:
     Args:
         build: row index -> the processors `generate` would make for that row alone. All rows' lists are alike in kind.
         rows: how many rows there are.
+        given: the user's own, of which those that may keep state are asked about the whole batch.
     """
 
-    def __init__(self, build: Callable[[int], LogitsProcessorList], rows: int):
+    def __init__(self, build: Callable[[int], LogitsProcessorList], rows: int, given: Sequence[Any] = ()):
         first = build(0)
         self.sees_text = any(type(processor) not in ELEMENTWISE for processor in first)
         self.lists = [first, *(build(row) for row in range(1, rows))] if self.sees_text else [first]
+        self.stateful = [not keeps_no_state(processor) for processor in first]
+        self.shared = [
+            stateful and any(processor is one for one in given)
+            for processor, stateful in zip(first, self.stateful, strict=True)
+        ]
+        # What is known to keep no state may be asked about drafts, and more than once.
+        self.known_sees_text = any(
+            type(processor) not in ELEMENTWISE and not stateful
+            for processor, stateful in zip(first, self.stateful, strict=True)
+        )
+        self.repairs = any(type(processor) is logits_process.InfNanRemoveLogitsProcessor for processor in first)
+
+    def first_stateful(self, shared: bool = False) -> str | None:
+        """The class of the first processor that may keep state; with `shared`, of the first that all rows share."""
+        kinds = self.shared if shared else self.stateful
+        return next((name_of(one) for one, wanted in zip(self.lists[0], kinds, strict=True) if wanted), None)
 
     def __call__(
-        self, logits: torch.Tensor, rows: Sequence[int] = (), texts: Sequence[torch.Tensor | None] = ()
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int] = (),
+        texts: Sequence[torch.Tensor | None] = (),
+        batch: Callable[[], torch.Tensor] | None = None,
+        only_known: bool = False,
     ) -> torch.Tensor:
         """
         Process logits: of any number of positions, or of one where a processor looks at the text.
 
-        Such a processor is called for one row at a time, with that row's own tokens (1, n), without padding.
+        Such a processor is called for one row at a time, with that row's own tokens (1, n), without padding; or, if it
+        is the user's, may keep state and serves all rows, once, as transformers does.
 
         Args:
             logits: (R, S, V) float32; (R, 1, V) if `sees_text`.
             rows: R numbers of rows of the batch, if `sees_text`.
             texts: per row its tokens before the position, if `sees_text`; None where it does not matter.
+            batch: gives the (B, T) left-padded tokens before the position, of rows that have ended, too.
+            only_known: leave out processors that may keep state.
 
         Returns:
             (R, S, V), the argument itself where there is nothing to do.
@@ -69,17 +96,34 @@ class RowLogitsProcessors:
             if type(processor) in ELEMENTWISE:
                 flat = scores.flatten(0, 1)
                 scores = processor(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
+            elif self.stateful[idx] and only_known:
                 continue
-            for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
-                if text is not None:
-                    processed = self.lists[row][idx](text[None], scores[place])
-                    if processed.shape != scores[place].shape:
-                        raise ValueError(
-                            f"{type(processor).__name__} returned scores of shape {tuple(processed.shape)} for "
-                            f"{tuple(scores[place].shape)}; every row of a batch is processed by itself"
-                        )
-                    scores[place] = processed
+            elif self.shared[idx]:
+                if any(text is not None for text in texts):
+                    assert batch is not None
+                    ids = batch()
+                    # Nothing was computed for rows that have ended, and nothing comes of what is answered.
+                    whole = scores.new_zeros(len(ids), scores.shape[-1])
+                    whole[list(rows)] = scores[:, 0]
+                    scores[:, 0] = _asked(processor, ids, whole, "all rows of a batch are processed together")[
+                        list(rows)
+                    ]
+            else:
+                for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                    if text is not None:
+                        own, why = self.lists[row][idx], "every row of a batch is processed by itself"
+                        scores[place] = _asked(own, text[None], scores[place], why)
         return scores
+
+
+def _asked(processor: Any, ids: torch.Tensor, scores: torch.Tensor, why: str) -> torch.Tensor:
+    """(n, V) scores as a processor makes them of what follows (n, T) ids."""
+    processed = processor(ids, scores)
+    if processed.shape != scores.shape:
+        raise ValueError(
+            f"{name_of(processor)} returned scores of shape {tuple(processed.shape)} for {tuple(scores.shape)}; {why}"
+        )
+    return processed
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:

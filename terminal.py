@@ -83,7 +83,9 @@ class TraceStreamer(BaseStreamer):
         self.tokenizer, self.mask_token_id, self.console, self.drafts = tokenizer, mask_token_id, console, drafts
         self.block, self.step, self.prompt_seen = 1, 0, False
         self.before: list[int] = []
-        console.print(f"One line per denoiser pass; {MASK_SYMBOL} is a token still open, {END_SYMBOL} the end of the text.")
+        console.print(
+            f"One line per denoiser pass; {MASK_SYMBOL} is a token still open, {END_SYMBOL} the end of the text."
+        )
         self._line("draft" if drafts else "block", "pass", "new", Text("text"))
 
     def put(self, value: torch.Tensor) -> None:
@@ -129,7 +131,9 @@ class TraceStreamer(BaseStreamer):
                 text.append(MASK_SYMBOL * len(ids), style="dim")
                 continue
             words = self.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", "⏎")
-            text.append(words + (END_SYMBOL if ids[-1] == self.tokenizer.eos_token_id else ""), "bold" if is_new else "")
+            text.append(
+                words + (END_SYMBOL if ids[-1] == self.tokenizer.eos_token_id else ""), "bold" if is_new else ""
+            )
         return text
 
     def _line(self, block: str, step: str, new: str, text: Text) -> None:

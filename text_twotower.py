@@ -1,7 +1,8 @@
 """What decoding writes on: the block in progress, the growing text of every row, and the result.
 
 A row's text ends at its first stop (an end-of-text token, its length limit, a stopping criterion), and what has ended
-leaves the batch. All criteria see one row at a time, without padding.
+leaves the batch. Criteria that keep no state see one row at a time, without padding; others what transformers shows
+them: the whole left-padded batch, once for every column of new tokens, as soon as all rows have it.
 
 Shapes: B batch, R rows still generating, P prompt columns, S block, N new tokens of the longest row, V vocabulary.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
+from .asking_twotower import PerRow, RowsOwn, keeps_no_state, made_for, name_of
 from .cache_twotower import TwoTowerCache
 from .compat_twotower import CacheOutput, EosTokenCriteria, MaxTimeCriteria
 from .padding_twotower import PackedTokens
@@ -75,6 +77,7 @@ class Block:
     def __init__(self, ids: torch.Tensor, masked: torch.Tensor, recorded: tuple[str, ...] = ()):
         self.ids, self.masked, self.recorded = ids, masked, recorded
         self.checked = torch.zeros_like(ids[:, 0])  # how many committed tokens were looked at for a stop
+        self.problems = torch.zeros_like(ids, dtype=torch.int8)  # why a position can hold no token, 0 where it can
         self.records: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -82,6 +85,8 @@ class Block:
         """A block whose every position is what was predicted, committed at `steps`, an int or (R, S)."""
         block = cls(prediction.tokens, torch.zeros_like(prediction.tokens, dtype=torch.bool), recorded)
         block.records = block._records_of(prediction, steps)
+        if prediction.problems is not None:
+            block.problems = prediction.problems
         return block
 
     def give(self, ids: torch.Tensor, mask_token_id: int, vocab_size: int) -> None:
@@ -97,6 +102,8 @@ class Block:
         """Fix the predicted tokens `where` (R, S) says."""
         self.ids = torch.where(where, prediction.tokens, self.ids)
         self.masked = self.masked & ~where
+        if prediction.problems is not None:
+            self.problems = torch.where(where, prediction.problems, self.problems)
         for name, new in self._records_of(prediction, step).items():
             old = self.records.get(name, torch.full((), RECORDS[name], dtype=new.dtype, device=new.device))
             self.records[name] = torch.where(where if new.ndim == 2 else where[..., None], new, old)
@@ -121,6 +128,7 @@ class Block:
         if len(rows) == len(self.ids):
             return
         self.ids, self.masked, self.checked = self.ids[rows], self.masked[rows], self.checked[rows]
+        self.problems = self.problems[rows]
         self.records = {name: record[rows] for name, record in self.records.items()}
 
 
@@ -134,6 +142,7 @@ class GeneratedText:
         stopping_criteria: end-of-text, time and whatever the user gave; length limits are `limits`.
         pad_token_id: fills what follows a row's end.
         recorded: names of what to keep of each token, of [`RECORDS`].
+        columns: (B, P) the prompts as transformers would show them, padded on the left.
     """
 
     def __init__(
@@ -142,7 +151,8 @@ class GeneratedText:
         limits: torch.Tensor,
         stopping_criteria: StoppingCriteriaList,
         pad_token_id: int,
-        recorded: tuple[str, ...] = (),
+        recorded: tuple[str, ...],
+        columns: torch.Tensor,
     ):
         ids = prompt.ids
         self.prompt, self.pad_token_id, self.recorded = ids, pad_token_id, recorded
@@ -150,9 +160,21 @@ class GeneratedText:
         self.most_new_tokens = limits - self.prompt_lengths
         self.eos_ids = [c.eos_token_id.to(ids.device) for c in stopping_criteria if type(c) is EosTokenCriteria]
         self.timers = [c for c in stopping_criteria if type(c) is MaxTimeCriteria]
-        self.criteria = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxTimeCriteria)]
+        others = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxTimeCriteria)]
+        self.columns = columns
         self.rows = torch.arange(len(ids), device=ids.device)  # of the batch, those still generating
         self.new_tokens = torch.zeros_like(self.rows)
+        made: list[Any] = []
+        lengths = self.prompt_lengths.tolist()
+        rows_lists = [made_for(row, length, others, made) for row, length in enumerate(lengths)]
+        # Per row those that keep no state, and those that do and are its own; then those that serve all rows.
+        self.criteria = [[c for c in criteria if keeps_no_state(c)] for criteria in rows_lists]
+        self.rows_own = [[c for c in criteria if isinstance(c, RowsOwn)] for criteria in rows_lists]
+        self.shared = [c for c in others if not isinstance(c, PerRow) and not keeps_no_state(c)]
+        # How many new tokens of each row, and of all, were shown to criteria that keep state, and where they ended it.
+        self.shown = torch.zeros_like(self.rows)
+        self.shown_to_all = 0
+        self.ended_at = torch.full_like(self.rows, torch.iinfo(torch.long).max)
         self.denoiser_forwards = torch.zeros_like(self.rows)
         self.context_forwards = torch.zeros_like(self.rows)
         self.buffers: dict[str, torch.Tensor] = {}
@@ -182,24 +204,47 @@ class GeneratedText:
             ends |= torch.isin(ids, eos)
         return ends
 
-    def first_stop(self, block: Block, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def has_criteria(self) -> bool:
+        """Whether a text may end elsewhere than at a token or a length."""
+        return bool(self.criteria[0] or self.rows_own[0] or self.shared)
+
+    def padded(self, more: torch.Tensor) -> torch.Tensor:
+        """(B, P + n) all rows as transformers would show them, those going on with (R, S) `more` tokens."""
+        width = int(self.new_tokens.max())
+        ids = [self.columns] if width == 0 else [self.columns, self.new_columns(0, width)]
+        if more.shape[1] > 0:
+            column = more.new_full((len(self.columns), more.shape[1]), self.pad_token_id)
+            column[self.rows] = more
+            ids.append(column)
+        return torch.cat(ids, dim=1)
+
+    def first_stop(
+        self, block: Block, counts: torch.Tensor, in_step: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Where the rows' texts end within the next tokens.
 
         Args:
             block: (R, S) tokens to come; some of them may have been looked at before.
             counts: (R,) how many of them are final.
+            in_step: keep no more of any row than of the one with the fewest.
 
         Returns:
             (R,) tokens up to and including each row's first stop, `counts` where there is none, and (R,) bool whether
-            there is one.
+            there is one. A criterion about all rows that is asked late may end a text before these tokens: then they
+            are less than 0.
         """
         columns = torch.arange(block.ids.shape[1], device=block.ids.device)
-        stops = self.ends(block.ids) & (columns < counts[:, None])
+        stops = (self.ends(block.ids) | (block.problems != 0)) & (columns < counts[:, None])
         stopped = stops.any(1)
         kept = torch.where(stopped, stops.int().argmax(1) + 1, counts)
-        if self.criteria:
+        if self.criteria[0]:
             kept, stopped = self._first_criterion(block, kept, stopped)
+        if in_step:
+            kept, stopped = kept.min().expand_as(kept), stopped & (kept == kept.min())
+        if self.rows_own[0] or self.shared:
+            kept, stopped = self._show_in_order(block, kept, stopped)
         if any(bool(timer(block.ids, None).any()) for timer in self.timers):
             stopped = torch.ones_like(stopped)
         return kept, stopped
@@ -207,7 +252,7 @@ class GeneratedText:
     def _first_criterion(
         self, block: Block, kept: torch.Tensor, stopped: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ask the user's criteria about every new length of every row; if there is none, the present one."""
+        """Ask criteria that keep no state about every new length of every row; if there is none, the present one."""
         rows, checked, counts = self.rows.tolist(), block.checked.tolist(), kept.tolist()
         for idx, (row, done, count) in enumerate(zip(rows, checked, counts, strict=True)):
             text, scores = torch.cat([self.row(row), block.ids[idx, :count]]), self._scores_of(row, block, idx)
@@ -215,22 +260,72 @@ class GeneratedText:
             written = before - int(self.prompt_lengths[row])
             for length in range(max(min(done + 1, count), written == 0), count + 1):
                 kept_scores = None if scores is None else scores[: written + length]
-                if self._meets_criterion(text[None, : before + length], kept_scores):
+                if _any_meets(self.criteria[row], text[None, : before + length], kept_scores):
                     kept[idx], stopped[idx] = length, True
                     break
         return kept, stopped
 
-    def _meets_criterion(self, sequence: torch.Tensor, scores: tuple[torch.Tensor, ...] | None) -> bool:
-        for criterion in self.criteria:
-            answer = torch.as_tensor(criterion(sequence, scores))
-            if answer.numel() != 1:
-                raise ValueError(
-                    f"stopping criterion {type(criterion).__name__} gave {answer.numel()} answers about one row; "
-                    "every row of a batch is asked about by itself"
-                )
-            if answer.any():
-                return True
-        return False
+    def _show_in_order(
+        self, block: Block, kept: torch.Tensor, stopped: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Show criteria that keep state what is new, one token after the other and each once.
+
+        A row's own are shown its text, shared ones the columns that all rows have by now, or will never have.
+        """
+        lengths, going_on = self.new_tokens.clone(), torch.zeros_like(self.new_tokens, dtype=torch.bool)
+        lengths[self.rows] += kept
+        going_on[self.rows] = ~stopped
+        if self.rows_own[0]:
+            for idx, row in enumerate(self.rows.tolist()):
+                self._show_row(row, block, idx, int(lengths[row]))
+        lengths = lengths.minimum(self.ended_at)
+        going_on &= lengths < self.ended_at
+        while self.shared and self.shown_to_all < _settled(lengths, going_on):
+            self.shown_to_all += 1
+            scores = (
+                self._columns_with(block, "scores", self.shown_to_all, lengths) if "scores" in self.recorded else None
+            )
+            ids = self._columns_with(block, "ids", self.shown_to_all, lengths)
+            ids = torch.cat([self.columns, ids], dim=1)
+            ends = _meets_any(self.shared, ids, None if scores is None else scores.unbind(1))
+            self.ended_at[ends & (self.ended_at > self.shown_to_all)] = self.shown_to_all
+            lengths = lengths.minimum(self.ended_at)
+            going_on &= lengths < self.ended_at
+        # Of rows that have left, some may have gone on beyond what all rows have.
+        self.new_tokens = self.new_tokens.minimum(self.ended_at).where(~self._is_going_on(), self.new_tokens)
+        return (lengths - self.new_tokens)[self.rows], stopped | ~going_on[self.rows]
+
+    def _is_going_on(self) -> torch.Tensor:
+        """(B,) bool"""
+        return torch.zeros_like(self.new_tokens, dtype=torch.bool).index_fill(0, self.rows, True)
+
+    def _show_row(self, row: int, block: Block, idx: int, length: int) -> None:
+        """Show a row's own criteria its text up to `length` new tokens."""
+        text, scores = torch.cat([self.row(row), block.ids[idx]]), self._scores_of(row, block, idx)
+        for shown in range(int(self.shown[row]) + 1, min(length, int(self.ended_at[row])) + 1):
+            self.shown[row] = shown
+            shown_text = text[None, : int(self.prompt_lengths[row]) + shown]
+            if _any_meets(self.rows_own[row], shown_text, None if scores is None else scores[:shown]):
+                self.ended_at[row] = shown
+
+    def _columns_with(self, block: Block, name: str, stop: int, lengths: torch.Tensor) -> torch.Tensor:
+        """(B, stop, ...) new tokens, or what was recorded of them, up to (B,) lengths, those of the block included."""
+        values = block.ids if name == "ids" else block.records[name]
+        columns = torch.arange(stop, device=lengths.device)
+        shape = (len(lengths), stop, *values.shape[2:])
+        found = values.new_full(shape, RECORDS.get(name, self.pad_token_id))
+        if name in self.buffers:
+            held = self.buffers[name][:, :stop]
+            found[:, : held.shape[1]] = held
+        # A row's place in the block of each column, if it has one.
+        places = columns - self.new_tokens[self.rows][:, None]
+        inside = (places >= 0) & (places < values.shape[1])
+        rows, at = inside.nonzero(as_tuple=True)
+        found[self.rows[rows], at] = values[rows, places[rows, at]]
+        padding = columns >= lengths[:, None]
+        fill = RECORDS.get(name, self.pad_token_id)
+        return found.masked_fill(padding if found.ndim == 2 else padding[..., None], fill)
 
     def _scores_of(self, row: int, block: Block, idx: int) -> tuple[torch.Tensor, ...] | None:
         """Of the row's tokens and those of the block, as transformers gives them to stopping criteria, if recorded."""
@@ -270,7 +365,7 @@ class GeneratedText:
 
     def settled_columns(self) -> int:
         """How many columns of new tokens will not change: all rows that still generate have them."""
-        return int(self.new_tokens[self.rows].min() if len(self.rows) > 0 else self.new_tokens.max())
+        return _settled(self.new_tokens, self._is_going_on())
 
     def new_columns(self, start: int, stop: int, name: str = "ids") -> torch.Tensor:
         """(B, stop - start, ...) of what was recorded of each new token, padded after a row's end."""
@@ -293,6 +388,33 @@ class GeneratedText:
             tokens_per_forward=per_pass(self.new_tokens, self.denoiser_forwards + self.context_forwards),
             **kept,
         )
+
+
+def _settled(lengths: torch.Tensor, going_on: torch.Tensor) -> int:
+    """How many columns the rows (B,) that go on have all; with none, how many there are."""
+    return int(lengths[going_on].min() if going_on.any() else lengths.max())
+
+
+def _any_meets(criteria: list[Any], sequence: torch.Tensor, scores: tuple[torch.Tensor, ...] | None) -> bool:
+    """Whether a criterion ends the text (1, n)."""
+    refusal = "gave {} answers about one row; every row of a batch is asked about by itself"
+    return bool(_meets_any(criteria, sequence, scores, refusal).any())
+
+
+def _meets_any(
+    criteria: list[Any],
+    ids: torch.Tensor,
+    scores: tuple[torch.Tensor, ...] | None,
+    refusal: str = "gave {} answers about a batch of {} rows; give one for each row, or one for all",
+) -> torch.Tensor:
+    """(n,) bool, which of the texts (n, T) a criterion ends; all are asked, as transformers does."""
+    ends = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for criterion in criteria:
+        answer = torch.as_tensor(criterion(ids, scores), device=ids.device).bool()
+        if answer.numel() not in (1, len(ids)):
+            raise ValueError(f"stopping criterion {name_of(criterion)} " + refusal.format(answer.numel(), len(ids)))
+        ends |= answer.flatten()
+    return ends
 
 
 def per_pass(counts: torch.Tensor, passes: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Prediction(NamedTuple):
         confidence: (R, S) its probability by `logits`.
         log_probs: (R, S) its log-probability by `scores`; None unless recorded.
         scores: (R, S, V) the logits after all logits processors.
+        problems: (R, S) int8, why a position can hold no token: of [`NO_PROBLEM`], [`NOT_A_NUMBER`], [`FORBIDDEN`].
     """
 
     logits: torch.Tensor
@@ -30,8 +31,10 @@ class Prediction(NamedTuple):
     confidence: torch.Tensor
     log_probs: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    problems: torch.Tensor | None = None
 
 
+NO_PROBLEM, NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = range(4)
 NOISE_SCHEDULES = ("linear", "cosine", "exponential")
 NOISING_ORDERS = ("confidence", "margin", "adaptive")
 UNMASKING_DEFAULTS: dict[str, Any] = {

@@ -11,6 +11,7 @@ from transformers import DynamicCache, TextDiffusionStreamer, TextIteratorStream
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from twotower import Stateless
 from twotower.cache_twotower import TwoTowerCache
 from twotower.generation_twotower import MODES, BlockStep
 from twotower.preparation_twotower import CALL_ARGUMENTS
@@ -632,7 +633,7 @@ def test_a_criterion_cancels_inside_a_block(model, mode, count):
         assert input_ids.shape[0] == 1 and not (input_ids == MASK).any()
         return input_ids.shape[1] >= 6 + count
 
-    output = generate(model, prompt, mode=mode, stopping_criteria=[cancel])
+    output = generate(model, prompt, mode=mode, stopping_criteria=[Stateless(cancel)])
     assert torch.equal(output.sequences, free[:, : 6 + count])
     assert not output.log_probs.isnan().any()
     gone_on = torch.cat([output.sequences, random_ids(2, 1, seed=4)], dim=1)
@@ -721,7 +722,7 @@ def test_a_criterion_gets_the_scores_of_all_tokens_so_far(model, mode, sampled):
         torch.testing.assert_close(torch.cat(list(given)), scores[row, :length])
         return False
 
-    generate(model, prompt, mode=mode, output_scores=True, stopping_criteria=[record], **sampled)
+    generate(model, prompt, mode=mode, output_scores=True, stopping_criteria=[Stateless(record)], **sampled)
     assert set(asked) == {(row, length) for row in range(2) for length in range(1, 11)}
     unscored = []
     generate(model, prompt, mode=mode, stopping_criteria=[lambda _, given: unscored.append(given) or False], **sampled)
@@ -734,7 +735,7 @@ def test_a_criterion_that_answers_for_a_whole_batch_is_refused(model, mode):
         return torch.tensor([True, False])
 
     with pytest.raises(ValueError, match="function gave 2 answers about one row"):
-        generate(model, random_ids(2, 6), mode=mode, stopping_criteria=[answer_both])
+        generate(model, random_ids(2, 6), mode=mode, stopping_criteria=[Stateless(answer_both)])
 
 
 class EosLater(EosTokenCriteria):

@@ -104,10 +104,14 @@ def test_more_steps_than_positions_change_nothing(model, rule, steps):
     assert torch.equal(drafted.sequences, text)
 
 
-@pytest.mark.parametrize(("mode", "name"), [("mask_diffusion", "steps_per_block"), ("self_speculative", "draft_steps")])
+@pytest.mark.parametrize(
+    ("mode", "name"), [("mask_diffusion", "steps_per_block"), ("self_speculative", "draft_steps")]
+)
 def test_the_posteriors_steps_are_bounded(model, mode, name):
     """Alone of the rules it takes passes that commit nothing: all of a billion."""
-    with pytest.raises(ValueError, match=f'{name} is 1000000000; the rule "posterior" .* at most {MOST_POSTERIOR_STEPS}'):
+    with pytest.raises(
+        ValueError, match=f'{name} is 1000000000; the rule "posterior" .* at most {MOST_POSTERIOR_STEPS}'
+    ):
         generate(model, mode=mode, unmasking_rule="posterior", **{name: 10**9})
     flags = {"unmasking_rule": "posterior", "seed": 0, "max_new_tokens": 2, "block_size": 2}
     generate(model, mode=mode, **flags, **{name: 64})

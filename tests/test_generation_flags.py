@@ -6,6 +6,7 @@ from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import GenerationConfig, WatermarkingConfig
 from transformers.generation import CompileConfig, ContinuousBatchingConfig
 
+from twotower import Stateless
 from twotower.generation_twotower import MODES
 
 PROMPT = 6
@@ -254,7 +255,7 @@ def test_remove_invalid_values(model, prompt, mode):
         return scores
 
     def scores_of(**kwargs):
-        output = generate(model, prompt, mode=mode, output_scores=True, logits_processor=[poison], **kwargs)
+        output = generate(model, prompt, mode=mode, output_scores=True, logits_processor=[Stateless(poison)], **kwargs)
         return torch.stack(output.scores, 1)
 
     assert scores_of()[..., 10].isnan().all()

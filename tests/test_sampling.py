@@ -9,6 +9,7 @@ from test_generation import padded
 from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from twotower import Stateless
 from twotower.evaluation import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 from twotower.sampling_twotower import RowLogitsProcessors, _hash, derived_seeds, gumbel_noise, uniform_noise
@@ -148,6 +149,8 @@ def test_derived_seeds():
 
 class Recorder(LogitsProcessor):
     """Keeps what it was shown, and changes nothing."""
+
+    stateless = True  # as far as its answers go
 
     def __init__(self):
         self.seen = []
@@ -336,7 +339,12 @@ def test_a_grammar_is_asked_about_its_own_texts_only(model, rows, mode):
         return scores + places[text.shape[1] - starts[text[0, 0].item()]]
 
     ids, mask = padded(rows, "left")
-    flags = {"prefix_allowed_tokens_fn": allowed, "logits_processor": [bias], "eos_token_id": 9, "max_new_tokens": 6}
+    flags = {
+        "prefix_allowed_tokens_fn": allowed,
+        "logits_processor": [Stateless(bias)],
+        "eos_token_id": 9,
+        "max_new_tokens": 6,
+    }
     for sampled in ({}, {"do_sample": True, "temperature": 5.0, "seed": 1}):
         output = generate(model, ids, attention_mask=mask, mode=mode, draft_steps=2, **flags, **sampled)
         assert all(new in sentences for new in own_tokens(output, ids.shape[1]))
@@ -347,7 +355,7 @@ def test_the_mask_is_not_written_whatever_processors_make_of_it(model):
         return torch.zeros_like(scores)
 
     prompt = random_ids(2, 5, seed=3)
-    output = generate(model, prompt, logits_processor=[level], do_sample=True, seed=1, max_new_tokens=200)
+    output = generate(model, prompt, logits_processor=[Stateless(level)], do_sample=True, seed=1, max_new_tokens=200)
     assert (output.sequences[:, 5:] == 0).any()
     assert not (output.sequences == model.config.mask_token_id).any()
     with pytest.raises(ValueError, match="forbid every token but the mask id 3"):
@@ -370,7 +378,7 @@ def test_a_processor_that_answers_for_a_whole_batch_is_refused(model, mode):
         return scores + torch.zeros(2, 48)
 
     with pytest.raises(ValueError, match=r"function returned scores of shape \(2, 48\) for \(1, 48\)"):
-        generate(model, random_ids(2, 5), mode=mode, logits_processor=[bias])
+        generate(model, random_ids(2, 5), mode=mode, logits_processor=[Stateless(bias)])
 
 
 # What is drawn.

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LogitsProcessor
 
 import twotower
+from twotower import Stateless
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 from twotower.train.problems import held_out_problems
 from twotower.unmasking_twotower import UNMASKING_RULES
@@ -154,7 +155,7 @@ def test_a_draft_is_drawn_by_the_noise_it_is_verified_by(model, few):
     def uniform(input_ids, scores):
         return torch.zeros_like(scores).index_fill(1, torch.tensor([MASK]), -torch.inf)
 
-    knobs = {"do_sample": True, "top_k": 0, "seed": list(range(3)), "logits_processor": [uniform]}
+    knobs = {"do_sample": True, "top_k": 0, "seed": list(range(3)), "logits_processor": [Stateless(uniform)]}
     knobs |= {"eos_token_id": None, "max_new_tokens": 25}
     expected = tokens(answers(model, few[:3], mode="ar", **knobs))
     assert len({tuple(text) for text in expected}) == 3
@@ -168,6 +169,8 @@ def test_a_draft_is_drawn_by_the_noise_it_is_verified_by(model, few):
 
 class Shifting(LogitsProcessor):
     """Prefers other tokens after every text: sees whether the text before a position is the right one."""
+
+    stateless = True
 
     def __call__(self, input_ids, scores):
         weights = torch.arange(1, input_ids.shape[1] + 1)
@@ -220,6 +223,8 @@ def test_text_with_a_logits_processor(model, few, name, sample):
 def test_the_mask_id_is_a_token_like_any_other(model, few, forced):
     class PrefersTheMask(LogitsProcessor):
         """At every third place; forced, it is not even impossible to the denoiser."""
+
+        stateless = True
 
         def __call__(self, input_ids, scores):
             if input_ids.shape[1] % 3 == 0:
@@ -312,7 +317,7 @@ def test_a_users_criterion_inside_a_cycle(model, few):
     def at_eleventh(input_ids, scores, **kwargs):
         return torch.tensor([(input_ids.shape[1] % 11) == 0])
 
-    knobs = {"stopping_criteria": [at_eleventh], "eos_token_id": None}
+    knobs = {"stopping_criteria": [Stateless(at_eleventh)], "eos_token_id": None}
     expected = tokens(answers(model, few, mode="ar", **knobs))
     assert [(len(text) + len(prompt)) % 11 for text, prompt in zip(expected, few, strict=True)] == [0] * 8
     assert tokens(answers(model, few, **knobs)) == expected

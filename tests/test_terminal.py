@@ -102,7 +102,9 @@ def test_track_is_silent_where_it_is_not_a_terminal(capsys):
 
 @pytest.fixture
 def plain():
-    return Console(file=io.StringIO(), force_terminal=False, color_system=None, width=200, markup=False, highlight=False)
+    return Console(
+        file=io.StringIO(), force_terminal=False, color_system=None, width=200, markup=False, highlight=False
+    )
 
 
 def test_trace_has_a_line_per_pass_with_what_it_committed(tokenizer, plain):
