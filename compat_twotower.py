@@ -9,21 +9,23 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import transformers
-from packaging.version import Version
 
 OLDEST_RELEASE, FIRST_UNKNOWN_RELEASE = "5.23", "5.25"
 
 
 def check_release(installed: str) -> None:
     """Raise an ImportError for a release of transformers this code was not tested with."""
-    # A development version has what its release will have.
-    release = Version(Version(installed).base_version)
-    if not Version(OLDEST_RELEASE) <= release < Version(FIRST_UNKNOWN_RELEASE):
+    if not _release_number(OLDEST_RELEASE) <= _release_number(installed) < _release_number(FIRST_UNKNOWN_RELEASE):
         raise ImportError(
             f"this TwoTower code knows transformers from {OLDEST_RELEASE} to before {FIRST_UNKNOWN_RELEASE}, and "
             f"{installed} is installed: pip install 'transformers>={OLDEST_RELEASE},<{FIRST_UNKNOWN_RELEASE}', "
             "or take newer TwoTower code"
         )
+
+
+def _release_number(version: str) -> tuple[int, ...]:
+    """Its first two numbers: "5.24.0.dev0" has what 5.24 will have."""
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 # Before the imports below, of which an unknown release may lack any.
