@@ -1,4 +1,4 @@
-# make demo | test | test-newest | lint | eval | clean. Each creates the environment it needs in .venv; a second run is fast.
+# make demo | test | test-tools | test-newest | lint | eval | clean. Each creates the environment it needs in .venv; a second run is fast.
 PYTHON ?= python3
 QUESTION ?= Tom has 124 apples. He buys 57 more and then gives 38 to Ana. How many apples does Tom have now?
 BIN := .venv/bin
@@ -8,14 +8,18 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat modeling objective generation unmasking \
 	self_speculative continuation cache inspection export pipeline))
 
-.PHONY: demo test test-newest lint eval clean
+.PHONY: demo test test-tools test-newest lint eval clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp-base
 	$(BIN)/twotower generate --trace "$(QUESTION)"
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/tools
+
+# The tools people use such a model with: Trainer, accelerate, peft, TRL, lm-eval, grammars, quantisers, servers.
+test-tools: .venv/.stamp-tools
+	$(BIN)/pytest tests/tools
 
 # With the newest releases that pyproject.toml allows, in an environment of its own that is brought up to date each time.
 test-newest: .venv-newest/.stamp-torch
@@ -32,6 +36,10 @@ lint: .venv/.stamp-dev
 
 eval: .venv/.stamp-base
 	$(BIN)/twotower eval
+
+.venv/.stamp-tools: .venv/.stamp-dev
+	$(PIP) -e '.[dev,tools]'
+	touch $@
 
 # Leaves .venv and .venv-newest in place.
 clean:
