@@ -217,6 +217,13 @@ def test_top_k_and_top_p_keep_to_the_likeliest(model, monkeypatch):
         assert set(new.flatten().tolist()) == allowed
 
 
+@pytest.mark.parametrize(("probability", "passes"), [(0.79, 8), (0.81, 1)])
+def test_by_default_predictions_surer_than_four_fifths_are_committed_at_once(model, monkeypatch, probability, passes):
+    odds = {10: float(np.log(probability)), 11: float(np.log(1 - probability))}
+    monkeypatch.setattr(model, "denoise", ScriptedDenoiser(odds))
+    assert generate(model, prompts([5])[0][None], max_new_tokens=8).denoiser_forwards.tolist() == [passes]
+
+
 def test_confidence_is_untempered(model, monkeypatch):
     # Token 10 has probability 0.88 before the temperature, 0.51 after.
     monkeypatch.setattr(model, "denoise", ScriptedDenoiser({10: 2.0, 11: 0.0}))

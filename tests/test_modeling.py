@@ -186,6 +186,20 @@ def test_the_correction_bias_decides_but_does_not_weigh():
     assert_close(weights, logits.sigmoid().gather(1, indices), torch.float32)
 
 
+def test_experts_outside_the_best_groups_score_zero():
+    """As in NVIDIA's code: they go before experts of the best groups whose own score is below zero."""
+    gate = tiny_model("expert groups", routed_scaling_factor=1.0).context_tower.layers[1].mixer.gate
+    gate.weight.zero_()  # all sigmoids are 1 / 2
+    # In pairs, groups 0 and 2 are best, with one expert above zero, and 1 and 3 score zero.
+    gate.e_score_correction_bias.copy_(torch.tensor([-0.6, -0.7, -2.0, -2.0, 0.1, -0.8, -3.0, -3.0]))
+    chosen = gate(torch.zeros(1, 32))[2][0].tolist()
+    assert 4 in chosen
+    assert set(chosen) - {4} <= {2, 3, 6, 7}
+    # Above zero, the best groups' experts are all there is.
+    gate.e_score_correction_bias.add_(3.0)
+    assert set(gate(torch.zeros(1, 32))[2][0].tolist()) == {4, 0, 1}
+
+
 def test_expert_sizes_torch_cannot_group():
     odd, even = tiny_model("odd").config, tiny_model().config
     assert odd._experts_implementation == "eager"

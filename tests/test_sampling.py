@@ -144,6 +144,15 @@ def test_derived_seeds():
     assert torch.equal(derived_seeds(seeds, 2).view(3, 2), derived[:, :2])
 
 
+def test_derived_seeds_are_the_same_in_every_release():
+    """What a seed drew for a copy of a row, it draws again: SplitMix64 of the seed's own output less the copy."""
+    assert derived_seeds(torch.tensor([0, 7, -9]), 4).view(3, 4).tolist() == [
+        [0, 627405149472732430, -2896775031061218759, -4030626764348681087],
+        [7, 4414019431610648415, 5090977316425868581, 7758145696617331093],
+        [-9, -5195676045458349740, -2572965844319346807, 6653908922690995319],
+    ]
+
+
 # Logits processors.
 
 

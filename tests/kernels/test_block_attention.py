@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.nemotron_h.modeling_nemotron_h import eager_attention_forward
 
 from twotower.kernels.block_attention import block_attention, block_attention_reference
@@ -141,6 +142,30 @@ def test_large_scores_stay_finite():
     query, *rest = draw()
     tensors = [query * 1e4, *rest]
     assert_close(block_attention(*tensors), written_out(*tensors), torch.bfloat16)
+
+
+class SoftmaxDtypes(TorchDispatchMode):
+    """Notes in which dtype each softmax is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._softmax.default:
+            self.seen.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_softmax_of_half_precision_is_in_float32(dtype, causal):
+    """Its weights are rounded once, when they meet the values."""
+    tensors = draw(dtype=dtype)
+    with SoftmaxDtypes() as softmax:
+        assert block_attention(*tensors, causal=causal).dtype == dtype
+    assert softmax.seen == [torch.float32]
 
 
 @pytest.mark.parametrize("context_rows", [1, 2])
