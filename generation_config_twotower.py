@@ -138,7 +138,7 @@ def plain_counts(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags, those of [`COUNTS`] as Python's whole numbers; a ValueError for one that is none or too small."""
     plain = dict(flags)
     for name, least in COUNTS.items():
-        value = flags.get(name)
+        value: Any = flags.get(name)
         number = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
         if number is not None and not (is_whole(number) and number >= least):
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")

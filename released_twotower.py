@@ -29,8 +29,8 @@ class ReleasedInterface:
     """
     Mixin with the methods of NVIDIA's model class.
 
-    `_last_nfe` counts the denoiser passes of this thread's last `generate_mask_diffusion`, or in a thread that has made
-    none those of the last in any.
+    `_last_nfe` counts the denoiser passes of this thread's last `generate_mask_diffusion`; in a thread that has made
+    none, those of the last in any.
     """
 
     @property

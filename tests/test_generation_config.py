@@ -68,7 +68,7 @@ def test_whole_numbers_of_numpy_and_torch_count(model, kind):
 
 @pytest.mark.parametrize("seconds", [float("nan"), "long"])
 def test_a_time_limit_that_is_none_is_refused(model, seconds):
-    with pytest.raises(ValueError, match="max_time is .*; give a number of seconds"):
+    with pytest.raises(ValueError, match=r"max_time is .*; give a number of seconds"):
         generate(model, max_time=seconds)
 
 
@@ -109,9 +109,8 @@ def test_more_steps_than_positions_change_nothing(model, rule, steps):
 )
 def test_the_posteriors_steps_are_bounded(model, mode, name):
     """Alone of the rules it takes passes that commit nothing: all of a billion."""
-    with pytest.raises(
-        ValueError, match=f'{name} is 1000000000; the rule "posterior" .* at most {MOST_POSTERIOR_STEPS}'
-    ):
+    message = f'{name} is 1000000000; the rule "posterior" .* at most {MOST_POSTERIOR_STEPS}'
+    with pytest.raises(ValueError, match=message):
         generate(model, mode=mode, unmasking_rule="posterior", **{name: 10**9})
     flags = {"unmasking_rule": "posterior", "seed": 0, "max_new_tokens": 2, "block_size": 2}
     generate(model, mode=mode, **flags, **{name: 64})
