@@ -1,0 +1,25 @@
+"""`accelerate launch` with two processes on a CPU trains as one process does."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from tolerances import GRADIENTS, assert_close
+from tools.processes import SCRIPT, launch
+from tools.train_in_processes import optimizer_of, train
+
+
+@pytest.mark.filterwarnings("ignore:backward through a loss of eval")
+def test_two_processes_train_as_one(tmp_path):
+    """Many steps without `find_unused_parameters`, one of them without a label on any row, one on one row alone."""
+    command = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    result = launch(f"{command} --mixed_precision no --dynamo_backend no {SCRIPT} accelerate", tmp_path)
+    assert result["processes"] == 2
+    model = tiny_model("all kinds")
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = train(model, optimizer_of(model), torch.Tensor.backward)
+    assert_close(torch.tensor(result["losses"]), torch.tensor(losses))
+    assert losses[1] == 0
+    for name, tensor in model.state_dict().items():
+        moved = result["weights"][name] - start[name]
+        assert_close(moved, tensor - start[name], slack=10 * GRADIENTS)
+        assert moved.any() == (not name.startswith("context_") and "correction_bias" not in name), name
