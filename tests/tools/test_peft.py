@@ -1,0 +1,69 @@
+"""peft's LoRA on the denoiser: trained, saved, loaded and merged, with the context tower's text as it was."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import random_ids, tiny_model, without_special_tokens
+from tolerances import assert_close
+
+# Attention, Mamba and shared experts by module, routed experts by the tensors that hold all of a layer.
+MODULES = r"denoiser_tower\.layers\.\d+\.mixer\.(shared_experts\.)?(q_proj|v_proj|in_proj|up_proj|down_proj)"
+EXPERTS = ["mixer.experts.up_proj", "mixer.experts.down_proj"]
+TARGETS = {
+    "modules": {"target_modules": MODULES},
+    "routed experts": {"target_modules": [], "target_parameters": EXPERTS},
+    "both": {"target_modules": MODULES, "target_parameters": EXPERTS},
+}
+
+
+def adapted(targets: str) -> PeftModel:
+    model = without_special_tokens(tiny_model("all kinds"))
+    return get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", lora_dropout=0.0, **TARGETS[targets]))
+
+
+def train(model: PeftModel) -> None:
+    model.train()
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+    ids = random_ids(3, 12)
+    for step in range(3):
+        model(input_ids=ids, labels=ids, generator=torch.Generator().manual_seed(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def logits(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the context tower and of the denoiser."""
+    with torch.no_grad():
+        output = model(input_ids=random_ids(2, 8))
+        return output.logits, model.denoise(torch.full((2, 4), 3), output.cache)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_adapters_train_save_load_and_merge(targets, tmp_path):
+    model = adapted(targets)
+    context, denoiser = logits(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    train(model)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "lora_" not in name)
+    after = logits(model)
+    assert torch.equal(after[0], context)
+    assert not torch.equal(after[1], denoiser)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(without_special_tokens(tiny_model("all kinds")), tmp_path).eval()
+    for expected, actual in zip(after, logits(loaded), strict=True):
+        assert torch.equal(actual, expected)
+    for expected, actual in zip(after, logits(loaded.merge_and_unload()), strict=True):
+        assert_close(actual, expected)
+
+
+def test_self_speculative_of_an_adapted_denoiser_still_equals_ar():
+    model = adapted("both")
+    train(model)
+    prompt = random_ids(2, 7)
+    texts = [model.generate(input_ids=prompt, max_new_tokens=20, mode=mode) for mode in ("ar", "self_speculative")]
+    assert torch.equal(*texts)
+    diffused = model.generate(input_ids=prompt, max_new_tokens=20)
+    plain = without_special_tokens(tiny_model("all kinds")).generate(prompt, max_new_tokens=20)
+    assert not torch.equal(diffused, plain), "the adapter is used"
