@@ -77,7 +77,8 @@ def with_fsdp(result: Path) -> None:
     model.activation_checkpointing_enable()
     losses = train(model, optimizer_of(model), torch.Tensor.backward, rank, world)
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = sharded.get_model_state_dict(model, options=whole)
+    # Copies, since buffers are not.
+    state = {name: tensor.clone() for name, tensor in sharded.get_model_state_dict(model, options=whole).items()}
     if rank == 0:
         model.save_pretrained(result.parent / "saved", state_dict=state)
     # And back into the shards, after other weights.

@@ -1,0 +1,54 @@
+"""TRL's SFTTrainer: with our loss it trains the denoiser, with its own next-token loss the context tower."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_model
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+from twotower.train.problems import training_problems
+from twotower.train.tokenizer import train_tokenizer
+
+
+class DenoiserSFTTrainer(SFTTrainer):
+    """SFTTrainer computes a next-token loss of its own; Trainer takes the model's."""
+
+    compute_loss = Trainer.compute_loss
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(islice(training_problems(0), 50), 280)
+
+
+def train(kind: type[SFTTrainer], model, tokenizer, folder: Path, **arguments) -> set[str]:
+    """Two steps on worked problems; returns the parts of the model that changed."""
+    problems = [{"prompt": each.prompt, "completion": " " + each.answer} for each in islice(training_problems(1), 4)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    defaults = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+    config = SFTConfig(str(folder), **{**defaults, **quiet, **arguments})
+    kind(model, config, train_dataset=Dataset.from_list(problems), processing_class=tokenizer).train()
+    return {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def test_the_denoiser_learns_with_our_loss(tokenizer, tmp_path):
+    model = tiny_model("all kinds", vocab_size=len(tokenizer))
+    changed = train(DenoiserSFTTrainer, model, tokenizer, tmp_path)
+    assert changed == {"denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables"}
+
+
+def test_the_context_tower_learns_with_its_own_if_asked_to(tokenizer, tmp_path):
+    model = tiny_model("all kinds", vocab_size=len(tokenizer))
+    model.set_trained_towers("context")
+    assert train(SFTTrainer, model, tokenizer, tmp_path) == {"context_tower", "context_lm_head"}
+
+
+def test_its_own_loss_does_not_train_a_frozen_context_tower(tokenizer, tmp_path):
+    model = tiny_model("all kinds", vocab_size=len(tokenizer))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        train(SFTTrainer, model, tokenizer, tmp_path, gradient_checkpointing=False)
