@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -279,8 +279,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
                 [`~TwoTowerForBlockDiffusion.set_trained_towers`].
 
         Raises:
-            ValueError: for an unknown `trained_towers`; for a local folder without safetensors, or with a missing or truncated file, before anything
-                is built; for a checkpoint that lacks tensors of a TwoTower.
+            ValueError: for an unknown `trained_towers`, and for a local folder without safetensors, or with a missing
+                or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
         """
         trained_towers = kwargs.pop("trained_towers", "denoiser")
         check_trained_towers(trained_towers)
@@ -408,8 +408,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if num_items_in_batch is not None:
             raise ValueError(
                 "num_items_in_batch was given without labels: a Trainer keeps these to itself under "
-                "label_smoothing_factor or compute_loss_func, and would train the context tower's next-token logits on "
-                "them; set label_smoothing_factor to 0, or for a loss of your own override Trainer.compute_loss"
+                "label_smoothing_factor or compute_loss_func, and would train the context tower's logits on them; set "
+                "label_smoothing_factor to 0, or for a loss of your own override Trainer.compute_loss"
             )
         packed = pack_tokens(input_ids, attention_mask, cached)
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -588,6 +588,22 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             trained = towers in ("both", "context" if name.startswith("context_") else "denoiser")
             # Quantised weights are integers, and can have no gradient.
             parameter.requires_grad_(trained and parameter.is_floating_point())
+
+    def enable_input_require_grads(self) -> None:
+        """
+        As adapters and checkpointing need it, make a tower's embedded tokens require gradients; but only where some of
+        the tower is trained, so that a loss on what a frozen tower computes still fails.
+        """
+
+        def hook_of(tower: TwoTowerBackbone) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+            def require_grad(module: nn.Module, inputs: Any, embedded: torch.Tensor) -> None:
+                if any(parameter.requires_grad for parameter in tower.parameters()):
+                    embedded.requires_grad_(True)
+
+            return require_grad
+
+        towers = (self.context_tower, self.denoiser_tower)
+        self._require_grads_hooks = [tower.embeddings.register_forward_hook(hook_of(tower)) for tower in towers]
 
     @torch.no_grad()
     def reset_denoiser(self) -> None:
@@ -985,8 +1001,8 @@ class TimestepEmbedder(nn.Module):
 
 def _warn_of_fixed_masks(gradient: torch.Tensor) -> None:
     warnings.warn(
-        "backward through a loss of eval() mode, whose masks are the same at every step; call model.train(), or give a "
-        "generator",
+        "backward through a loss of eval() mode, whose masks are the same at every step; call model.train(), or give "
+        "a generator",
         stacklevel=2,
     )
 

@@ -73,7 +73,7 @@ def content_masked(
 
 def expected_weight(items: torch.Tensor | int, weighting: LossWeighting, corruptions: int) -> torch.Tensor:
     """
-    What the weights of masked positions are expected to sum to, over `items` trainable ones masked `corruptions` times.
+    What the weights of masked positions are expected to sum to, of `items` trainable ones, `corruptions` times each.
 
     Each is masked with probability (0.001 + 1) / 2. Under "inverse_timestep" the masked share t of a block's tokens
     weighs 1 / t a piece: as much as the block has tokens, one for each of them.

@@ -227,6 +227,22 @@ def test_a_loss_on_the_logits_of_a_frozen_context_tower_fails():
         loss.backward()
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_also_under_checkpointing(use_reentrant):
+    """Which makes the embeddings require gradients, but not those of a tower of which nothing is trained."""
+    model = tiny_model().train()
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(random_ids(2, 8)).logits.square().mean().backward()
+    # As an adapter would be.
+    model.context_tower.layers[2].mixer.q_proj.weight.requires_grad_(True)
+    model(random_ids(2, 8)).logits.square().mean().backward()
+    assert set(learning(model)) == {"context_tower.layers.2.mixer.q_proj.weight"}
+    model.disable_input_require_grads()
+    assert not model.context_tower.embeddings._forward_hooks
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_every_trained_parameter_gets_a_gradient_at_every_step(labelled, geometry):

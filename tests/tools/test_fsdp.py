@@ -16,7 +16,9 @@ def test_two_processes_train_as_one(tmp_path):
     assert result["processes"] == 2
     model = tiny_model("all kinds")
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert_close(torch.tensor(result["losses"]), torch.tensor(train(model, optimizer_of(model), torch.Tensor.backward)))
+    assert_close(
+        torch.tensor(result["losses"]), torch.tensor(train(model, optimizer_of(model), torch.Tensor.backward))
+    )
     loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "saved").state_dict()
     for name, tensor in model.state_dict().items():
         trained = result["weights"][name]

@@ -51,4 +51,4 @@ def test_the_context_tower_learns_with_its_own_if_asked_to(tokenizer, tmp_path):
 def test_its_own_loss_does_not_train_a_frozen_context_tower(tokenizer, tmp_path):
     model = tiny_model("all kinds", vocab_size=len(tokenizer))
     with pytest.raises(RuntimeError, match="does not require grad"):
-        train(SFTTrainer, model, tokenizer, tmp_path, gradient_checkpointing=False)
+        train(SFTTrainer, model, tokenizer, tmp_path)

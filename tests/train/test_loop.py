@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_config
 from transformers import AutoTokenizer
 
 import twotower
@@ -103,6 +104,7 @@ def test_an_interrupted_run_goes_on_from_its_last_save(tmp_path, monkeypatch):
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     """Weights, moments of the optimiser, batches and masks all go on where they were, in both stages."""
     monkeypatch.setattr(loop, "TOKENIZER_PROBLEMS", 100)
+    monkeypatch.setattr(loop, "demo_config", lambda: tiny_config(vocab_size=512, block_size=16))
     train_demo(tmp_path / "whole", STAGES, seed=1, save_every=2)
     real, stops = loop._train_step, ["context", "denoiser"]
 
