@@ -84,6 +84,7 @@ class Decoding:
     step_callback: Callable[[BlockStep], None] | None
     streamer: BaseStreamer | None
     keep_cache: bool
+    synced: bool = False  # with other ranks
     streamed: int = 0  # how many columns of new tokens
     cycles: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, (R, S - 1) drafts kept
     # Rows that have left the cache and what it held of them, and those it still holds.

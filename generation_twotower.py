@@ -20,11 +20,12 @@ from .kernels.precision import at_least_float32
 from .padding_twotower import PackedTokens
 from .preparation_twotower import PreparedGeneration
 from .sampling_twotower import RowLogitsProcessors
+from .synchronisation_twotower import DONE, SynchronisedPasses
 from .text_twotower import Block, TwoTowerGenerateOutput
 from .unmasking_twotower import DRAFT_NOT_A_NUMBER, NO_PROBLEM, NOT_A_NUMBER, Prediction, commit_run
 
 
-class TwoTowerGenerationMixin(PreparedGeneration):
+class TwoTowerGenerationMixin(SynchronisedPasses, PreparedGeneration):
     """Selects the decoding method by the generation config's `mode`."""
 
     def _sample(
@@ -38,11 +39,9 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         **model_kwargs: Any,
     ) -> TwoTowerGenerateOutput | torch.Tensor:
         """The decoding method transformers' `generate` calls; runs the one of the config's mode."""
-        if synced_gpus:
-            raise ValueError(
-                "synced_gpus=True is not supported: rows of different ranks take different numbers of passes"
-            )
+        synced = self._is_synced(synced_gpus)
         run = self._begin(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+        run.synced = synced
         decode = {
             "mask_diffusion": self._mask_diffusion,
             "self_speculative": self._self_speculative,
@@ -50,7 +49,11 @@ class TwoTowerGenerationMixin(PreparedGeneration):
             "ar": self._ar,
         }
         with run.cache.undone_on_error():
-            decode[generation_config.mode](run)
+            try:
+                decode[generation_config.mode](run)
+            finally:
+                if synced:
+                    self._join_until(DONE)
             run.restore_cache()
             if streamer is not None:
                 streamer.end()
@@ -108,8 +111,8 @@ class TwoTowerGenerationMixin(PreparedGeneration):
                     break
                 self._denoise_step(run, draft, step, run.config.draft_steps, number, known=1)
             run.text.context_forwards[run.text.rows] += 1
-            hidden_states = self.context_tower(draft.ids, run.cache, tentative=True)
-            logits = at_least_float32(self.context_lm_head(hidden_states)).to(newest.device)
+            hidden_states = self._pass(run.synced, "context_tower", draft.ids, run.cache, tentative=True)
+            logits = at_least_float32(self._pass(run.synced, "context_lm_head", hidden_states)).to(newest.device)
             in_step = run.keep_cache and len(run.text.shared) > 0
             verified = self._predict(run, logits, draft=draft.ids[:, 1:], in_step=in_step)
             agrees = draft.ids[:, 1:] == verified.tokens[:, :-1]
@@ -131,7 +134,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         self._read_prompt(run)
         while True:
             run.text.denoiser_forwards[run.text.rows] += 1
-            logits = self.predict_next(token, run.cache).to(token.device)
+            logits = self._pass(run.synced, "predict_next", token, run.cache).to(token.device)
             block = Block.chosen(self._predict(run, logits[:, None]), 0, run.text.recorded)
             going_on = run.append(block)
             if len(going_on) == 0:
@@ -163,7 +166,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
     def _read(self, run: Decoding, chunk: PackedTokens) -> torch.Tensor:
         """Let the context tower read a chunk into the cache; (R, H) hidden states of each row's last token."""
         run.text.context_forwards[run.text.rows] += 1 if chunk.counts is None else chunk.counts.sign()
-        hidden_states = self.context_tower(chunk.ids, run.cache, chunk.counts)
+        hidden_states = self._pass(run.synced, "context_tower", chunk.ids, run.cache, chunk.counts)
         if chunk.counts is None:
             return hidden_states[:, -1]
         last = (chunk.counts - 1).clamp(min=0)
@@ -172,7 +175,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
     def _context_choice(self, run: Decoding, hidden_states: torch.Tensor | None) -> Block:
         """The context tower's next token of each row, from (R, H) hidden states."""
         assert hidden_states is not None, "only mode mask_diffusion goes on from a text that has been read to its end"
-        logits = at_least_float32(self.context_lm_head(hidden_states)).to(run.text.rows.device)
+        logits = at_least_float32(self._pass(run.synced, "context_lm_head", hidden_states)).to(run.text.rows.device)
         return Block.chosen(self._predict(run, logits[:, None]), -1, run.text.recorded)
 
     def _denoise_step(self, run: Decoding, block: Block, step: int, steps: int, number: int, known: int = 0) -> None:
@@ -183,7 +186,7 @@ class TwoTowerGenerationMixin(PreparedGeneration):
         """
         run.text.denoiser_forwards[run.text.rows] += block.masked.any(-1)
         timestep = run.rule.timestep(block.masked, step, steps)
-        logits = self.denoise(block.ids, run.cache, timestep).to(block.ids.device)
+        logits = self._pass(run.synced, "denoise", block.ids, run.cache, timestep).to(block.ids.device)
         mask_logits = logits[..., self.config.mask_token_id].clone()
         logits[..., self.config.mask_token_id] = -torch.inf
         # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.

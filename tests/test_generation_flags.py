@@ -164,7 +164,6 @@ def test_transformers_default_of_a_refused_flag_is_accepted(model, prompt, flag)
         ("negative_prompt_ids", torch.ones(2, 3, dtype=torch.long)),
         ("negative_prompt_attention_mask", torch.ones(2, 3)),
         ("inputs_embeds", torch.zeros(2, 3, 32)),
-        ("synced_gpus", True),
         ("cache_implementation", "paged"),
     ],
 )
