@@ -144,11 +144,10 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
         return True  # transformers looks for its decorator in this file; it stands on the experts we import
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        if requested_attention not in (None, "sdpa", "eager"):
-            raise ValueError(
-                f'attn_implementation={requested_attention!r} is not supported by a TwoTower; use "sdpa" or "eager"'
-            )
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        if chosen not in ("sdpa", "eager"):
+            raise ValueError(f'attn_implementation={chosen!r} is not supported by a TwoTower; use "sdpa" or "eager"')
+        return chosen
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Where none is asked for by name, grouped_mm with a loop over the experts of a lone token."""
@@ -385,7 +384,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             position_ids: (B or 1, T), without an effect, since nothing in the model encodes positions; they may not
                 begin anew within a row, as those of packed texts do.
             inputs_embeds: (B, T, H) what the context tower is given instead of its embeddings. Not with `labels`.
-            output_hidden_states: return `hidden_states`; default `config.output_hidden_states`. Not with `labels`.
+            output_hidden_states: return `hidden_states`; default `config.output_hidden_states`. With `labels`, too,
+                those of the context tower.
             kwargs: `return_dict`, and the arguments of other models that [`check_arguments`] lets pass.
 
         Returns:
@@ -397,14 +397,24 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         cached = None if cache is None else cache.width
         if position_ids is not None:
             check_position_ids(position_ids, input_ids, check_attention_mask(input_ids, attention_mask, cached))
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        all_hidden_states: list[torch.Tensor] | None = [] if keep_all else None
         if labels is not None:
             if cache is not None:
                 raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
-            if output_hidden_states:
-                raise ValueError("output_hidden_states and labels were both given; the training loss keeps none")
-            return self._diffusion_loss(
-                input_ids, attention_mask, labels, generator, loss_weighting, corruptions, num_items_in_batch
+            output = self._diffusion_loss(
+                input_ids,
+                attention_mask,
+                labels,
+                generator,
+                loss_weighting,
+                corruptions,
+                num_items_in_batch,
+                all_hidden_states,
             )
+            if all_hidden_states:
+                output.hidden_states = tuple(each[:, : input_ids.shape[1]] for each in all_hidden_states)
+            return output
         if num_items_in_batch is not None:
             raise ValueError(
                 "num_items_in_batch was given without labels: a Trainer keeps these to itself under "
@@ -415,8 +425,6 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = TwoTowerCache(self.config)
-        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        all_hidden_states: list[torch.Tensor] | None = [] if keep_all else None
         embeds = None if inputs_embeds is None else packed.pack(inputs_embeds)
         # Logits may be too large for the memory when the cache has been extended.
         with nullcontext() if cache is None else cache.undone_on_error():
@@ -428,7 +436,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         return TwoTowerOutput(
             logits=logits,
             cache=cache if use_cache else None,
-            hidden_states=(*map(packed.unpack, all_hidden_states), hidden_states) if all_hidden_states else None,
+            hidden_states=tuple(map(packed.unpack, all_hidden_states)) if all_hidden_states else None,
             last_hidden_state=hidden_states,
         )
 
@@ -507,6 +515,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         weighting: LossWeighting,
         corruptions: int,
         num_items_in_batch: torch.Tensor | int | None,
+        all_hidden_states: list[torch.Tensor] | None,
     ) -> TwoTowerOutput:
         """All blocks from the first one with a label on, denoised at once from one frozen context pass."""
         check_objective(weighting, corruptions)
@@ -515,7 +524,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         ids, mask, trainable = _whole_blocks(input_ids, attention_mask, labels, size)
         # 2. What each block finds in the context tower's cache.
         with torch.no_grad():
-            presents = self.context_tower.read_blocks(ids, mask, size)
+            presents = self.context_tower.read_blocks(ids, mask, size, all_hidden_states)
         ids, trainable = (part.repeat_interleave(corruptions, dim=0) for part in (ids, trainable))
         mask = None if mask is None else mask.repeat_interleave(corruptions, dim=0)
         # 3. Corrupt, and drop the leading blocks in which no row has a label.
@@ -663,7 +672,7 @@ class ContextTower(TwoTowerBackbone):
             tentative: leave open how many of a row's T tokens are to count until the cache's `accept` says so; needs a
                 cache, and no `counts`.
             inputs_embeds: (B, T, H), default the embeddings of `input_ids`.
-            all_hidden_states: a list to which what each layer is given, (B, T, H), is added.
+            all_hidden_states: a list to which what each layer is given, (B, T, H), is added, and last the result.
 
         Returns:
             (B, T, H) normed hidden states; meaningless beyond a row's tokens.
@@ -694,10 +703,16 @@ class ContextTower(TwoTowerBackbone):
                 cache.advance(batch, length, counts, input_ids.device)
             for idx, state in states.items():
                 cache.write(idx, state)
+        if all_hidden_states is not None:
+            all_hidden_states.append(hidden_states)
         return hidden_states
 
     def read_blocks(
-        self, input_ids: torch.Tensor, mask: torch.Tensor | None, block_size: int
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        block_size: int,
+        all_hidden_states: list[torch.Tensor] | None = None,
     ) -> list[KeyValues | MambaState | None]:
         """
         Read whole sequences once and keep, per layer, what every block of them would find in the cache.
@@ -706,6 +721,7 @@ class ContextTower(TwoTowerBackbone):
             input_ids: (B, T), T a multiple of `block_size`.
             mask: (B, T) bool, True on tokens; padding on either side.
             block_size: columns per block.
+            all_hidden_states: a list to which what each layer is given, (B, T, H), is added, and then the normed ones.
 
         Returns:
             Per layer: keys and values (B, Hkv, T, D), or states before each block (B x T / S, ...).
@@ -714,8 +730,12 @@ class ContextTower(TwoTowerBackbone):
         layout = ChunkLayout(mask, block_mask=block_mask, causal=mask is None, state_every=block_size)
         hidden_states, presents = self.embeddings(input_ids), []
         for layer in self.layers:
+            if all_hidden_states is not None:
+                all_hidden_states.append(hidden_states)
             hidden_states, present = layer(hidden_states, None, layout)
             presents.append(present)
+        if all_hidden_states is not None:
+            all_hidden_states.append(self.norm_f(hidden_states))
         return presents
 
 

@@ -38,7 +38,6 @@ def test_embeddings_stand_for_their_tokens():
         ({"inputs_embeds": torch.zeros(1, 4, 32), "labels": random_ids(1, 4)}, "give input_ids"),
         ({"inputs_embeds": torch.zeros(1, 4, 31)}, r"shape \(1, 4, 31\); expected \(batch, tokens, 32\)"),
         ({"inputs_embeds": torch.zeros(4, 32)}, r"shape \(4, 32\)"),
-        ({"input_ids": random_ids(1, 4), "labels": random_ids(1, 4), "output_hidden_states": True}, "keeps none"),
     ],
 )
 def test_inputs_that_do_not_say_what_to_read_are_refused(given, message):
@@ -58,11 +57,12 @@ def test_hidden_states_are_those_before_every_layer_and_the_heads_input():
     assert len(output.hidden_states) == 6
     for got, expected in zip(output.hidden_states, inputs, strict=False):
         assert torch.equal(got, expected)
-    assert output.hidden_states[-1] is output.last_hidden_state
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
     assert torch.equal(model.context_lm_head(output.last_hidden_state), output.logits)
     assert model(ids).hidden_states is None
     model.config.output_hidden_states = True
-    assert len(model(ids).hidden_states) == 6
+    for got, expected in zip(model(ids, labels=ids).hidden_states, output.hidden_states, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_hidden_states_lie_in_the_columns_of_their_tokens():
@@ -190,9 +190,9 @@ def test_eager_attention_is_honoured_and_gives_the_same_numbers(mask, monkeypatc
     assert not calls
 
 
-@pytest.mark.parametrize("name", ["flex_attention", "paged|eager"])
+@pytest.mark.parametrize("name", ["flex_attention", "paged|eager", "nonsense"])
 def test_other_attention_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"{re.escape(repr(name))} is not supported by a TwoTower"):
+    with pytest.raises(ValueError, match=f"not support.*{re.escape(name)}|{re.escape(name)}.*not support"):
         tiny_model().set_attn_implementation(name)
 
 
