@@ -53,8 +53,8 @@ class SynchronisedPasses:
             return False
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-        if isinstance(self, FSDPModule) and "_run_part" not in vars(self):
-            register_fsdp_forward_method(self, "_run_part")
+        if "_run_part" not in vars(self):
+            register_fsdp_forward_method(self, "_run_part")  # of another than an FSDP2 module, nothing happens
         return synced_gpus or any(isinstance(module, FSDPModule) for module in self.modules())
 
 
