@@ -6,7 +6,6 @@ under the grammar, and rows go their own ways. Needs `pip install llguidance`.
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-import json
 from typing import Any
 
 import torch
@@ -46,9 +45,14 @@ class Grammar(PerRow):
 
     @classmethod
     def from_json_schema(cls, schema: str | dict[str, Any], tokenizer: Any, **kwargs: Any) -> "Grammar":
-        """JSON texts of a schema, a dictionary or JSON itself."""
-        schema = json.loads(schema) if isinstance(schema, str) else schema
-        return cls(LLMatcher.grammar_from_json_schema(schema), tokenizer, **kwargs)
+        """
+        JSON texts of a schema, a dictionary or JSON itself; with the white space of `json.dumps`.
+
+        What the schema says under `"x-guidance"` (llguidance's options) goes before that.
+        """
+        # White space as the model likes would let a text go on without an end.
+        layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        return cls(LLMatcher.grammar_from_json_schema(schema, defaults=layout), tokenizer, **kwargs)
 
     @classmethod
     def from_regex(cls, regex: str, tokenizer: Any, **kwargs: Any) -> "Grammar":

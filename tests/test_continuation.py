@@ -655,7 +655,7 @@ def test_cancelling_at_any_time_leaves_a_valid_text(model, mode, calls):
         return torch.full((len(input_ids),), asked >= calls)
 
     output = generate(
-        model, prompt, mode=mode, max_new_tokens=30, confidence_threshold=1.0, stopping_criteria=[cancel]
+        model, prompt, mode=mode, max_new_tokens=30, confidence_threshold=1.0, stopping_criteria=[Stateless(cancel)]
     )
     new = output.sequences[:, 6:]
     kept = ~output.log_probs.isnan()

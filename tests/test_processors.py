@@ -266,7 +266,7 @@ def test_one_answer_is_for_all_rows(model, rows, mode, answer):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_end_that_all_rows_wait_for_takes_back_a_later_one(model, rows, mode):
-    """A row that has met its end-of-text may have been ended by a criterion before, which was not due for the others."""
+    """A row that has met its end-of-text may have been ended by a criterion before, not due for the others."""
     ids, mask = padded(rows, "left")
     free = generate(model, ids, attention_mask=mask, mode=mode, max_new_tokens=30)[:, 7:].tolist()
     for ends in range(4, 12):
