@@ -51,8 +51,10 @@ class Grammar(PerRow):
         What the schema says under `"x-guidance"` (llguidance's options) goes before that.
         """
         # White space as the model likes would let a text go on without an end.
-        layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        return cls(LLMatcher.grammar_from_json_schema(schema, defaults=layout), tokenizer, **kwargs)
+        text = LLMatcher.grammar_from_json_schema(
+            schema, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        )
+        return cls(text, tokenizer, **kwargs)
 
     @classmethod
     def from_regex(cls, regex: str, tokenizer: Any, **kwargs: Any) -> "Grammar":

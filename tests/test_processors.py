@@ -320,17 +320,23 @@ def test_a_streamer_never_gets_what_a_criterion_takes_back(model, rows, mode):
 
 
 def forbid_from(length):
+    """From some length of the text on."""
     return Stateless(lambda ids, scores: scores if ids.shape[1] < length else torch.full_like(scores, -torch.inf))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_forbidding_every_token_is_refused(model, rows, mode, tokens):
+@pytest.mark.parametrize("stateless", [True, False])
+def test_forbidding_every_token_is_refused(model, rows, mode, tokens, stateless):
     ids, mask = padded(rows, "left")
     message = f"forbid every token.*at position {5 + tokens} of row 2, after {tokens} new tokens"
-    allowing = PerRow(lambda row: forbid_from(5 + tokens if row == 2 else 99))
+
+    def make(row):
+        forbidding = forbid_from(5 + tokens if row == 2 else 99)
+        return forbidding if stateless else forbidding.function
+
     with pytest.raises(ValueError, match=message):
-        generate(model, ids, attention_mask=mask, mode=mode, logits_processor=[allowing])
+        generate(model, ids, attention_mask=mask, mode=mode, logits_processor=[PerRow(make)])
 
 
 @pytest.mark.parametrize("mode", MODES)
