@@ -57,6 +57,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHRMSNorm,
     NemotronHTopkRouter,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -66,6 +67,7 @@ from transformers.utils import (
     is_accelerate_available,
     requires_backends,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -119,6 +121,7 @@ __all__ = [
     "CONFIG_NAME",
     "SAFE_WEIGHTS_INDEX_NAME",
     "SAFE_WEIGHTS_NAME",
+    "AutoQuantizationConfig",
     "BaseStreamer",
     "CacheOutput",
     "EosTokenCriteria",
@@ -135,6 +138,7 @@ __all__ = [
     "NemotronHPreTrainedModel",
     "NemotronHRMSNorm",
     "NemotronHTopkRouter",
+    "QuantizationConfigMixin",
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",

@@ -4,6 +4,7 @@ NVIDIA's layout has a matrix per expert, transformers' modules a tensor per laye
 on loading and on saving.
 """
 
+import copy
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from .compat_twotower import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
+    AutoQuantizationConfig,
+    QuantizationConfigMixin,
     WeightConverter,
     add_variant,
     get_checkpoint_conversion_mapping,
@@ -189,6 +192,20 @@ def merge_expert_matrices(
             state_dict[prefix + name] = torch.stack([found[idx] for idx in sorted(found)])
 
 
+def spare_modules(
+    quantization_config: QuantizationConfigMixin | dict[str, Any], modules: tuple[str, ...]
+) -> QuantizationConfigMixin:
+    """A copy of a quantisation config that leaves also these modules as they are, beside those its user names."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    spared = copy.copy(quantization_config)
+    for field in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if hasattr(spared, field):
+            named = getattr(spared, field) or []
+            setattr(spared, field, [*named, *(module for module in modules if module not in named)])
+    return spared
+
+
 def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> NemotronHForCausalLM:
     """A NemotronH with its head, as given or loaded as strictly as a TwoTower."""
     if isinstance(path_or_model, NemotronHForCausalLM):
@@ -220,4 +237,5 @@ __all__ = [
     "load_backbone",
     "merge_expert_matrices",
     "register_checkpoint_layout",
+    "spare_modules",
 ]

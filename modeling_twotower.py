@@ -55,6 +55,7 @@ from .loading_twotower import (
     load_backbone,
     merge_expert_matrices,
     register_checkpoint_layout,
+    spare_modules,
 )
 from .objective_twotower import (
     LossWeighting,
@@ -187,6 +188,9 @@ TWOTOWER_PARTS = (
     "t_block",
     "scale_shift_tables",
 )
+# Linear layers that stay in the model's dtype under every quantiser. The router, norms, convolutions and SSM parameters
+# are none, and routed experts neither.
+UNQUANTIZED_MODULES = ("context_lm_head", "lm_head", "t_embedder", "t_block")
 
 
 class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoTowerGenerationMixin):
@@ -261,6 +265,18 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
                 module.requires_grad_(requires_grad)
         return self.context_tower.embeddings
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.context_tower.embeddings
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        self.context_tower.embeddings = new_embeddings
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.context_lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.context_lm_head = new_embeddings
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -287,15 +303,30 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         renamed = bool(kwargs.get("key_mapping"))
         if names is not None and not renamed:
             check_parts(names, TWOTOWER_PARTS, pretrained_model_name_or_path)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare_modules(kwargs["quantization_config"], UNQUANTIZED_MODULES)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.update(use_safetensors=True, output_loading_info=True)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         check_complete(info["missing_keys"], pretrained_model_name_or_path)
+        model._check_quantized_experts(kwargs.get("experts_implementation"))
         if not renamed:
             # What save_pretrained writes is to depend on its arguments, not on the layout this model was loaded from.
             model._weight_conversions = None
         model.set_trained_towers(trained_towers)
         return (model, info) if with_info else model
+
+    def _check_quantized_experts(self, implementation: str | None) -> None:
+        """Of the ways to compute experts, a matrix product per expert is the one that a quantised tensor knows."""
+        experts = [module for module in self.modules() if isinstance(module, NemotronHExperts)]
+        if all(type(tensor.data) is torch.Tensor for module in experts for tensor in module.parameters()):
+            return
+        if implementation not in (None, "eager"):
+            raise ValueError(
+                f"experts_implementation is {implementation!r}, which cannot multiply by quantised experts; "
+                'use "eager", or leave it unset'
+            )
+        self.set_experts_implementation("eager")
 
     @classmethod
     def from_backbone(

@@ -8,7 +8,7 @@ Shapes: B batch, P prompt columns, S block, V vocabulary.
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
@@ -154,6 +154,13 @@ class PreparedGeneration(GenerationMixin):
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"{name} holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported: `generate_batch` and the other entries of transformers' continuous batching come here, too."""
+        raise NotImplementedError(
+            "a TwoTower has no paged cache, which transformers' continuous batching needs; call generate with a batch: "
+            "rows that have ended leave it"
+        )
 
     # What transformers' `generate` calls on its way.
 
