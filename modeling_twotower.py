@@ -316,6 +316,19 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         model.set_trained_towers(trained_towers)
         return (model, info) if with_info else model
 
+    def to(self, *args: Any, **kwargs: Any) -> "TwoTowerForBlockDiffusion":
+        try:
+            return super().to(*args, **kwargs)
+        except NotImplementedError as error:
+            empty = [name for name, tensor in self.state_dict().items() if tensor.is_meta]
+            if not empty:
+                raise
+            raise ValueError(
+                f"{len(empty)} tensors hold no data, {empty[0]} for one. accelerate's load_checkpoint_and_dispatch loads "
+                "tensors by the names they have in this model, which NVIDIA's layout does not use for experts: load with "
+                "from_pretrained, or save the checkpoint with save_original_format=False first"
+            ) from error
+
     def _check_quantized_experts(self, implementation: str | None) -> None:
         """Of the ways to compute experts, a matrix product per expert is the one that a quantised tensor knows."""
         experts = [module for module in self.modules() if isinstance(module, NemotronHExperts)]
