@@ -265,18 +265,6 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
                 module.requires_grad_(requires_grad)
         return self.context_tower.embeddings
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.context_tower.embeddings
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        self.context_tower.embeddings = new_embeddings
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.context_lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.context_lm_head = new_embeddings
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -372,8 +360,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             for part, source in ((tower, backbone.model), (head, backbone.lm_head)):
                 copies = {name: cls._stored(name, tensor, backbone) for name, tensor in source.state_dict().items()}
                 part.load_state_dict(copies, assign=True)
-        for part in (model.t_embedder, model.t_block, model.scale_shift_tables):
-            part.to_empty(device=backbone.device)
+        for conditioning in (model.t_embedder, model.t_block, model.scale_shift_tables):
+            conditioning.to_empty(device=backbone.device)
         model.t_embedder.apply(model._init_weights)
         model.reset_time_conditioning()
         model.set_trained_towers(trained_towers)
