@@ -148,6 +148,7 @@ def test_input_embeddings_and_output_embeddings_are_those_of_forward():
 def test_resizing_the_vocabulary_resizes_both_towers_and_both_heads(size, tmp_path):
     model, ids = tiny_model(), random_ids(2, 6, vocab_size=40)
     block, kept = random_block(2, 4, vocab_size=40), min(size, 48)
+    model.set_trained_towers("both")
     model.lm_head.requires_grad_(False)
     before, denoised = model(ids), model.denoise(block, model(ids).cache)
 
@@ -157,8 +158,11 @@ def test_resizing_the_vocabulary_resizes_both_towers_and_both_heads(size, tmp_pa
     model.save_pretrained(tmp_path)
     for resized in (model, TwoTowerForBlockDiffusion.from_pretrained(tmp_path)):
         assert torch.equal(resized(ids).logits[..., :kept], before.logits[..., :kept])
-        assert torch.equal(resized.denoise(block, before.cache)[..., :kept], denoised[..., :kept])
-        assert resized(ids).logits.shape[-1] == size == resized.denoise(block, before.cache).shape[-1]
+        read = resized(ids)
+        assert torch.equal(resized.denoise(block, read.cache)[..., :kept], denoised[..., :kept])
+        assert read.logits.shape[-1] == size == resized.denoise(block, read.cache).shape[-1]
+    with pytest.raises(ValueError, match=f"its vocab_size is 48, this model's {size}"):
+        resized.denoise(block, before.cache)
     assert resized.generate(ids, max_new_tokens=4).shape[0] == 2
 
 
