@@ -24,7 +24,7 @@ def requests(kind, *arguments):
 
 
 @pytest.mark.parametrize("until", [["."], ["\n", " = ", "."], ["nowhere"]])
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [2, 4])
 def test_generate_until_is_that_of_transformers(model, tokenizer, baseline, batch_size, until):
     asked = {"until": until, "max_gen_toks": 70}
     expected = baseline.generate_until(requests("generate_until", asked), disable_tqdm=True)
@@ -41,9 +41,10 @@ def test_batches_answer_as_single_requests(model, tokenizer, mode):
         evaluator(model, tokenizer, size).generate_until(requests("generate_until", asked), disable_tqdm=True)
         for size in (1, 4)
     ]
-    # lm-eval cuts at the stop; where there is none, its length limit counts the batch's padding in, and ours does not.
-    assert [text[:20] for text in found[0]] == [text[:20] for text in found[1]]
-    assert all(found[0])
+    for alone, together in zip(*found, strict=True):
+        # lm-eval's length limit counts the padding of a batch in, and ours does not: a text without a stop is longer.
+        assert together == alone or (mode == "mock_ar" and together.startswith(alone))
+        assert alone
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -5,7 +5,6 @@ import re
 import outlines
 import pytest
 import torch
-import torch._dynamo
 from grammars import PROMPTS, REGEX, texts_of
 from outlines.backends import get_regex_logits_processor
 
@@ -17,9 +16,10 @@ BLOCK_MODES = ("mask_diffusion", "self_speculative")
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
+def uncompiled():
     """Its kernels are compiled, which takes minutes and changes no number."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="module", params=["outlines_core", "llguidance", "xgrammar"])
