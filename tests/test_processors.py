@@ -386,32 +386,3 @@ def test_infinite_logits_are_refused(model, rows, mode, monkeypatch):
     with pytest.raises(ValueError, match="gives no numbers"):
         generate(model, rows[0][None], mode=mode)
     hook.remove()
-
-
-# The number of a row.
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_prefix_allowed_tokens_fn_gets_the_number_transformers_gives(model, rows, mode, shared, monkeypatch):
-    """Up to 5.23 of the row, from 5.24 on of the prompt: transformers says so by how many rows it shares one among."""
-    numbers = set()
-
-    def allowed(number, text):
-        numbers.add(number)
-        return range(4, 48)
-
-    flags = {"do_sample": True, "num_return_sequences": 3, "prefix_allowed_tokens_fn": allowed, "mode": mode}
-    if shared:
-        monkeypatch.setattr(type(model), "_rows_of_a_number", lambda _, copies: copies)
-    generate(model, random_ids(2, 5), **flags)
-    theirs = set()
-    built = context_tower_in_transformers(model)
-    if not shared:
-        flags |= {"prefix_allowed_tokens_fn": lambda number, text: theirs.add(number) or range(4, 48)}
-        built.generate(
-            random_ids(2, 5), max_new_tokens=2, pad_token_id=PAD, **{k: v for k, v in flags.items() if k != "mode"}
-        )
-        assert numbers == theirs
-    else:
-        assert numbers == {0, 1}
