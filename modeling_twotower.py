@@ -188,8 +188,8 @@ TWOTOWER_PARTS = (
     "t_block",
     "scale_shift_tables",
 )
-# Linear layers that stay in the model's dtype under every quantiser. The router, norms, convolutions and SSM parameters
-# are none, and routed experts neither.
+# Linear layers that stay in the model's dtype under every quantiser. The router, norms, convolutions, SSM parameters and
+# routed experts are none, so that no quantiser takes them by default.
 UNQUANTIZED_MODULES = ("context_lm_head", "lm_head", "t_embedder", "t_block")
 
 
@@ -304,7 +304,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         model.set_trained_towers(trained_towers)
         return (model, info) if with_info else model
 
-    def to(self, *args: Any, **kwargs: Any) -> "TwoTowerForBlockDiffusion":
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().to(*args, **kwargs)
         except NotImplementedError as error:
@@ -312,8 +312,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             if not empty:
                 raise
             raise ValueError(
-                f"{len(empty)} tensors hold no data, {empty[0]} for one. accelerate's load_checkpoint_and_dispatch loads "
-                "tensors by the names they have in this model, which NVIDIA's layout does not use for experts: load with "
+                f"{len(empty)} tensors hold no data, {empty[0]} for one. accelerate's load_checkpoint_and_dispatch goes "
+                "by the names that tensors have in this model, and in NVIDIA's layout experts have others: load with "
                 "from_pretrained, or save the checkpoint with save_original_format=False first"
             ) from error
 

@@ -156,10 +156,10 @@ class PreparedGeneration(GenerationMixin):
             raise ValueError(f"{name} holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: `generate_batch` and the other entries of transformers' continuous batching come here, too."""
+        """Not supported; where `generate_batch` and transformers' other ways to continuous batching begin, too."""
         raise NotImplementedError(
-            "a TwoTower has no paged cache, which transformers' continuous batching needs; call generate with a batch: "
-            "rows that have ended leave it"
+            "a TwoTower has no paged cache, which transformers' continuous batching needs; call generate with a "
+            "batch, which rows leave as they end"
         )
 
     # What transformers' `generate` calls on its way.

@@ -61,6 +61,7 @@ SIGNATURES = {
     "GenerationMixin._prepare_generated_length": "self generation_config has_default_max_length "
     "has_default_min_length model_input_name input_ids_length inputs_tensor",
     "GenerationMixin._get_stopping_criteria": "self generation_config stopping_criteria tokenizer",
+    "GenerationMixin.init_continuous_batching": "self generation_config continuous_batching_config workload_hints",
     "GenerationMixin._get_logits_processor": "self generation_config input_ids_seq_length encoder_input_ids "
     "prefix_allowed_tokens_fn logits_processor device model_kwargs negative_prompt_ids "
     "negative_prompt_attention_mask",
@@ -68,6 +69,9 @@ SIGNATURES = {
     "PreTrainedModel._grouped_mm_can_dispatch": "self",
     "PreTrainedModel._init_weights": "self module",
     "PreTrainedModel.get_correct_experts_implementation": "self requested_experts",
+    "PreTrainedModel.set_experts_implementation": "self experts_implementation",
+    "PreTrainedModel.to": "self args kwargs",
+    "quantizers.auto.AutoQuantizationConfig.from_dict": "quantization_config_dict",
     "NemotronHConfig._pattern_to_list": "pattern",
     "NemotronHConfig.get_config_dict": "pretrained_model_name_or_path kwargs",
     "models.nemotron_h.modeling_nemotron_h.NemotronHAttention": "config layer_idx",

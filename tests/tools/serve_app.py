@@ -1,8 +1,8 @@
 """transformers serve's own app over an exported folder, in a process that cannot import twotower; see test_serve.py.
 
 `python -I serve_app.py FOLDER` prints its port and serves until it is stopped. The command line
-of `transformers serve` looks the model's class up in transformers itself, which holds no remote code; what is different
-here is that one method of its model manager.
+of `transformers serve` looks for the model's class in transformers itself, which holds no remote code; what is
+different here is that one method of its model manager.
 """
 
 import socket

@@ -1,6 +1,6 @@
-"""int8 through `from_pretrained(quantization_config=...)`: torchao, bitsandbytes and quanto on the embedded checkpoint.
+"""int8 through `from_pretrained(quantization_config=...)`: torchao, bitsandbytes, quanto on the embedded checkpoint.
 
-What these say about accuracy is small; benchmarks/quantized.json has figures on 400 problems.
+What these say about accuracy is little; benchmarks/quantized.py has figures on 400 problems.
 """
 
 import copy
@@ -111,7 +111,8 @@ class TestInt8:
     def test_every_mode_writes(self, load, kind):
         ids = random_ids(1, 6, vocab_size=500)
         texts = {
-            mode: load(kind).generate(ids, mode=mode, max_new_tokens=8, eos_token_id=None)[0].tolist() for mode in MODES
+            mode: load(kind).generate(ids, mode=mode, max_new_tokens=8, eos_token_id=None)[0].tolist()
+            for mode in MODES
         }
         assert all(len(text) == 14 for text in texts.values())
 
