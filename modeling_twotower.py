@@ -188,7 +188,7 @@ TWOTOWER_PARTS = (
     "t_block",
     "scale_shift_tables",
 )
-# Linear layers that stay in the model's dtype under every quantiser. The router, norms, convolutions, SSM parameters and
+# Linear layers that stay in the model's dtype under every quantiser. Router, norms, convolutions, SSM parameters and
 # routed experts are none, so that no quantiser takes them by default.
 UNQUANTIZED_MODULES = ("context_lm_head", "lm_head", "t_embedder", "t_block")
 
@@ -312,9 +312,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             if not empty:
                 raise
             raise ValueError(
-                f"{len(empty)} tensors hold no data, {empty[0]} for one. accelerate's load_checkpoint_and_dispatch goes "
-                "by the names that tensors have in this model, and in NVIDIA's layout experts have others: load with "
-                "from_pretrained, or save the checkpoint with save_original_format=False first"
+                f"{len(empty)} tensors hold no data, {empty[0]} for one. accelerate's load_checkpoint_and_dispatch "
+                "goes by the names that tensors have in this model, and in NVIDIA's layout experts have others: load "
+                "with from_pretrained, or save the checkpoint with save_original_format=False first"
             ) from error
 
     def _check_quantized_experts(self, implementation: str | None) -> None:
