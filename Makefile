@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 # What test-newest runs: forward, labels, every mode, continuation, export and remote loading, pipeline, NVIDIA's numbers.
 NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat modeling objective generation unmasking \
-	self_speculative continuation cache inspection export pipeline))
+	self_speculative continuation cache contract inspection export pipeline)) tests/mixins
 
 .PHONY: demo test test-tools test-newest lint eval clean
 .DELETE_ON_ERROR:
@@ -19,7 +19,7 @@ test: lint
 
 # The tools people use such a model with: Trainer, accelerate, peft, TRL, lm-eval, grammars, quantisers, servers.
 test-tools: .venv/.stamp-tools
-	$(BIN)/pytest tests/tools
+	$(BIN)/pytest tests/tools tests/test_readme.py
 
 # With the newest releases that pyproject.toml allows, in an environment of its own that is brought up to date each time.
 test-newest: .venv-newest/.stamp-torch
