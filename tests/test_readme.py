@@ -1,6 +1,7 @@
 """
-The README's Python runs as it stands, block after block; what needs the 60B checkpoint is compiled only, and so is what
-needs a package that is not installed: `make test-tools` installs all.
+The README's Python runs as it stands, block after block; what needs the 60B checkpoint is compiled only.
+
+So is what needs a package that is not installed: `make test-tools` installs all.
 """
 
 import ast
