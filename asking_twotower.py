@@ -5,6 +5,8 @@ matcher takes in one token per call, a list has one entry per row. Its own do no
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ class PerRow:
 
 
 class RowsOwn:
-    """What a [`PerRow`] made for one row."""
+    """What is asked about one row alone, each call one token longer than the last."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
@@ -73,6 +75,27 @@ def keeps_no_state(asked: Any) -> bool:
         return True
     kind = type(asked)
     return kind.__module__.partition(".")[0] == "transformers" and kind not in STATEFUL
+
+
+def is_plain(asked: Any) -> bool:
+    """Whether a user's processor has no place for state: a function, or an object without attributes of its own."""
+    if isinstance(asked, partial):
+        return is_plain(asked.func)
+    if isinstance(asked, MethodType | Stateless | PerRow | RowsOwn):
+        return False
+    return isinstance(asked, FunctionType | BuiltinFunctionType) or (hasattr(asked, "__dict__") and not vars(asked))
+
+
+def asked_by_mode(asked: Any, mode: str) -> Any:
+    """
+    A user's processor as a mode asks it.
+
+    Where rows drift apart, a plain one can do without the calls of transformers: for `mask_diffusion` it keeps no state;
+    in `self_speculative` it is nevertheless asked each row's calls in `ar`, and never about drafts.
+    """
+    if keeps_no_state(asked) or not is_plain(asked):
+        return asked
+    return {"mask_diffusion": Stateless, "self_speculative": RowsOwn}.get(mode, lambda one: one)(asked)
 
 
 def made_for(row: int, prompt_length: int, given: Sequence[Any], earlier: list[Any]) -> list[Any]:
@@ -108,4 +131,4 @@ def name_of(asked: Any) -> str:
     return type(asked.function if isinstance(asked, Stateless | RowsOwn) else asked).__name__
 
 
-__all__ = ["PerRow", "RowsOwn", "Stateless", "keeps_no_state", "made_for", "name_of"]
+__all__ = ["PerRow", "RowsOwn", "Stateless", "asked_by_mode", "is_plain", "keeps_no_state", "made_for", "name_of"]

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
-from .asking_twotower import made_for
+from .asking_twotower import asked_by_mode, made_for
 from .cache_twotower import TwoTowerCache
 from .compat_twotower import BaseStreamer, accepts_past_key_values
 from .decoding_twotower import Decoding
@@ -70,9 +70,10 @@ class PreparedGeneration(GenerationMixin):
                 at a time, with its tokens (1, n) before a position, or so far, without padding. Others may keep state
                 and are called as transformers does, once for every new token, with all rows (B, T) padded on the
                 left. Where rows take different numbers of tokens per pass (modes `mask_diffusion` and
-                `self_speculative`), a batch cannot give a processor such calls: give [`PerRow`], one for each row,
-                which works in every mode. In `self_speculative` it is asked what `ar` would ask it, and never about
-                drafts.
+                `self_speculative`), a batch cannot give a processor such calls: there a function, or an object without
+                attributes, is asked about one row at a time, too; of others give [`PerRow`], one for each row, which
+                works in every mode. In `self_speculative` each is asked what `ar` would ask it about a row alone, and
+                never about drafts.
             prefix_allowed_tokens_fn: called with the number of the row and its tokens (n,).
             cache: also as `past_key_values`; [`TwoTowerCache`] of an earlier call, extended in place; `inputs` is the
                 whole text, of which the cache holds the beginning. The attention mask may then have holes. After an
@@ -264,7 +265,7 @@ class PreparedGeneration(GenerationMixin):
         copies = generation_config.num_return_sequences
         prompts = encoder_input_ids.repeat_interleave(copies, dim=0)
         mask = (model_kwargs or {}).get("attention_mask")
-        given: list[Any] = list(logits_processor or [])
+        given: list[Any] = [asked_by_mode(one, generation_config.mode) for one in logits_processor or []]
         made: list[Any] = []
 
         def build(row: int) -> LogitsProcessorList:

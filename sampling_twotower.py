@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from .asking_twotower import keeps_no_state, name_of
+from .asking_twotower import RowsOwn, keeps_no_state, name_of
 from .compat_twotower import logits_process
 
 # Processors of transformers that look at a position's scores only: all positions go through them at once.
@@ -50,7 +50,7 @@ class RowLogitsProcessors:
         self.lists = [first, *(build(row) for row in range(1, rows))] if self.sees_text else [first]
         self.stateful = [not keeps_no_state(processor) for processor in first]
         self.shared = [
-            stateful and any(processor is one for one in given)
+            stateful and not isinstance(processor, RowsOwn) and any(processor is one for one in given)
             for processor, stateful in zip(first, self.stateful, strict=True)
         ]
         # What is known to keep no state may be asked about drafts, and more than once.

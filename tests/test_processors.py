@@ -165,6 +165,43 @@ def test_diffusion_with_one_row_takes_a_shared_processor(model):
     assert [shown for _, shown, _ in calls] == [[output[0, :length].tolist()] for length in range(5, 17)]
 
 
+# What has no place for state needs no declaration.
+
+
+class WithoutAttributes(logits_process.LogitsProcessor):
+    """Prefers another token after every text, whatever stands before it in the row."""
+
+    def __call__(self, input_ids, scores):
+        bias = torch.zeros_like(scores)
+        return scores + bias.scatter(1, (7 * input_ids[:, -1:] + 3) % 40 + 4, 5.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["function", "object"])
+def test_a_plain_processor_serves_many_rows_in_every_mode(model, rows, mode, kind):
+    plain = WithoutAttributes() if kind == "object" else lambda ids, scores: WithoutAttributes()(ids, scores)
+    ids, mask = padded(rows, "left")
+    found = generate(model, ids, attention_mask=mask, mode=mode, logits_processor=[plain])[:, 7:]
+    for row, new in zip(rows, found, strict=True):
+        for processor in (plain, Stateless(plain)):
+            assert torch.equal(generate(model, row[None], mode=mode, logits_processor=[processor])[0, len(row) :], new)
+    assert not torch.equal(generate(model, ids, attention_mask=mask, mode=mode)[:, 7:], found)
+
+
+def test_in_self_speculation_a_plain_processor_is_never_asked_about_drafts(model, rows):
+    calls = {row[0].item(): [] for row in rows}
+
+    def note(input_ids, scores):
+        calls[input_ids[0, 0].item()].append(input_ids[0].tolist())
+        return scores
+
+    ids, mask = padded(rows, "left")
+    found = generate(model, ids, attention_mask=mask, mode="self_speculative", logits_processor=[note])[:, 7:]
+    for row, new in zip(rows, found.tolist(), strict=True):
+        text = row.tolist() + new
+        assert calls[text[0]] == [text[:length] for length in range(len(row), len(text))]
+
+
 # What is refused.
 
 
