@@ -13,16 +13,15 @@ import torch
 # Without a meaning: there are neither positions nor segments to encode, and columns follow those of the cache.
 MEANINGLESS = ("cache_position", "token_type_ids")
 
+# What comes with several texts in a row.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
 # Not supported, but for None and the value that says what is so anyway.
 UNSUPPORTED: dict[str, Any] = {
     "output_attentions": False,
     "output_router_logits": False,
     "is_causal": True,
-    "cu_seq_lens_q": None,
-    "cu_seq_lens_k": None,
-    "max_length_q": None,
-    "max_length_k": None,
-    "seq_idx": None,
+    **dict.fromkeys(PACKED),
 }
 
 
@@ -40,6 +39,11 @@ def check_arguments(given: dict[str, Any]) -> None:
         if name not in UNSUPPORTED:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
         if value is not None and value is not UNSUPPORTED[name]:
+            if name in PACKED:
+                raise ValueError(
+                    f"{name} is not supported by a TwoTower: it says that a row holds several texts, as a trainer's "
+                    "packing or padding_free makes them; give each text a row of its own"
+                )
             raise ValueError(f"{name} is not supported by a TwoTower; leave it out")
 
 

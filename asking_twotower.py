@@ -90,8 +90,8 @@ def asked_by_mode(asked: Any, mode: str) -> Any:
     """
     A user's processor as a mode asks it.
 
-    Where rows drift apart, a plain one can do without the calls of transformers: for `mask_diffusion` it keeps no state;
-    in `self_speculative` it is nevertheless asked each row's calls in `ar`, and never about drafts.
+    Where rows drift apart, a plain one can do without the calls of transformers: for `mask_diffusion` it keeps no
+    state; in `self_speculative` it is nevertheless asked each row's calls in `ar`, and never about drafts.
     """
     if keeps_no_state(asked) or not is_plain(asked):
         return asked

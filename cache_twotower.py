@@ -20,6 +20,7 @@ from weakref import ref
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import Cache
 
 from .configuration_twotower import TwoTowerConfig
@@ -250,7 +251,7 @@ class TwoTowerCache(Cache):
         # Of the model that has read, once one has.
         self.dtype: torch.dtype | None = None
         self.embeddings: torch.Tensor | None = None
-        self.fits: ref[torch.Tensor] | None = None  # embeddings of a model known to fit
+        self.reader: ref[nn.Module] | None = None  # the context tower that has read, or one like it
 
     @property
     def ids(self) -> torch.Tensor | None:
@@ -263,40 +264,48 @@ class TwoTowerCache(Cache):
         ids = ids if self.lengths is None else ids.to(self.lengths.device)
         self.tokens.write_ids(ids, self.width, self.lengths if self.ragged else None)
 
-    def sign(self, embeddings: torch.Tensor) -> None:
-        """Remember by its embeddings (V, E) which model has read."""
+    def sign(self, tower: Any) -> None:
+        """Remember which context tower has read, and some of its embeddings in case it is no more."""
         if self.dtype is None:
-            self.dtype, self.embeddings = _computing_dtype(embeddings), _some_of(embeddings)
-            self.fits = ref(embeddings)
+            embeddings = tower.embeddings.weight
+            self.dtype, self.embeddings, self.reader = _computing_dtype(embeddings), _some_of(embeddings), ref(tower)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "fits": None}  # which cannot be pickled
+        return {**vars(self), "reader": None}  # which cannot be pickled
 
-    def check_model(self, config: TwoTowerConfig, embeddings: torch.Tensor) -> None:
+    def check_model(self, config: TwoTowerConfig, tower: Any) -> None:
         """
-        Refuse a model that would not have read what is held: of another geometry, dtype, or with other embeddings.
+        Refuse a model that would not have read what is held: of another geometry, dtype, or with other weights.
+
+        Weights are compared in a few places, those of all layers while the tower that has read is still there.
 
         Args:
             config: the model's.
-            embeddings: (V, E) the context tower's.
+            tower: its context tower.
         """
+        embeddings = tower.embeddings.weight
         remedy = "give a cache of this model, or leave past_key_values out"
         dtype = _computing_dtype(embeddings)
         if self.dtype not in (None, dtype):
             raise ValueError(f"past_key_values was read in {self.dtype}, this model computes in {dtype}; {remedy}")
-        # Every pass asks, and comparing embeddings waits for the device.
-        if self.fits is not None and self.fits() is embeddings:
+        reader = None if self.reader is None else self.reader()
+        # Every pass asks, and comparing weights waits for the device.
+        if reader is tower:
             return
         for name, expected in _geometry(config).items():
             if (held := self.geometry.get(name)) != expected:
                 raise ValueError(
                     f"past_key_values is of another model: its {name} is {held!r}, this model's {expected!r}; {remedy}"
                 )
-        own = _some_of(embeddings)
-        if self.embeddings is not None and own is not None and not self.embeddings.to(own.device).equal(own):
+        if _differ(self.embeddings, _some_of(embeddings)):
             raise ValueError(f"past_key_values is of a model with other embeddings than this model's; {remedy}")
+        if reader is not None:
+            own = dict(tower.named_parameters())
+            for name, read in reader.named_parameters():
+                if name in own and _differ(_some_of(read), _some_of(own[name])):
+                    raise ValueError(f"past_key_values is of a model with another {name} than this model's; {remedy}")
         if self.embeddings is not None:
-            self.fits = ref(embeddings)
+            self.reader = ref(tower)
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -435,11 +444,17 @@ def _computing_dtype(embeddings: torch.Tensor) -> torch.dtype:
     return embeddings.dtype
 
 
-def _some_of(embeddings: torch.Tensor) -> torch.Tensor | None:
-    """A few numbers of (V, E) to tell models apart by; None where they are offloaded, sharded or quantised."""
-    if embeddings.device.type == "meta" or type(embeddings) not in (torch.Tensor, torch.nn.Parameter):
+def _differ(some: torch.Tensor | None, others: torch.Tensor | None) -> bool:
+    """Whether two samples of weights are known and not the same."""
+    return some is not None and others is not None and not some.to(others.device).equal(others)
+
+
+def _some_of(weights: torch.Tensor) -> torch.Tensor | None:
+    """A few numbers to tell models apart by; None where they are offloaded, sharded or quantised."""
+    if weights.device.type == "meta" or type(weights) not in (torch.Tensor, torch.nn.Parameter):
         return None
-    return embeddings.detach()[:: max(1, len(embeddings) // 16), :8].clone()
+    rows = weights.detach()[:: max(1, len(weights) // 16)]
+    return rows.flatten(1)[:, :8].clone() if rows.ndim > 1 else rows.clone()
 
 
 __all__ = ["KeyValueSlot", "KeyValues", "MambaState", "MambaUpdate", "Past", "Present", "TwoTowerCache"]

@@ -30,6 +30,7 @@ from .compat_twotower import (
 from .configuration_twotower import TwoTowerConfig, check_auto_map
 
 PICKLED_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 EXPERT_MATRIX = re.compile(r"(.+\.mixer\.experts\.)(\d+)(\..+)")
 BACKBONE_ONLY_FIELDS = (
@@ -63,6 +64,8 @@ def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[st
     if path is None or not os.path.isdir(path):
         return None
     folder = Path(path, kwargs.get("subfolder", ""))
+    if (folder / ADAPTER_CONFIG).is_file():
+        return None  # peft's: transformers loads the model it names, and then the adapter
     single, index = (
         folder / add_variant(name, kwargs.get("variant")) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )

@@ -200,9 +200,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     Calling the model runs the context tower (next-token logits and cache), or with `labels` the training objective;
     [`~TwoTowerForBlockDiffusion.denoise`] runs the denoiser.
 
-    However it is made, a model's context tower and its head are frozen (no parameter of theirs requires a gradient):
-    training the denoiser is what the model is for, and its objective gives them none. To train them as well, or
-    instead, see [`~TwoTowerForBlockDiffusion.set_trained_towers`].
+    `from_pretrained` and `from_backbone` freeze the context tower and its head (no parameter of theirs requires a
+    gradient): training the denoiser is what the model is for, and its objective gives them none. To train them as
+    well, or instead, and for a model made from a config, see [`~TwoTowerForBlockDiffusion.set_trained_towers`].
 
     `save_pretrained` writes NVIDIA's layout, a matrix per expert under the released checkpoint's names, or with
     `save_original_format=False` this class's own tensors, all experts of a layer in one; `from_pretrained` takes both.
@@ -224,7 +224,6 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             nn.Parameter(torch.empty(3, config.hidden_size)) for _ in range(config.num_hidden_layers)
         )
         self.post_init()
-        self.set_trained_towers("denoiser")
 
     # The embeddings and the head that callers see are those `forward` uses.
 
@@ -424,6 +423,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             [`TwoTowerOutput`], or with `return_dict=False` a tuple of what is not None in it; logits float32.
         """
         check_arguments({"output_attentions": self.config.output_attentions, **kwargs})
+        if labels is not None and cache is not None:
+            raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
         input_ids = self._ids_or_placeholders(input_ids, inputs_embeds, labels)
         self._check_ids("input_ids", input_ids, cache)
         cached = None if cache is None else cache.width
@@ -432,8 +433,6 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_hidden_states: list[torch.Tensor] | None = [] if keep_all else None
         if labels is not None:
-            if cache is not None:
-                raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
             output = self._diffusion_loss(
                 input_ids,
                 attention_mask,
@@ -728,7 +727,7 @@ class ContextTower(TwoTowerBackbone):
         if cache is not None:
             # Only now, and what might fail first, so that an error in the middle leaves the cache as it was.
             cache.write_ids(input_ids)
-            cache.sign(self.embeddings.weight)
+            cache.sign(self)
             if tentative:
                 cache.tentative = length
             else:

@@ -103,6 +103,8 @@ def check_attention_mask(
     _check_tensor("attention_mask", attention_mask, "1 on tokens and 0 on padding")
     if attention_mask.ndim == 0:
         raise ValueError("attention_mask has shape (); give one of (batch, tokens)")
+    if attention_mask.is_complex() or ((attention_mask != 0) & (attention_mask != 1)).any():
+        raise ValueError("attention_mask holds other numbers than 1, on tokens, and 0, on padding")
     length, width = input_ids.shape[1], attention_mask.shape[-1]
     fits = width == length or (cached is not None and 0 < cached <= width - length)
     if attention_mask.shape != (len(input_ids), width) or not fits:

@@ -233,7 +233,7 @@ class PreparedGeneration(GenerationMixin):
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, TwoTowerCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
-        cache.check_model(self.config, self.context_tower.embeddings.weight)
+        cache.check_model(self.config, self.context_tower)
 
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any

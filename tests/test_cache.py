@@ -504,3 +504,14 @@ def test_a_cache_goes_between_an_offloaded_model_and_one_in_memory(writer):
     for reader, other in ((writer, offloaded), (offloaded, writer)):
         cache = reader(text[:, :6]).past_key_values
         assert torch.equal(generate(other, text, past_key_values=cache).sequences, expected)
+
+
+def test_a_cache_of_a_model_with_another_layer_is_refused_while_that_model_is_there():
+    model, ids = tiny_model(), random_ids(1, 5)
+    cache = model(ids).cache
+    other = copy.deepcopy(model)
+    assert torch.equal(other.denoise(random_block(1, 4), cache), model.denoise(random_block(1, 4), cache))
+    with torch.no_grad():
+        other.context_tower.layers[0].mixer.out_proj.weight *= 1.5
+    with pytest.raises(ValueError, match=r"with another layers\.0\.mixer\.out_proj\.weight"):
+        other.denoise(random_block(1, 4), model(ids).cache)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import GEOMETRIES, random_ids, tiny_model
+from tiny import GEOMETRIES, random_ids, student_model, tiny_model
 from tolerances import GRADIENTS, assert_close
 
 from twotower.cache_twotower import TwoTowerCache
+from twotower.evaluation import context_tower_in_transformers
 from twotower.objective_twotower import (
     MIN_TIMESTEP,
     check_objective,
@@ -180,7 +181,7 @@ def test_either_kind_of_checkpointing_gives_the_same_gradients(trained, geometry
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_checkpointing_computes_every_denoiser_layer_twice_and_no_context_layer():
-    model = tiny_model("all kinds").train()
+    model = student_model("all kinds").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     calls = []
     for layer in (*model.context_tower.layers, *model.denoiser_tower.layers):
@@ -203,9 +204,13 @@ DENOISER_PARTS = {"denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_s
 PARTS = {"denoiser": DENOISER_PARTS, "context": CONTEXT_PARTS, "both": CONTEXT_PARTS | DENOISER_PARTS}
 
 
-def test_the_context_tower_is_frozen_unless_asked_for():
+def test_the_context_tower_is_frozen_unless_asked_for(tmp_path):
     model = tiny_model()
-    assert trained_parts(model) == DENOISER_PARTS
+    model.save_pretrained(tmp_path)
+    for towers, parts in PARTS.items():
+        chosen = {} if towers == "denoiser" else {"trained_towers": towers}
+        assert trained_parts(type(model).from_pretrained(tmp_path, **chosen)) == parts
+        assert trained_parts(type(model).from_backbone(context_tower_in_transformers(model), **chosen)) == parts
     for towers, parts in PARTS.items():
         model.set_trained_towers(towers)
         assert trained_parts(model) == parts
@@ -221,7 +226,7 @@ def test_integer_weights_are_not_asked_for_gradients():
 
 
 def test_a_loss_on_the_logits_of_a_frozen_context_tower_fails():
-    model = tiny_model()
+    model = student_model()
     loss = model(random_ids(2, 8)).logits.square().mean()
     with pytest.raises(RuntimeError, match="does not require grad"):
         loss.backward()
@@ -231,7 +236,7 @@ def test_a_loss_on_the_logits_of_a_frozen_context_tower_fails():
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_also_under_checkpointing(use_reentrant):
     """Which makes the embeddings require gradients, but not those of a tower of which nothing is trained."""
-    model = tiny_model().train()
+    model = student_model().train()
     model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     with pytest.raises(RuntimeError, match="does not require grad"):
         model(random_ids(2, 8)).logits.square().mean().backward()
@@ -247,7 +252,7 @@ def test_also_under_checkpointing(use_reentrant):
 @pytest.mark.parametrize("labelled", [True, False])
 def test_every_trained_parameter_gets_a_gradient_at_every_step(labelled, geometry):
     """As DistributedDataParallel wants; also where nothing is masked, and from experts no token has chosen."""
-    model = tiny_model(geometry).train()
+    model = student_model(geometry).train()
     ids = random_ids(1, 2 * model.config.block_size, vocab_size=model.config.vocab_size)
     model(ids, labels=ids if labelled else torch.full_like(ids, -100)).loss.backward()
     for name, parameter in model.named_parameters():

@@ -6,6 +6,8 @@ import torch
 from tiny import random_block, random_ids, tiny_model
 from transformers import BatchEncoding
 
+from twotower.padding_twotower import check_attention_mask
+
 IDS = random_ids(2, 5)
 MODES = ("mask_diffusion", "self_speculative", "mock_ar", "ar")
 NO_TENSORS = [
@@ -103,3 +105,15 @@ def test_a_time_is_a_number_or_one_per_row(model, cache):
     expected = model.denoise(block, cache, 0.5)
     for timestep in (torch.tensor(0.5), [0.5, 0.5], np.array([0.5, 0.5]), torch.tensor([0.5])):
         assert torch.equal(model.denoise(block, cache, timestep), expected)
+
+
+@pytest.mark.parametrize("mask", [[1.0, float("nan")], [1.0, 0.5], [1, -1], [0.0, -1e9], [1 + 0j, 0j]])
+def test_a_mask_of_other_numbers_than_0_and_1_is_refused(mask):
+    with pytest.raises(ValueError, match="attention_mask holds other numbers than 1, on tokens, and 0, on padding"):
+        check_attention_mask(torch.tensor([[5, 6]]), torch.tensor([mask]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_a_mask_of_any_dtype_is_taken(dtype):
+    found = check_attention_mask(torch.tensor([[5, 6]]), torch.tensor([[1, 0]], dtype=dtype))
+    assert found.tolist() == [[True, False]]

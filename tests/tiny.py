@@ -100,6 +100,13 @@ def tiny_model(geometry: str = "base", seed: int = 0, **fields: Any) -> TwoTower
     return model
 
 
+def student_model(geometry: str = "base", seed: int = 0, **fields: Any) -> TwoTowerForBlockDiffusion:
+    """As `from_pretrained` and `from_backbone` give it: the context tower and its head are frozen."""
+    model = tiny_model(geometry, seed, **fields)
+    model.set_trained_towers("denoiser")
+    return model
+
+
 def without_special_tokens(model: TwoTowerForBlockDiffusion) -> TwoTowerForBlockDiffusion:
     """A model whose text ends at no token, so that random weights write as much as they are asked to."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import student_model
 from tolerances import GRADIENTS, assert_close
 from tools.processes import SCRIPT, launch
 from tools.train_in_processes import optimizer_of, train
@@ -14,7 +14,7 @@ def test_two_processes_train_as_one(tmp_path):
     command = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
     result = launch(f"{command} --mixed_precision no --dynamo_backend no {SCRIPT} accelerate", tmp_path)
     assert result["processes"] == 2
-    model = tiny_model("all kinds")
+    model = student_model("all kinds")
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = train(model, optimizer_of(model), torch.Tensor.backward)
     assert_close(torch.tensor(result["losses"]), torch.tensor(losses))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import student_model
 from tolerances import GRADIENTS, assert_close
 from tools.processes import SCRIPT, launch
 from tools.train_in_processes import optimizer_of, train
@@ -14,7 +14,7 @@ from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 def test_two_processes_train_as_one(tmp_path):
     result = launch(f"-m torch.distributed.run --standalone --nproc-per-node 2 {SCRIPT} fsdp", tmp_path)
     assert result["processes"] == 2
-    model = tiny_model("all kinds")
+    model = student_model("all kinds")
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert_close(
         torch.tensor(result["losses"]), torch.tensor(train(model, optimizer_of(model), torch.Tensor.backward))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import random_ids, tiny_model, without_special_tokens
+from tiny import random_ids, student_model, without_special_tokens
 from tolerances import assert_close
 
 # Attention, Mamba and shared experts by module, routed experts by the tensors that hold all of a layer.
@@ -17,7 +17,7 @@ TARGETS = {
 
 
 def adapted(targets: str) -> PeftModel:
-    model = without_special_tokens(tiny_model("all kinds"))
+    model = without_special_tokens(student_model("all kinds"))
     return get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", lora_dropout=0.0, **TARGETS[targets]))
 
 
@@ -51,7 +51,7 @@ def test_adapters_train_save_load_and_merge(targets, tmp_path):
     assert torch.equal(after[0], context)
     assert not torch.equal(after[1], denoiser)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(without_special_tokens(tiny_model("all kinds")), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(without_special_tokens(student_model("all kinds")), tmp_path).eval()
     for expected, actual in zip(after, logits(loaded), strict=True):
         assert torch.equal(actual, expected)
     for expected, actual in zip(after, logits(loaded.merge_and_unload()), strict=True):
@@ -65,5 +65,5 @@ def test_self_speculative_of_an_adapted_denoiser_still_equals_ar():
     texts = [model.generate(input_ids=prompt, max_new_tokens=20, mode=mode) for mode in ("ar", "self_speculative")]
     assert torch.equal(*texts)
     diffused = model.generate(input_ids=prompt, max_new_tokens=20)
-    plain = without_special_tokens(tiny_model("all kinds")).generate(prompt, max_new_tokens=20)
+    plain = without_special_tokens(student_model("all kinds")).generate(prompt, max_new_tokens=20)
     assert not torch.equal(diffused, plain), "the adapter is used"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_ids, tiny_model
+from tiny import random_ids, student_model
 from tolerances import GRADIENTS, assert_close
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -45,7 +45,7 @@ def changed(model, before: dict[str, torch.Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 def test_batches_of_one_row_train_the_denoiser_and_nothing_else(checkpointing, tmp_path):
-    model = tiny_model("all kinds")
+    model = student_model("all kinds")
     before = weights(model)
     arguments = {"per_device_train_batch_size": 1, "max_steps": 2}
     if checkpointing is not None:
@@ -65,7 +65,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(shards, tmp_path):
     """The checkpoint is in NVIDIA's layout, a matrix per expert, of which many files hold some each."""
 
     def run(seed):
-        model = tiny_model("all kinds", seed=seed)
+        model = student_model("all kinds", seed=seed)
         if shards == "many files":
             model.save_pretrained = partial(model.save_pretrained, max_shard_size="80KB")
         set_seed(0)
@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(shards, tmp_path):
 
 @pytest.mark.parametrize("shards", ["one file", "many files"])
 def test_the_best_model_is_loaded_at_the_end(shards, tmp_path):
-    model = tiny_model("all kinds")
+    model = student_model("all kinds")
     if shards == "many files":
         model.save_pretrained = partial(model.save_pretrained, max_shard_size="80KB")
     schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -101,7 +101,7 @@ def test_accumulated_batches_are_one_batch(tmp_path):
     rows[1]["labels"][:9] = -100
 
     def gradient_steps(**arguments):
-        model = tiny_model("all kinds")
+        model = student_model("all kinds")
         model.train = lambda mode=True: model  # an evaluation's masks do not depend on how rows are batched
         plain = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 2}
         trainer(model, tmp_path, rows, **plain, **arguments).train()
@@ -109,7 +109,7 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 
     whole = gradient_steps(per_device_train_batch_size=3)
     accumulated = gradient_steps(per_device_train_batch_size=1, gradient_accumulation_steps=3)
-    start = weights(tiny_model("all kinds"))
+    start = weights(student_model("all kinds"))
     for name, tensor in whole.items():
         assert_close(accumulated[name] - start[name], tensor - start[name], slack=10 * GRADIENTS)
 
@@ -118,13 +118,13 @@ def test_an_evaluation_gives_the_same_loss_every_time(tmp_path):
     losses = set()
     for size, seed in ((2, 0), (2, 1), (3, 2)):
         set_seed(seed)
-        run = trainer(tiny_model("all kinds"), tmp_path, per_device_eval_batch_size=size)
+        run = trainer(student_model("all kinds"), tmp_path, per_device_eval_batch_size=size)
         losses.add(round(run.evaluate()["eval_loss"], 5))
     assert len(losses) == 1
 
 
 def test_metrics_get_the_labels(tmp_path):
-    run = trainer(tiny_model("only -"), tmp_path)
+    run = trainer(student_model("only -"), tmp_path)
     run.compute_metrics = lambda prediction: {"labels": int((prediction.label_ids != -100).sum())}
     assert run.evaluate()["eval_labels"] == 6 * 12
 
@@ -132,7 +132,7 @@ def test_metrics_get_the_labels(tmp_path):
 def test_label_smoothing_is_refused_by_name(tmp_path):
     """It would train the context tower, on labels that are not shifted."""
     for towers in ("denoiser", "both"):
-        model = tiny_model("all kinds")
+        model = student_model("all kinds")
         model.set_trained_towers(towers)
         with pytest.raises(ValueError, match="set label_smoothing_factor to 0"):
             trainer(model, tmp_path, label_smoothing_factor=0.1).train()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_model
+from tiny import student_model
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -37,18 +37,18 @@ def train(kind: type[SFTTrainer], model, tokenizer, folder: Path, **arguments) -
 
 
 def test_the_denoiser_learns_with_our_loss(tokenizer, tmp_path):
-    model = tiny_model("all kinds", vocab_size=len(tokenizer))
+    model = student_model("all kinds", vocab_size=len(tokenizer))
     changed = train(DenoiserSFTTrainer, model, tokenizer, tmp_path)
     assert changed == {"denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables"}
 
 
 def test_the_context_tower_learns_with_its_own_if_asked_to(tokenizer, tmp_path):
-    model = tiny_model("all kinds", vocab_size=len(tokenizer))
+    model = student_model("all kinds", vocab_size=len(tokenizer))
     model.set_trained_towers("context")
     assert train(SFTTrainer, model, tokenizer, tmp_path) == {"context_tower", "context_lm_head"}
 
 
 def test_its_own_loss_does_not_train_a_frozen_context_tower(tokenizer, tmp_path):
-    model = tiny_model("all kinds", vocab_size=len(tokenizer))
+    model = student_model("all kinds", vocab_size=len(tokenizer))
     with pytest.raises(RuntimeError, match="does not require grad"):
         train(SFTTrainer, model, tokenizer, tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import random_ids, tiny_model
+from tiny import random_ids, student_model
 
 STEPS = 6
 
@@ -51,7 +51,7 @@ def with_accelerate(result: Path) -> None:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    model = tiny_model("all kinds")
+    model = student_model("all kinds")
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     assert type(model) is torch.nn.parallel.DistributedDataParallel and not model.find_unused_parameters
     losses = train(model, optimizer, accelerator.backward, accelerator.process_index, accelerator.num_processes)
@@ -69,7 +69,7 @@ def with_fsdp(result: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-    model = tiny_model("all kinds")
+    model = student_model("all kinds")
     for layer in (*model.context_tower.layers, *model.denoiser_tower.layers):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -82,7 +82,7 @@ def with_fsdp(result: Path) -> None:
     if rank == 0:
         model.save_pretrained(result.parent / "saved", state_dict=state)
     # And back into the shards, after other weights.
-    other = {name: torch.zeros_like(tensor) for name, tensor in tiny_model("all kinds").state_dict().items()}
+    other = {name: torch.zeros_like(tensor) for name, tensor in student_model("all kinds").state_dict().items()}
     for each in (other, dict(state) if rank == 0 else {}):  # which torch makes shards of
         options = sharded.StateDictOptions(full_state_dict=True, broadcast_from_rank0=each is not other)
         sharded.set_model_state_dict(model, each, options=options)
