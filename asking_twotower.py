@@ -77,6 +77,11 @@ def keeps_no_state(asked: Any) -> bool:
     return kind.__module__.partition(".")[0] == "transformers" and kind not in STATEFUL
 
 
+def serves_all_rows(asked: Any) -> bool:
+    """Whether one object may keep state about all rows of a batch, and so is asked about them together."""
+    return not isinstance(asked, PerRow | RowsOwn) and not keeps_no_state(asked)
+
+
 def is_plain(asked: Any) -> bool:
     """Whether a user's processor has no place for state: a function, or an object without attributes of its own."""
     if isinstance(asked, partial):
@@ -131,4 +136,14 @@ def name_of(asked: Any) -> str:
     return type(asked.function if isinstance(asked, Stateless | RowsOwn) else asked).__name__
 
 
-__all__ = ["PerRow", "RowsOwn", "Stateless", "asked_by_mode", "is_plain", "keeps_no_state", "made_for", "name_of"]
+__all__ = [
+    "PerRow",
+    "RowsOwn",
+    "Stateless",
+    "asked_by_mode",
+    "is_plain",
+    "keeps_no_state",
+    "made_for",
+    "name_of",
+    "serves_all_rows",
+]

@@ -310,6 +310,10 @@ def _check_sampling(options: dict[str, Any], sampling_is_default: bool | None) -
 
 def _prompt(argument: str) -> str:
     prompt = sys.stdin.read().removesuffix("\n") if argument == "-" else argument
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the question is no UTF-8 text; encode it so") from error
     if not prompt.strip():
         where = "standard input" if argument == "-" else "the prompt"
         raise ValueError(f"{where} is empty; give a question, or with --raw the beginning of a text")

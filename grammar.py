@@ -97,9 +97,10 @@ class GrammarProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
     def _allowed_after(self, tokens: list[int], vocab_size: int) -> torch.Tensor:
-        """(V,) bool; all after an end-of-text, since what follows it is no text."""
-        if any(token in self.grammar.tokenizer.eos_tokens for token in tokens):
-            return torch.ones(vocab_size, dtype=torch.bool)
+        """(V,) bool; after an end-of-text no more than another one."""
+        ends = self.grammar.tokenizer.eos_tokens
+        if any(token in ends for token in tokens):
+            return torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(ends), True)
         if not self._go_to(tokens):
             return torch.zeros(vocab_size, dtype=torch.bool)
         octets = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)

@@ -598,6 +598,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             raise ValueError(
                 "labels and inputs_embeds were both given; the training loss masks tokens: give input_ids"
             )
+        if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
+            kind = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
+            raise ValueError(f"inputs_embeds are {kind}; give a tensor of floating-point numbers")
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
             raise ValueError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
-from .asking_twotower import asked_by_mode, made_for
+from .asking_twotower import asked_by_mode, made_for, serves_all_rows
 from .cache_twotower import TwoTowerCache
 from .compat_twotower import BaseStreamer, accepts_past_key_values
 from .decoding_twotower import Decoding
@@ -305,7 +305,7 @@ class PreparedGeneration(GenerationMixin):
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
         text = GeneratedText(
             prompt,
-            _most_tokens(config, prompt.lengths),
+            self._limits(config, prompt, input_ids.shape[1], [*processors.given, *stopping_criteria]),
             stopping_criteria,
             0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
             tuple(recorded),
@@ -331,6 +331,13 @@ class PreparedGeneration(GenerationMixin):
             streamer=streamer,
             keep_cache=model_kwargs["keep_cache"],
         )
+
+    def _limits(self, config: GenerationConfig, prompt: PackedTokens, width: int, asked: list[Any]) -> torch.Tensor:
+        """(B,) most tokens of each row, prompt included."""
+        if config.max_new_tokens is None and any(map(serves_all_rows, asked)):
+            # What is shown padded rows, as by transformers, may count on its `max_length`, which counts their padding.
+            return prompt.lengths + (config.max_length - width)
+        return _most_tokens(config, prompt.lengths)
 
     def _check_starting_block(
         self, block: torch.Tensor | None, config: GenerationConfig, rows: int

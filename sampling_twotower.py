@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from .asking_twotower import RowsOwn, keeps_no_state, name_of
+from .asking_twotower import keeps_no_state, name_of, serves_all_rows
 from .compat_twotower import logits_process
 
 # Processors of transformers that look at a position's scores only: all positions go through them at once.
@@ -45,14 +45,11 @@ class RowLogitsProcessors:
     """
 
     def __init__(self, build: Callable[[int], LogitsProcessorList], rows: int, given: Sequence[Any] = ()):
-        first = build(0)
+        first, self.given = build(0), given
         self.sees_text = any(type(processor) not in ELEMENTWISE for processor in first)
         self.lists = [first, *(build(row) for row in range(1, rows))] if self.sees_text else [first]
         self.stateful = [not keeps_no_state(processor) for processor in first]
-        self.shared = [
-            stateful and not isinstance(processor, RowsOwn) and any(processor is one for one in given)
-            for processor, stateful in zip(first, self.stateful, strict=True)
-        ]
+        self.shared = [serves_all_rows(processor) and any(processor is one for one in given) for processor in first]
         # What is known to keep no state may be asked about drafts, and more than once.
         self.known_sees_text = any(
             type(processor) not in ELEMENTWISE and not stateful
@@ -119,6 +116,8 @@ class RowLogitsProcessors:
 def _asked(processor: Any, ids: torch.Tensor, scores: torch.Tensor, why: str) -> torch.Tensor:
     """(n, V) scores as a processor makes them of what follows (n, T) ids."""
     processed = processor(ids, scores)
+    if not isinstance(processed, torch.Tensor):
+        raise ValueError(f"{name_of(processor)} returned {processed!r}; a logits processor returns scores, a tensor")
     if processed.shape != scores.shape:
         raise ValueError(
             f"{name_of(processor)} returned scores of shape {tuple(processed.shape)} for {tuple(scores.shape)}; {why}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from .asking_twotower import PerRow, RowsOwn, keeps_no_state, made_for, name_of
+from .asking_twotower import RowsOwn, keeps_no_state, made_for, name_of, serves_all_rows
 from .cache_twotower import TwoTowerCache
 from .compat_twotower import CacheOutput, EosTokenCriteria, MaxTimeCriteria
 from .padding_twotower import PackedTokens
@@ -170,7 +170,7 @@ class GeneratedText:
         # Per row those that keep no state, and those that do and are its own; then those that serve all rows.
         self.criteria = [[c for c in criteria if keeps_no_state(c)] for criteria in rows_lists]
         self.rows_own = [[c for c in criteria if isinstance(c, RowsOwn)] for criteria in rows_lists]
-        self.shared = [c for c in others if not isinstance(c, PerRow) and not keeps_no_state(c)]
+        self.shared = [c for c in others if serves_all_rows(c)]
         # How many new tokens of each row, and of all, were shown to criteria that keep state, and where they ended it.
         self.shown = torch.zeros_like(self.rows)
         self.shown_to_all = 0
@@ -410,7 +410,11 @@ def _meets_any(
     """(n,) bool, which of the texts (n, T) a criterion ends; all are asked, as transformers does."""
     ends = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for criterion in criteria:
-        answer = torch.as_tensor(criterion(ids, scores), device=ids.device).bool()
+        given = criterion(ids, scores)
+        try:
+            answer = torch.as_tensor(given, device=ids.device).bool()
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"stopping criterion {name_of(criterion)} gave {given!r}; it must give bools") from error
         if answer.numel() not in (1, len(ids)):
             raise ValueError(f"stopping criterion {name_of(criterion)} " + refusal.format(answer.numel(), len(ids)))
         ends |= answer.flatten()

@@ -265,6 +265,11 @@ def test_generate_refuses_an_empty_prompt_before_any_work(prompt, given, monkeyp
         assert result.stderr == f"error: {name} is empty; give a question, or with --raw the beginning of a text\n"
 
 
+def test_generate_refuses_what_is_no_text():
+    result = run("generate", "\udcff?", code=2)
+    assert result.stderr == "error: the question is no UTF-8 text; encode it so\n"
+
+
 def test_version(monkeypatch):
     monkeypatch.setattr(cli.metadata, "version", lambda name: {"twotower": "1.2.3"}[name])
     assert run("--version").stdout == "twotower 1.2.3\n"

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny import random_block, random_ids, tiny_config, tiny_model, without_special_tokens
@@ -288,3 +289,9 @@ def test_the_base_model_gives_what_the_head_needs():
     hidden_states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     assert torch.equal(hidden_states @ model.get_output_embeddings().weight.T, model(ids).logits)
     assert model.get_decoder()(ids).last_hidden_state.shape == hidden_states.shape
+
+
+@pytest.mark.parametrize("embeds", [[[0.0]], np.zeros((1, 4, 32), dtype=np.float32), torch.zeros(1, 4, 32).long()])
+def test_embeddings_of_another_kind_are_refused(embeds):
+    with pytest.raises(ValueError, match=r"inputs_embeds are .*; give a tensor of floating-point numbers"):
+        tiny_model()(inputs_embeds=embeds)

@@ -423,3 +423,24 @@ def test_infinite_logits_are_refused(model, rows, mode, monkeypatch):
     with pytest.raises(ValueError, match="gives no numbers"):
         generate(model, rows[0][None], mode=mode)
     hook.remove()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("answer", [None, "yes", object()])
+def test_answers_of_another_kind_are_refused_by_name(model, mode, answer):
+    with pytest.raises(ValueError, match=r"function returned .*; a logits processor returns scores, a tensor"):
+        generate(model, random_ids(1, 5), mode=mode, logits_processor=[lambda ids, scores: answer])
+    with pytest.raises(ValueError, match=r"stopping criterion function gave .*; it must give bools"):
+        generate(model, random_ids(1, 5), mode=mode, stopping_criteria=[lambda ids, scores: answer])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_max_length_counts_the_columns_that_a_criterion_of_all_rows_is_shown(model, rows, mode):
+    """As in transformers, whose users count on it: lm-eval asks for the padded width and so many tokens more."""
+    ids, mask = padded(rows, "left")
+    calls = []
+    flags = {"max_new_tokens": None, "max_length": 12, "stopping_criteria": [Spy(calls, "criterion")]}
+    found = generate(model, ids, attention_mask=mask, mode=mode, **flags)
+    assert found.shape == (3, 12) and max(len(shown[0]) for _, shown, _ in calls) == 12
+    for row, new in zip(rows, found[:, 7:], strict=True):
+        assert torch.equal(generate(model, row[None], mode=mode, max_new_tokens=5)[0, len(row) :], new)
