@@ -60,6 +60,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import (
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     ModelOutput,
@@ -119,6 +120,7 @@ def _current_name(key: Any) -> Any:
 __all__ = [
     "ACT2FN",
     "CONFIG_NAME",
+    "GENERATION_CONFIG_NAME",
     "SAFE_WEIGHTS_INDEX_NAME",
     "SAFE_WEIGHTS_NAME",
     "AutoQuantizationConfig",

@@ -18,9 +18,11 @@ from transformers import NemotronHForCausalLM, PreTrainedModel
 
 from .compat_twotower import (
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     AutoQuantizationConfig,
+    NemotronHConfig,
     QuantizationConfigMixin,
     WeightConverter,
     add_variant,
@@ -31,6 +33,7 @@ from .configuration_twotower import TwoTowerConfig, check_auto_map
 
 PICKLED_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL_TYPES = (TwoTowerConfig.model_type, NemotronHConfig.model_type)
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 EXPERT_MATRIX = re.compile(r"(.+\.mixer\.experts\.)(\d+)(\..+)")
 BACKBONE_ONLY_FIELDS = (
@@ -83,12 +86,20 @@ def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[st
 
 def _check_config(folder: Path, kwargs: dict[str, Any]) -> bool:
     """Whether the weights are quantised; a ValueError where config.json is needed and missing or malformed."""
+    flags = folder / GENERATION_CONFIG_NAME
+    if flags.is_file():
+        _read_object(flags)  # which transformers would do without if it cannot be read
     if kwargs.get("config") is not None:  # or the path of one
         return getattr(kwargs["config"], "quantization_config", None) is not None
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise ValueError(f"{folder} holds no {CONFIG_NAME}; give a checkpoint's folder, or copy the model's there")
     config = _read_object(file)
+    if config.get("model_type") not in MODEL_TYPES:
+        raise ValueError(
+            f"{file} has model_type {config.get('model_type')!r}, expected {' or '.join(MODEL_TYPES)}; give the folder "
+            "of a TwoTower, or for from_backbone of a NemotronH"
+        )
     check_auto_map(config.get("auto_map"), file)
     return config.get("quantization_config") is not None
 
@@ -104,7 +115,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _sharded_tensor_names(index: Path, quantized: bool) -> set[str]:
-    weight_map = _read_object(index).get("weight_map")
+    content = _read_object(index)
+    weight_map = content.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
         raise ValueError(f"{index} has no weight_map of tensor names to files; download it again")
     for name, shard in weight_map.items():
@@ -116,6 +128,8 @@ def _sharded_tensor_names(index: Path, quantized: bool) -> set[str]:
             raise ValueError(
                 f"{index.parent / shard} lacks the tensor {name} that {index.name} promises; download it again"
             )
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f"{index} has no metadata, which transformers needs; download it again, or add an empty one")
     return set(weight_map)
 
 

@@ -665,6 +665,32 @@ def test_a_malformed_auto_map_is_named(no_work, broken, auto_map, message):
         tiny_config(auto_map=auto_map)
 
 
+@pytest.mark.parametrize("model_type", ["llama", None, 5])
+def test_a_config_of_another_model_is_refused(no_work, broken, model_type):
+    file = broken.parent / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": model_type}))
+    for load in (TwoTowerForBlockDiffusion.from_pretrained, TwoTowerForBlockDiffusion.from_backbone):
+        with pytest.raises(ValueError, match=f"{file} has model_type {model_type!r}, expected twotower or nemotron_h"):
+            load(broken.parent)
+
+
+def test_an_index_without_metadata_is_named(no_work, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "sharded")
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": json.loads(file.read_text())["weight_map"]}))
+    refused(folder, f"{file} has no metadata")
+
+
+def test_broken_generation_flags_are_not_ignored(no_work, broken):
+    (broken.parent / "generation_config.json").write_text('{"eos_token_id": ')
+    refused(broken.parent, f"{broken.parent / 'generation_config.json'} is no JSON")
+
+
+def test_an_adapters_folder_is_left_to_transformers(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert check_safetensors(tmp_path, {}) is None
+
+
 def test_an_auto_map_with_a_tokenizers_pair_loads(sharded, tmp_path):
     config = json.loads((sharded / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "other.Config", "AutoTokenizer": [None, "other.Fast"]}
