@@ -15,7 +15,7 @@ demo: .venv/.stamp-base
 	$(BIN)/twotower generate --trace "$(QUESTION)"
 
 test: lint
-	$(BIN)/pytest --ignore tests/tools
+	$(BIN)/pytest --ignore tests/tools -n auto --dist loadfile
 
 # The tools people use such a model with: Trainer, accelerate, peft, TRL, lm-eval, grammars, quantisers, servers.
 test-tools: .venv/.stamp-tools
