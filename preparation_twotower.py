@@ -336,7 +336,7 @@ class PreparedGeneration(GenerationMixin):
         """(B,) most tokens of each row, prompt included."""
         if config.max_new_tokens is None and any(map(serves_all_rows, asked)):
             # What is shown padded rows, as by transformers, may count on its `max_length`, which counts their padding.
-            return prompt.lengths + (config.max_length - width)
+            return prompt.lengths + (min(config.max_length, _UNLIMITED) - width)
         return _most_tokens(config, prompt.lengths)
 
     def _check_starting_block(
