@@ -51,9 +51,11 @@ class Grammar(PerRow):
         What the schema says under `"x-guidance"` (llguidance's options) goes before that.
         """
         # White space as the model likes would let a text go on without an end.
-        text = LLMatcher.grammar_from_json_schema(
-            schema, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        )
+        layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        try:
+            text = LLMatcher.grammar_from_json_schema(schema, defaults=layout)
+        except ValueError as error:
+            raise ValueError(f"llguidance does not understand the JSON schema {schema!r}: {error}") from error
         return cls(text, tokenizer, **kwargs)
 
     @classmethod

@@ -112,3 +112,9 @@ def test_a_grammar_that_is_none_is_refused(tokenizer):
         Grammar.from_lark("start: (", tokenizer)
     with pytest.raises(ValueError, match="llguidance does not understand the grammar"):
         Grammar.from_regex("[", tokenizer)
+
+
+@pytest.mark.parametrize("schema", ["{", "true", 5])
+def test_what_is_no_schema_is_refused_by_name(tokenizer, schema):
+    with pytest.raises(ValueError, match=f"llguidance does not understand the JSON schema {schema!r}: "):
+        Grammar.from_json_schema(schema, tokenizer)
