@@ -97,8 +97,8 @@ def _check_config(folder: Path, kwargs: dict[str, Any]) -> bool:
     config = _read_object(file)
     if config.get("model_type") not in MODEL_TYPES:
         raise ValueError(
-            f"{file} has model_type {config.get('model_type')!r}, expected {' or '.join(MODEL_TYPES)}; give the folder "
-            "of a TwoTower, or for from_backbone of a NemotronH"
+            f"{file} has model_type {config.get('model_type')!r}, expected {' or '.join(MODEL_TYPES)}; give the "
+            "folder of a TwoTower, or for from_backbone of a NemotronH"
         )
     check_auto_map(config.get("auto_map"), file)
     return config.get("quantization_config") is not None
