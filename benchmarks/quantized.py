@@ -39,14 +39,14 @@ WEIGHTS = Int8WeightOnlyConfig()
 TOWERS = r"re:(context|denoiser)_tower\.layers\.\d+\.mixer\."
 KINDS: dict[str, Any] = {
     "float32": None,
+    "bitsandbytes, threshold 0": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
+    "quanto, weights": QuantoConfig(weights="int8"),
     "torchao, weights": TorchAoConfig(WEIGHTS),
     "torchao, weights and routed experts": TorchAoConfig(
         FqnToConfig({TOWERS + r"experts\.(up|down)_proj": WEIGHTS, TOWERS + r".*_proj": WEIGHTS})
     ),
     "torchao, weights and activations": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
-    "bitsandbytes, threshold 0": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
     "bitsandbytes, threshold 6 (its default)": BitsAndBytesConfig(load_in_8bit=True),
-    "quanto, weights": QuantoConfig(weights="int8"),
 }
 LIBRARIES = ("torchao", "bitsandbytes", "optimum-quanto")
 
@@ -55,12 +55,14 @@ def main(file: Path) -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    settings = {"problems": PROBLEMS, "seed": SEED, "batch_size": BATCH_SIZE}
     problems = held_out_problems(PROBLEMS, SEED)
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
     rows, texts, correct = [], dict[tuple[str, str], list[list[int]]](), dict[tuple[str, str], list[bool]]()
     for kind, config in KINDS.items():
         model = load(config)
         where = environment(model)
+        where["versions"] |= {name: version(name) for name in LIBRARIES}
         for mode, options in MODES.items():
             found = texts[kind, mode] = answers(model, tokenizer, problems, options)
             right = correct[kind, mode] = are_correct(found, problems, tokenizer)
@@ -69,9 +71,8 @@ def main(file: Path) -> None:
             rows[-1]["same_text_as_float32"] = same(found, texts["float32", mode])
             rows[-1]["same_text_as_ar"] = same(found, texts[kind, "ar"])
             print(rows[-1], flush=True)
-    where["versions"] |= {name: version(name) for name in LIBRARIES}
-    settings = {"problems": PROBLEMS, "seed": SEED, "batch_size": BATCH_SIZE}
-    file.write_text(json.dumps(settings | {"rows": rows} | where, indent=2) + "\n")
+            # After every row, so that a run that is stopped leaves what it has measured.
+            file.write_text(json.dumps(settings | {"rows": rows} | where, indent=2) + "\n")
 
 
 def load(config: Any) -> TwoTowerForBlockDiffusion:
