@@ -15,6 +15,7 @@ demo: .venv/.stamp-base
 	$(BIN)/twotower generate --trace "$(QUESTION)"
 
 test: lint
+	$(BIN)/python tests/mixins/released_tests.py # downloads them, before several processes ask for them
 	$(BIN)/pytest --ignore tests/tools -n auto --dist loadfile
 
 # The tools people use such a model with: Trainer, accelerate, peft, TRL, lm-eval, grammars, quantisers, servers.

@@ -20,12 +20,12 @@ def tests_folder() -> Path:
     version = transformers.__version__
     folder = Path(sys.prefix, "share", f"transformers-{version}-tests")
     if not folder.is_dir():
-        with tempfile.TemporaryDirectory() as scratch:
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=transformers"]
             subprocess.run([*download, f"--dest={scratch}", f"transformers=={version}"], check=True)
             with tarfile.open(Path(scratch, f"transformers-{version}.tar.gz")) as archive:
                 archive.extractall(scratch, filter="data")
-            folder.parent.mkdir(exist_ok=True)
             Path(scratch, f"transformers-{version}", "tests").rename(folder)
     return folder
 
