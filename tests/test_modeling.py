@@ -802,7 +802,7 @@ def test_an_experts_implementation_asked_for_by_name_is_kept(monkeypatch):
         assert model.config._experts_implementation == name
         with monkeypatch.context() as patch:
             for other in {"batched_mm", "grouped_mm", "grouped_mm_or_loop"} - {name}:
-                patch.setitem(ALL_EXPERTS_FUNCTIONS, other, refuse)
+                patch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, other, refuse)
             model(random_ids(1, 1))
 
 
