@@ -141,7 +141,6 @@ __all__ = [
     "RowsOwn",
     "Stateless",
     "asked_by_mode",
-    "is_plain",
     "keeps_no_state",
     "made_for",
     "name_of",

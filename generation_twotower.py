@@ -187,7 +187,9 @@ class TwoTowerGenerationMixin(SynchronisedPasses, PreparedGeneration):
         run.text.denoiser_forwards[run.text.rows] += block.masked.any(-1)
         timestep = run.rule.timestep(block.masked, step, steps)
         logits = self._pass(run.synced, "denoise", block.ids, run.cache, timestep).to(block.ids.device)
-        mask_logits = logits[..., self.config.mask_token_id].clone()
+        mask_logits = logits[..., self.config.mask_token_id]
+        if run.step_callback is not None:
+            mask_logits = mask_logits.clone()  # only a callback is shown what is overwritten here
         logits[..., self.config.mask_token_id] = -torch.inf
         # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.
         in_order = run.processors.first_stateful() is not None
