@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .asking_twotower import PerRow, Stateless
 from .configuration_twotower import TwoTowerConfig
+from .decoding.asking import PerRow, Stateless
 from .generation_twotower import TwoTowerGenerationConfig
 from .modeling_twotower import TwoTowerForBlockDiffusion
 

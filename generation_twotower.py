@@ -1,304 +1,283 @@
 """Decoding: blocks filled by the denoiser, drafts verified by the context tower, or one token at a time by either.
 
-One method per mode, run by transformers' `generate` through `_sample`; what it runs on is prepared by
-[`PreparedGeneration`].
+One class per mode. Its methods advance rows by one pass and never loop: the engine runs the passes, and calls `begin`
+for a row that joins, `open` for rows that need a canvas, `denoised` and `after_denoise` around a denoiser pass, `read`
+and `after_read` around a context pass (first on the device, then with what was read back from it).
 
-Shapes: R rows still generating, S block, H hidden size, V vocabulary.
+Shapes: R rows of a pass, S block, H hidden size, V vocabulary.
 """
 
-from functools import partial
-from itertools import count
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
 
-from .compat_twotower import BaseStreamer
-from .decoding_twotower import BlockStep, Decoding
-from .generation_config_twotower import MODES, TwoTowerGenerationConfig
-from .kernels.precision import at_least_float32
-from .padding_twotower import PackedTokens
-from .preparation_twotower import PreparedGeneration
-from .sampling_twotower import RowLogitsProcessors
-from .synchronisation_twotower import DONE, SynchronisedPasses
-from .text_twotower import Block, TwoTowerGenerateOutput
-from .unmasking_twotower import DRAFT_NOT_A_NUMBER, NO_PROBLEM, NOT_A_NUMBER, Prediction, commit_run
+from .decoding.adapter import TwoTowerGenerationAdapter
+from .decoding.choosing import Group, commit
+from .decoding.config import MODES, TwoTowerGenerationConfig
+from .decoding.engine import Engine
+from .decoding.rules import DRAFT_NOT_A_NUMBER, NOT_A_NUMBER
+from .decoding.state import DENOISE, OPEN, READ, VERIFY, BlockStep, Canvas, Request, Row, TwoTowerGenerateOutput
 
 
-class TwoTowerGenerationMixin(SynchronisedPasses, PreparedGeneration):
-    """Selects the decoding method by the generation config's `mode`."""
+class Strategy:
+    """What the modes share. Phases that methods return say what a row waits for next."""
 
-    def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: RowLogitsProcessors,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: BaseStreamer | None = None,
-        **model_kwargs: Any,
-    ) -> TwoTowerGenerateOutput | torch.Tensor:
-        """The decoding method transformers' `generate` calls; runs the one of the config's mode."""
-        synced = self._is_synced(synced_gpus)
-        run = self._begin(input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
-        run.synced = synced
-        decode = {
-            "mask_diffusion": self._mask_diffusion,
-            "self_speculative": self._self_speculative,
-            "mock_ar": self._mock_ar,
-            "ar": self._ar,
-        }
-        with run.cache.undone_on_error():
-            try:
-                decode[generation_config.mode](run)
-            finally:
-                if synced:
-                    self._join_until(DONE)
-            run.restore_cache()
-            if streamer is not None:
-                streamer.end()
-            output = run.output(input_ids.to(run.text.rows.device))
-        return output if generation_config.return_dict_in_generate else output.sequences
+    part = "denoise"  # of the model, its denoiser pass
+    chooses_after_reading = True  # whether the context tower's next token is wanted once a row has been read
 
-    # The modes.
+    def steps(self, request: Request) -> int:
+        """Most denoiser passes per block."""
+        return request.config.steps_per_block
 
-    def _mask_diffusion(self, run: Decoding) -> None:
-        """
-        Read the prompt; then, block after block:
+    def write_first_stop(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
+        """Write what is chosen up to the first stop; rows that go on take `after_writing`'s phase."""
+        stops = _first_stops(rows, canvases, [len(canvas.ids) for canvas in canvases])
+        for row, canvas, (_, ended) in zip(rows, canvases, stops, strict=True):
+            if not ended:
+                row.phase = self.after_writing(row, canvas)
+        _write(engine, rows, canvases, stops)
 
-        1. denoise it, step by step; rows whose text ends within what is committed leave;
-        2. write it;
-        3. read it, unless all rows have ended.
-        """
-        self._read_prompt(run)
-        block = run.first_block()
-        for number in count():
-            for step in range(run.config.steps_per_block):
-                if not block.masked.any():
-                    break
-                self._denoise_step(run, block, step, run.config.steps_per_block, number)
-                if len(run.end_rows(block)) == 0:
-                    return
-            going_on = run.append(block)
-            if len(going_on) == 0:
-                return
-            self._read(run, PackedTokens(block.ids))
-            block = run.open_block(block.ids[:, :0])
-
-    def _self_speculative(self, run: Decoding) -> None:
-        """
-        Read the prompt and choose a token; then, cycle after cycle:
-
-        1. draft: a block that begins with the newest token, which is not read yet, is filled by the denoiser;
-        2. verify: the context tower reads the block tentatively and chooses its own token after every position;
-        3. keep the drafted tokens that are its own choice up to the first that is not, and then its choice there;
-        4. let the cache keep as much, which leaves the newest token unread.
-
-        A stopping criterion about all rows ends a row when all have come as far; a cache that is wanted afterwards
-        must not hold more than the text, so then all rows keep as much as the one that keeps least.
-
-        Choices are those of mode "ar": the same logits, processors and noise, so the text is, too.
-        """
-        block = self._context_choice(run, self._read_prompt(run))
-        going_on = run.append(block)
-        newest = block.ids
-        for number in count():
-            if len(going_on) == 0:
-                return
-            draft = run.open_block(newest)
-            for step in range(run.config.draft_steps):
-                if not draft.masked.any():
-                    break
-                self._denoise_step(run, draft, step, run.config.draft_steps, number, known=1)
-            run.text.context_forwards[run.text.rows] += 1
-            hidden_states = self._pass(run.synced, "context_tower", draft.ids, run.cache, tentative=True)
-            logits = at_least_float32(self._pass(run.synced, "context_lm_head", hidden_states)).to(newest.device)
-            in_step = run.keep_cache and len(run.text.shared) > 0
-            verified = self._predict(run, logits, draft=draft.ids[:, 1:], in_step=in_step)
-            agrees = draft.ids[:, 1:] == verified.tokens[:, :-1]
-            drafted = agrees.int().cumprod(1)
-            steps = torch.cat([draft.commit_steps()[:, 1:].where(agrees, -1), torch.full_like(newest, -1)], dim=1)
-            block = Block.chosen(verified, steps, run.text.recorded)
-            drafted_nothing = (draft.problems == NOT_A_NUMBER).any(1, keepdim=True)
-            block.problems = block.problems.masked_fill(drafted_nothing & (block.problems == 0), DRAFT_NOT_A_NUMBER)
-            kept, ended = run.text.first_stop(block, drafted.sum(1) + 1, in_step)
-            run.count_cycle(drafted, kept)
-            run.cache.accept(kept.clamp(min=0))
-            newest = block.ids.gather(1, kept.clamp(min=1)[:, None] - 1)
-            going_on = run.write(block, kept, ended)
-            newest = newest[going_on]
-
-    def _mock_ar(self, run: Decoding) -> None:
-        """One token per denoiser pass; the context tower stays one token behind and reads it afterwards."""
-        run.unread, token = _split_last(run.unread)
-        self._read_prompt(run)
-        while True:
-            run.text.denoiser_forwards[run.text.rows] += 1
-            logits = self._pass(run.synced, "predict_next", token, run.cache).to(token.device)
-            block = Block.chosen(self._predict(run, logits[:, None]), 0, run.text.recorded)
-            going_on = run.append(block)
-            if len(going_on) == 0:
-                return
-            self._read(run, PackedTokens(token[going_on]))
-            token = block.ids
-
-    def _ar(self, run: Decoding) -> None:
-        """The context tower alone, one token per pass."""
-        block = self._context_choice(run, self._read_prompt(run))
-        while len(run.append(block)) > 0:
-            block = self._context_choice(run, self._read(run, PackedTokens(block.ids)))
-
-    # What they are made of.
-
-    def _read_prompt(self, run: Decoding) -> torch.Tensor | None:
-        """Let the context tower read what it has not yet, in chunks if so configured; as `_read`, None for nothing."""
-        size = run.config.prefill_chunk_size or max(run.unread.ids.shape[1], 1)
-        last = None
-        for start in range(0, run.unread.ids.shape[1], size):
-            ids, counts = run.unread.ids[:, start : start + size], run.unread.counts
-            if counts is not None:
-                counts = (counts - start).clamp(0, ids.shape[1])
-            hidden_states = self._read(run, PackedTokens(ids, counts))
-            ends_here = None if counts is None else (counts > 0)[:, None]
-            last = hidden_states if last is None or ends_here is None else hidden_states.where(ends_here, last)
-        return last
-
-    def _read(self, run: Decoding, chunk: PackedTokens) -> torch.Tensor:
-        """Let the context tower read a chunk into the cache; (R, H) hidden states of each row's last token."""
-        run.text.context_forwards[run.text.rows] += 1 if chunk.counts is None else chunk.counts.sign()
-        hidden_states = self._pass(run.synced, "context_tower", chunk.ids, run.cache, chunk.counts)
-        if chunk.counts is None:
-            return hidden_states[:, -1]
-        last = (chunk.counts - 1).clamp(min=0)
-        return hidden_states[torch.arange(len(last), device=last.device), last]
-
-    def _context_choice(self, run: Decoding, hidden_states: torch.Tensor | None) -> Block:
-        """The context tower's next token of each row, from (R, H) hidden states."""
-        assert hidden_states is not None, "only mode mask_diffusion goes on from a text that has been read to its end"
-        logits = at_least_float32(self._pass(run.synced, "context_lm_head", hidden_states)).to(run.text.rows.device)
-        return Block.chosen(self._predict(run, logits[:, None]), -1, run.text.recorded)
-
-    def _denoise_step(self, run: Decoding, block: Block, step: int, steps: int, number: int, known: int = 0) -> None:
-        """
-        One denoiser pass over block `number`: predict every position, and commit what the rule and the user say.
-
-        Of a draft, the text holds the first `known` tokens already.
-        """
-        run.text.denoiser_forwards[run.text.rows] += block.masked.any(-1)
-        timestep = run.rule.timestep(block.masked, step, steps)
-        logits = self._pass(run.synced, "denoise", block.ids, run.cache, timestep).to(block.ids.device)
-        mask_logits = logits[..., self.config.mask_token_id]
-        if run.step_callback is not None:
-            mask_logits = mask_logits.clone()  # only a callback is shown what is overwritten here
-        logits[..., self.config.mask_token_id] = -torch.inf
-        # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.
-        in_order = run.processors.first_stateful() is not None
-        prediction = self._predict(run, logits, block, known, only_known=in_order)
-        commit = run.rule.commit(prediction, block.masked, step, steps, lambda: run.uniform(block, step, -known))
-        is_draft = known > 0
-        if run.processors.known_sees_text or (in_order and not is_draft):
-            # What processors saw before a position must be the text that comes to stand there; and what leads to a
-            # position where they allow nothing, a later pass may choose otherwise.
-            commit = commit_run(commit & (prediction.problems == NO_PROBLEM), block.masked, steps - step)
-        if in_order and not is_draft:
-            prediction, commit = self._predict_in_order(run, logits, block, prediction, commit, step == steps - 1)
-        if run.step_callback is not None:
-            asked, commit = run.ask(
-                block, prediction, commit, timestep, step, steps, number, is_draft=is_draft, mask_logits=mask_logits
-            )
-            if run.processors.known_sees_text:
-                # What was chosen after a token that is replaced is chosen again; after a veto it must wait.
-                replaced = commit & (asked.tokens != prediction.tokens)
-                block.commit(replaced, asked, step)
-                asked = self._predict(run, logits, block, known, only_known=in_order)
-                commit = commit & block.masked & ((block.masked & ~commit).cumsum(-1) == 0)
-            prediction = asked
-        block.commit(commit, prediction, step)
-        run.show_draft(block.ids[:, known:])
-
-    def _predict_in_order(
-        self, run: Decoding, logits: torch.Tensor, block: Block, guess: Prediction, commit: torch.Tensor, is_last: bool
-    ) -> tuple[Prediction, torch.Tensor]:
-        """
-        Choose a token for a run of positions to commit, asking processors that may keep state about each once.
-
-        The run ends where they choose another token than was guessed without them, unless it must not end.
-        """
-        wanted = Block(block.ids, commit)
-        draft = None if is_last else guess.tokens.where(commit, block.ids)
-        prediction = self._predict(run, logits, wanted, draft=draft)
-        if draft is None:
-            return prediction, commit
-        differs = commit & (prediction.tokens != draft)
-        return prediction, commit & (differs.cumsum(-1) - differs.int() == 0)
-
-    def _predict(
-        self,
-        run: Decoding,
-        logits: torch.Tensor,
-        block: Block | None = None,
-        known: int = 0,
-        draft: torch.Tensor | None = None,
-        only_known: bool = False,
-        in_step: bool = False,
-    ) -> Prediction:
-        """
-        Choose a token per position.
-
-        Logits processors that look at the text are asked position after position from the left, each time with the
-        row's own text and what stands or was chosen before the position; not about what follows the end of the text or
-        the first choice that is not the draft's.
-
-        Args:
-            logits: (R, S, V) float32.
-            block: whose open positions are wanted, and never the mask for them; default S positions after the text.
-            known: how many of the block's first tokens the text holds already.
-            draft: (R, S - 1) tokens to verify.
-            only_known: leave out processors that may keep state.
-            in_step: stop for all rows where one stops.
-        """
-        if not (run.processors.known_sees_text if only_known else run.processors.sees_text):
-            scores = run.processors(logits, only_known=only_known)
-            if block is not None:
-                run.forbid_mask(scores)
-            return run.prediction(logits, scores, run.choose(scores, -known))
-        scores, texts = logits.clone(), run.text.texts()
-        ids = run.choose(scores, -known)
-        wanted = torch.ones_like(ids, dtype=torch.bool)
-        if block is not None:
-            wanted, ids = block.masked, ids.where(block.masked, block.ids)
-        goes_on, kept = torch.ones_like(wanted[:, 0]), torch.zeros_like(ids[:, 0])
-        # What is beyond a stop that only a criterion knows of must not be asked of a processor that may keep state.
-        watched = run.text.has_criteria and draft is not None and block is None and run.processors.first_stateful()
-        for column in range(known, ids.shape[1]):
-            asked = wanted[:, column] & goes_on
-            before = [
-                torch.cat([text, row[known:column]]) if ask else None
-                for text, row, ask in zip(texts, ids, asked.tolist(), strict=True)
-            ]
-            here = slice(column, column + 1)
-            batch = partial(run.text.padded, ids[:, known:column])
-            scores[:, here] = run.processors(logits[:, here], run.text.rows.tolist(), before, batch, only_known)
-            if block is not None:
-                goes_on = goes_on & run.forbid_mask(scores[:, here])[:, 0]
-            chosen = run.choose(scores[:, here], column - known)[:, 0]
-            ids[:, column] = chosen.where(asked, ids[:, column])
-            goes_on = goes_on & ~run.text.ends(ids[:, known : column + 1])[:, -1]
-            if draft is not None and column < draft.shape[1]:
-                goes_on = goes_on & (ids[:, column] == draft[:, column])
-            if watched:
-                kept = kept + asked
-                goes_on = goes_on & ~run.ends_before(ids[:, : column + 1], scores, kept, in_step)
-            if in_step:
-                goes_on = goes_on & goes_on.all()
-        return run.prediction(logits, scores, ids)
+    def after_writing(self, row: Row, canvas: Canvas) -> str:
+        raise NotImplementedError
 
 
-def _split_last(prompt: PackedTokens) -> tuple[PackedTokens, torch.Tensor]:
-    """A prompt without each row's last token, and that token (B, 1)."""
-    if prompt.counts is None:
-        return PackedTokens(prompt.ids[:, :-1]), prompt.ids[:, -1:]
-    return PackedTokens(prompt.ids, prompt.counts - 1), prompt.ids.gather(1, prompt.counts[:, None] - 1)
+class MaskDiffusion(Strategy):
+    """
+    The context tower reads the prompt; then, block after block, each row at its own pace:
+
+    1. denoise the block, step by step; a row whose text ends within what is committed leaves;
+    2. once none of it is open, write it;
+    3. read it, unless the text has ended.
+    """
+
+    chooses_after_reading = False
+
+    def begin(self, row: Row) -> str:
+        return READ if row.unread else OPEN
+
+    def has_read(self, row: Row) -> str:
+        return OPEN
+
+    def open(self, engine: Engine, rows: Sequence[Row]) -> None:
+        for row in rows:
+            row.phase = DENOISE
+            given, row.starting_block = row.starting_block, None
+            row.open_canvas([], row.request.config.block_size)
+            if given is not None:
+                mask = row.request.mask_token_id
+                row.canvas.ids[: len(given)] = given
+                row.canvas.open = [token == mask for token in row.canvas.ids]
+                self._settle(engine, [row])
+
+    def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return group.denoise_step(logits, timestep, self.steps(group.request))
+
+    def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
+        _commit(group, values)
+        self._settle(engine, group.rows)
+
+    def _settle(self, engine: Engine, rows: Sequence[Row]) -> None:
+        canvases = [row.canvas for row in rows]
+        stops = _first_stops(rows, canvases, [canvas.prefix() for canvas in canvases])
+        # A block is written as a whole, or up to where the text ends in it.
+        settled = [ended or True not in canvas.open for canvas, (_, ended) in zip(canvases, stops, strict=True)]
+        for row, canvas, full in zip(rows, canvases, settled, strict=True):
+            if full:
+                row.unread, row.phase = canvas.ids, READ
+        kept = [stop if full or stop[0] < 0 else (0, False) for stop, full in zip(stops, settled, strict=True)]
+        _write(engine, rows, canvases, kept)
+
+
+class SelfSpeculative(Strategy):
+    """
+    The context tower reads the prompt and chooses a token; then, cycle after cycle:
+
+    1. draft: a canvas that begins with the newest token, which is not read yet, is filled by the denoiser;
+    2. verify: the context tower reads it tentatively and chooses its own token after every position;
+    3. keep the drafted tokens that are its own choice up to the first that is not, and then its choice there;
+    4. let the cache keep as much, which leaves the newest token unread.
+
+    A stopping criterion about all rows ends a row when all have come as far; a cache that is wanted afterwards
+    must not hold more than the text, so then all rows keep as much as the one that keeps least.
+
+    Choices are those of mode "ar": the same logits, processors and noise, so the text is, too. With `acceptance_ratio`
+    below 1, 3. also keeps drafted tokens that are so much as likely as the context tower's choice.
+    """
+
+    def steps(self, request: Request) -> int:
+        return request.config.draft_steps
+
+    def begin(self, row: Row) -> str:
+        return READ
+
+    def open(self, engine: Engine, rows: Sequence[Row]) -> None:
+        """The newest token and open positions behind it."""
+        size = rows[0].request.config.block_size
+        for row in rows:
+            row.open_canvas([row.newest], size)
+            row.phase = DENOISE if size > 1 else VERIFY
+
+    def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return group.denoise_step(logits, timestep, self.steps(group.request), known=1)
+
+    def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
+        _commit(group, values, known=1)
+        for row in group.rows:
+            if True not in row.canvas.open or row.step == self.steps(row.request):
+                row.phase = VERIFY
+
+    def read(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
+        """The context tower's own choices; of a draft also where it keeps the tokens drafted."""
+        if group.rows[0].phase == READ:
+            return group.report(group.predict(logits))
+        ids, _ = group.canvas()
+        draft = ids[:, 1:]
+        prediction = group.predict(logits, draft=draft, in_step=_all_keep_as_much(group.request))
+        return group.report(prediction)
+
+    def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
+        if group.rows[0].phase == READ:
+            self.write_first_stop(engine, group.rows, _chosen(group, values))
+            return {}
+        canvases, drafted = [], []
+        for row, canvas in zip(group.rows, _chosen(group, values), strict=True):
+            draft = row.canvas
+            agrees = [ours == theirs for ours, theirs in zip(canvas.ids, draft.ids[1:], strict=False)]
+            drafted.append(agrees.index(False) if False in agrees else len(agrees))
+            if "commit_steps" in canvas.records:
+                steps = draft.records["commit_steps"][1:]
+                canvas.records["commit_steps"] = [s if a else -1 for s, a in zip(steps, agrees, strict=True)] + [-1]
+            if NOT_A_NUMBER in draft.problems:
+                canvas.problems = [problem or DRAFT_NOT_A_NUMBER for problem in canvas.problems]
+            canvases.append(canvas)
+        counts = [accepted + 1 for accepted in drafted]
+        stops = _first_stops(group.rows, canvases, counts, _all_keep_as_much(group.request))
+        kept = {}
+        for row, canvas, accepted, (count, ended) in zip(group.rows, canvases, drafted, stops, strict=True):
+            row.cycles += 1
+            row.drafts_kept += [0] * (len(canvas.ids) - 1 - len(row.drafts_kept))
+            for column in range(min(accepted, max(count, 0))):
+                row.drafts_kept[column] += 1
+            kept[row] = max(count, 0)
+            if not ended:
+                row.newest, row.phase = canvas.ids[count - 1], OPEN
+        _write(engine, group.rows, canvases, stops)
+        return kept
+
+    def after_writing(self, row: Row, canvas: Canvas) -> str:
+        row.newest = canvas.ids[0]
+        return OPEN
+
+
+class MockAr(Strategy):
+    """
+    One token per denoiser pass: 1. the denoiser reads the newest token and chooses the next; 2. the context tower, one
+    token behind, reads the former.
+    """
+
+    part, chooses_after_reading = "predict_next", False
+
+    def begin(self, row: Row) -> str:
+        row.newest = row.unread.pop()
+        return READ if row.unread else DENOISE
+
+    def has_read(self, row: Row) -> str:
+        return DENOISE
+
+    def denoised(self, group: Group, logits: torch.Tensor, timestep: None) -> torch.Tensor:
+        return group.report(group.predict(logits))
+
+    def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
+        self.write_first_stop(engine, group.rows, _chosen(group, values, step=0))
+
+    def after_writing(self, row: Row, canvas: Canvas) -> str:
+        row.unread, row.newest = [row.newest], canvas.ids[0]
+        return READ
+
+
+class Ar(Strategy):
+    """The context tower alone: 1. it reads the prompt, or the newest token, 2. and chooses the next."""
+
+    def begin(self, row: Row) -> str:
+        return READ
+
+    def read(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
+        return group.report(group.predict(logits))
+
+    def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
+        self.write_first_stop(engine, group.rows, _chosen(group, values))
+        return {}
+
+    def after_writing(self, row: Row, canvas: Canvas) -> str:
+        row.unread = canvas.ids
+        return READ
+
+
+def _commit(group: Group, values: list[Any], known: int = 0) -> None:
+    """What a denoiser pass committed goes to the canvases, which are shown."""
+    for idx, (row, reported) in enumerate(zip(group.rows, values, strict=True)):
+        wide = {name: record[idx] for name, record in group.wide.items()}
+        commit(row.canvas, reported, [row.step] * len(row.canvas.ids), wide)
+        row.step += 1
+    for request, rows in _by_request(group.rows):
+        if request.streamer is not None and hasattr(request.streamer, "put_draft"):
+            request.streamer.put_draft(torch.tensor([row.canvas.ids[known:] for row in rows]))
+
+
+def _chosen(group: Group, values: list[Any], step: int = -1) -> list[Canvas]:
+    """Canvases whose every position is what was chosen."""
+    canvases = []
+    for idx, reported in enumerate(values):
+        canvas = Canvas.given([], len(reported[0]), -1, group.request.recorded)
+        wide = {name: record[idx] for name, record in group.wide.items()}
+        commit(canvas, reported, [step] * len(canvas.ids), wide)
+        canvases.append(canvas)
+    return canvases
+
+
+def _by_request(rows: Sequence[Row]) -> list[tuple[Request, list[Row]]]:
+    grouped: dict[int, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(id(row.request), []).append(row)
+    return [(own[0].request, own) for own in grouped.values()]
+
+
+def _first_stops(
+    rows: Sequence[Row], canvases: Sequence[Canvas], counts: Sequence[int], in_step: bool = False
+) -> list[tuple[int, bool]]:
+    """Each row's first stop within so many tokens of its canvas, as its request's criteria say."""
+    if len(_by_request(rows)) == 1:
+        return rows[0].request.stopping.first_stops(rows, canvases, counts, in_step)
+    return [
+        row.request.stopping.first_stops([row], [canvas], [count], in_step)[0]
+        for row, canvas, count in zip(rows, canvases, counts, strict=True)
+    ]
+
+
+def _write(engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas], stops: Sequence[tuple[int, bool]]) -> None:
+    held = dict(zip(rows, zip(canvases, stops, strict=True), strict=True))
+    for _, own in _by_request(rows):
+        with engine.guarded(own):
+            engine.write(own, [held[row][0] for row in own], [held[row][1] for row in own])
+
+
+def _all_keep_as_much(request: Request) -> bool:
+    return request.keep_cache and len(request.stopping.shared) > 0
+
+
+STRATEGIES = {
+    "mask_diffusion": MaskDiffusion(),
+    "self_speculative": SelfSpeculative(),
+    "mock_ar": MockAr(),
+    "ar": Ar(),
+}
+
+
+class TwoTowerGenerationMixin(TwoTowerGenerationAdapter):
+    """`generate` in the modes above."""
+
+    strategies = STRATEGIES
 
 
 __all__ = ["MODES", "BlockStep", "TwoTowerGenerateOutput", "TwoTowerGenerationConfig", "TwoTowerGenerationMixin"]

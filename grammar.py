@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from .asking_twotower import PerRow
+from .decoding.asking import PerRow
 
 try:
     from llguidance import LLMatcher, LLTokenizer

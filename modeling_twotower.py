@@ -41,6 +41,7 @@ from .compat_twotower import (
     slice_logits_to_keep,
 )
 from .configuration_twotower import TwoTowerConfig
+from .decoding.released import ReleasedInterface
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
@@ -66,7 +67,6 @@ from .objective_twotower import (
     sample_masked,
 )
 from .padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
-from .released_twotower import ReleasedInterface
 
 
 @dataclass

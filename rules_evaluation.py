@@ -8,6 +8,7 @@ from zlib import crc32
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from .decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
 from .evaluation import (
     accuracy_figures,
     answer,
@@ -22,7 +23,6 @@ from .evaluation import (
 )
 from .modeling_twotower import TwoTowerForBlockDiffusion
 from .train.problems import held_out_problems
-from .unmasking_twotower import NOISE_SCHEDULES, UNMASKING_DEFAULTS
 
 # Per line of the chart: its rule, and the values that trade passes for accuracy along it.
 Setting = dict[str, Any]

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 import twotower
 from twotower import TwoTowerForBlockDiffusion, cli, evaluation, rules_evaluation
 from twotower.cli import app
+from twotower.decoding.rules import UNMASKING_RULES
 from twotower.rules_evaluation import draw_rules
 from twotower.train import loop
 from twotower.train.problems import training_problems
 from twotower.train.tokenizer import train_tokenizer
-from twotower.unmasking_twotower import UNMASKING_RULES
 
 QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 

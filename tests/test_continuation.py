@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from twotower import Stateless
 from twotower.cache_twotower import TwoTowerCache
+from twotower.decoding.adapter import CALL_ARGUMENTS
 from twotower.generation_twotower import MODES, BlockStep
-from twotower.preparation_twotower import CALL_ARGUMENTS
 from twotower.train.problems import training_problems
 from twotower.train.tokenizer import train_tokenizer
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
+from twotower.decoding.rules import UNMASKING_RULES
+from twotower.decoding.sampling import gumbel_noise
 from twotower.generation_twotower import MODES
-from twotower.sampling_twotower import gumbel_noise
-from twotower.unmasking_twotower import UNMASKING_RULES
 
 PAD, MASK, VOCAB = 0, 3, 48
 COUNTERS = ("denoiser_forwards", "context_forwards", "tokens_per_forward", "tokens_per_denoiser_forward")

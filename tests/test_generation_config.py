@@ -8,8 +8,8 @@ import torch
 from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import GenerationConfig
 
-from twotower.generation_config_twotower import COUNTS, MOST_POSTERIOR_STEPS, TwoTowerGenerationConfig
-from twotower.unmasking_twotower import UNMASKING_RULES
+from twotower.decoding.config import COUNTS, MOST_POSTERIOR_STEPS, TwoTowerGenerationConfig
+from twotower.decoding.rules import UNMASKING_RULES
 
 IDS = random_ids(2, 5)
 TRAINED = 4  # the tiny model's block

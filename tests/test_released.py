@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny import random_ids, tiny_model
 
 from twotower import released_twotower
+from twotower.decoding.released import CONTEXT_PARTS, DENOISER_PARTS
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.released_twotower import CONTEXT_PARTS, DENOISER_PARTS
 
 MASK = 3
 PROMPT = random_ids(1, 6)

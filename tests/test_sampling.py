@@ -10,9 +10,9 @@ from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from twotower import Stateless
+from twotower.decoding.sampling import RowLogitsProcessors, _hash, derived_seeds, gumbel_noise, uniform_noise
 from twotower.evaluation import context_tower_in_transformers
 from twotower.generation_twotower import MODES
-from twotower.sampling_twotower import RowLogitsProcessors, _hash, derived_seeds, gumbel_noise, uniform_noise
 
 # SplitMix64 of seed 1234567, from Vigna's reference program.
 SPLITMIX64 = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, LogitsProcessor
 
 import twotower
 from twotower import Stateless
+from twotower.decoding.rules import UNMASKING_RULES
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 from twotower.train.problems import held_out_problems
-from twotower.unmasking_twotower import UNMASKING_RULES
 
 PAD, EOS, MASK = 0, 2, 3
 # No answer of the embedded checkpoint is longer.

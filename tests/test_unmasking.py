@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from twotower.unmasking_twotower import (
+from twotower.decoding.rules import (
     UNMASKING_DEFAULTS,
     UNMASKING_RULES,
     Prediction,

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .unmasking_twotower import UNMASKING_DEFAULTS, check_unmasking, is_whole
+from .rules import UNMASKING_DEFAULTS, check_unmasking, is_whole
 
 MODES = ("mask_diffusion", "self_speculative", "mock_ar", "ar")
 STRATEGY_DEFAULTS: dict[str, Any] = {
@@ -12,6 +12,8 @@ STRATEGY_DEFAULTS: dict[str, Any] = {
     "block_size": None,
     "steps_per_block": 16,
     "draft_steps": 1,
+    "draft_length": "auto",
+    "acceptance_ratio": 1.0,
     "seed": None,
     **UNMASKING_DEFAULTS,
 }
@@ -95,11 +97,23 @@ class TwoTowerGenerationConfig(GenerationConfig):
             Most denoiser passes per block, at least 1; for `mask_diffusion`.
         draft_steps (`int`, defaults to 1):
             Most denoiser passes per draft, at least 1; for `self_speculative`.
+        draft_length (`int`, defaults to `"auto"`):
+            Tokens of a draft, the newest token of the text included, from 1 (no draft, a step of `ar`) to
+            `block_size`; for `self_speculative`. `"auto"` chooses anew for every cycle among 1, 2, 4, ... and
+            `block_size` what promises most tokens per second, by how much of earlier drafts was kept and by what
+            passes cost on this machine; with `acceptance_ratio` below 1, where the text depends on it, `block_size`.
+        acceptance_ratio (`float`, defaults to 1.0):
+            For `self_speculative`: 1 keeps a drafted token only where it is the context tower's own choice, so that
+            the text is that of `ar`. Below 1, in (0, 1], it is also kept where the context tower gives it at least so
+            many times the probability of its own choice (after all logits processors), as in typical acceptance (Cai
+            et al. 2024, Medusa, arXiv 2401.10774). That bounds each token by itself, and promises nothing about the
+            distribution of the text.
         seed (`int` or a list of one per row, defaults to a new one from torch's global generator):
             With `do_sample`, or the rule `"posterior"`: what a row draws depends on its seed and its text alone. Of
             `num_return_sequences` the first uses the seed itself.
         unmasking_rule (`str`, defaults to `"confidence"`), confidence_threshold (`float`, defaults to 0.8), ...:
-            Which predictions a pass commits, and the rules' parameters: see `unmasking_twotower.py`.
+            Which predictions a pass commits, and the rules' parameters: see
+            `decoding/rules.py`; the rule may also be a function, see [`UnmaskingRule`].
         kwargs:
             Any other generation flag of transformers.
 
@@ -131,6 +145,12 @@ def check_strategy(config: GenerationConfig) -> None:
         raise ValueError(f"mode is {config.mode!r}; use one of {', '.join(MODES)}")
     plain_counts(vars(config))
     plain_seed(config.seed)
+    length = config.draft_length
+    if length not in (None, "auto") and not (is_whole(length) and length >= 1):
+        raise ValueError(f'draft_length is {length!r}; give "auto" or a whole number of at least 1')
+    ratio = config.acceptance_ratio
+    if ratio is not None and not (isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio <= 1):
+        raise ValueError(f"acceptance_ratio is {ratio!r}; it must lie in (0, 1]")
     check_unmasking(config)
 
 
@@ -167,6 +187,10 @@ def check_supported(config: GenerationConfig) -> None:
         raise ValueError(f"temperature is {temperature!r}; sampling needs it above 0 (or do_sample=False)")
     if config.mode == "self_speculative" and config.block_size < 2:
         raise ValueError(f"block_size is {config.block_size}; self_speculative needs at least 2")
+    if config.mode == "self_speculative" and is_whole(config.draft_length) and config.draft_length > config.block_size:
+        raise ValueError(
+            f"draft_length is {config.draft_length}, more than the block_size {config.block_size}; give at most that"
+        )
     seconds = config.max_time
     if seconds is not None and not (isinstance(seconds, int | float) and seconds == seconds):
         raise ValueError(f"max_time is {seconds!r}; give a number of seconds")

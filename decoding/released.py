@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .compat_twotower import BaseStreamer, is_accelerate_available, requires_backends
-from .generation_twotower import BlockStep
-from .padding_twotower import check_ids
+from ..compat_twotower import BaseStreamer, is_accelerate_available, requires_backends
+from ..padding_twotower import check_ids
+from .state import BlockStep
 
 # Without the condition, transformers would ask everybody who loads an exported model to install accelerate.
 if is_accelerate_available():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from .cache_twotower import TwoTowerCache
+from ..cache_twotower import TwoTowerCache
 
 # What passes are made of. Of two that are wanted, the later one goes first: ranks whose blocks are full wait for those
 # that denoise, and then all read together.

@@ -1,7 +1,7 @@
-"""What happens before a decoding method runs: prompts, configuration, limits, logits processors and cache.
+"""What transformers' `generate` calls on its way: prompts, configuration, limits, logits processors and cache.
 
-transformers' `generate` prepares all of these for one token at a time; here they are prepared for rows that each have
-their own length, seed and end.
+It prepares all of these for one token at a time; here they are prepared for rows that each have their own length, seed
+and end, which then make up a request to the engine.
 
 Shapes: B batch, P prompt columns, S block, V vocabulary.
 """
@@ -14,11 +14,11 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
-from .asking_twotower import asked_by_mode, made_for, serves_all_rows
-from .cache_twotower import TwoTowerCache
-from .compat_twotower import BaseStreamer, accepts_past_key_values
-from .decoding_twotower import Decoding
-from .generation_config_twotower import (
+from ..cache_twotower import TwoTowerCache
+from ..compat_twotower import BaseStreamer, EosTokenCriteria, accepts_past_key_values
+from ..padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
+from .asking import asked_by_mode, made_for, serves_all_rows
+from .config import (
     REFUSED_ARGUMENTS,
     STRATEGY_DEFAULTS,
     TwoTowerGenerationConfig,
@@ -27,26 +27,28 @@ from .generation_config_twotower import (
     plain_counts,
     plain_seed,
 )
-from .padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
-from .sampling_twotower import RowLogitsProcessors, derived_seeds
-from .text_twotower import GeneratedText, TwoTowerGenerateOutput
-from .unmasking_twotower import UnmaskingRule
+from .engine import Engine
+from .rules import UnmaskingRule
+from .sampling import RowLogitsProcessors, derived_seeds
+from .state import Request, Row, TwoTowerGenerateOutput
+from .stopping import Stopping
+from .synchronisation import DONE, SynchronisedPasses
 
 logger = logging.get_logger(__name__)
 
 # Arguments of `generate` that are not of the generation config, and that transformers passes to the decoding method.
 CALL_ARGUMENTS = ("step_callback", "starting_block")
-ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "cache", "use_cache")
+ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "cache", "use_cache", "engine")
 
 
 # The 30B model's quality was measured on blocks of up to four times the size it was trained on.
 MOST_TRAINED_SIZES = 4
-# Limits beyond any text, such as sys.maxsize, must not overflow where they are added up.
-_UNLIMITED = 2**62
 
 
-class PreparedGeneration(GenerationMixin):
-    """`generate`, up to the decoding method."""
+class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
+    """`generate`, as a caller of the engine. Whoever mixes it in gives `strategies` by mode."""
+
+    strategies: dict[str, Any]
 
     @accepts_past_key_values
     @torch.no_grad()
@@ -80,6 +82,7 @@ class PreparedGeneration(GenerationMixin):
                 exception, from wherever, the cache is what it was before the call.
             starting_block: (B, at most block_size) ids for `mask_diffusion`: the first block, with tokens to keep,
                 and the mask id or nothing where one is wanted.
+            engine: for [`TwoTowerEngine`], which is given the request this call makes up, to run it itself.
             step_callback: for `mask_diffusion` and `self_speculative`: called with a [`BlockStep`] after every
                 denoiser pass.
             kwargs: the knobs of [`TwoTowerGenerationConfig`], `max_new_tokens`, `streamer` (with `put_draft` it gets
@@ -114,6 +117,8 @@ class PreparedGeneration(GenerationMixin):
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
         left_ids, left_mask = _pad_left(input_ids, padding_mask)
         output = super().generate(left_ids, attention_mask=left_mask, **kwargs)
+        if kwargs.get("engine") is not None:
+            return output
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences = torch.cat([prompts, sequences[:, left_ids.shape[1] :]], dim=1)
@@ -208,7 +213,7 @@ class PreparedGeneration(GenerationMixin):
                 f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "
                 "on; the 30B model's HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
             )
-        if config.seed is not None and not config.do_sample and config.unmasking_rule != "posterior":
+        if config.seed is not None and not config.do_sample and not UnmaskingRule(config).rule.draws:
             logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
         return config, model_kwargs
 
@@ -276,7 +281,7 @@ class PreparedGeneration(GenerationMixin):
             if generation_config.min_new_tokens is not None:
                 config.min_length = None  # transformers derives it from the padded width
             allowed = prefix_allowed_tokens_fn
-            return super(PreparedGeneration, self)._get_logits_processor(
+            return super(TwoTowerGenerationAdapter, self)._get_logits_processor(
                 config,
                 input_ids_seq_length=len(prompt),
                 encoder_input_ids=prompt[None],
@@ -287,7 +292,41 @@ class PreparedGeneration(GenerationMixin):
 
         return RowLogitsProcessors(build, len(prompts), given)
 
-    def _begin(
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: RowLogitsProcessors,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        engine: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decoding method transformers' `generate` calls: its rows run through an engine of their own."""
+        synced = self._is_synced(synced_gpus)
+        request, cache = self._request(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        )
+        if engine is not None:
+            return request
+        loop = Engine(self, cache, request.device, synced)
+        with cache.undone_on_error(states_too=cache.batch_size > 0):
+            try:
+                loop.admit(request)
+                loop.run()
+            finally:
+                if synced:
+                    self._join_until(DONE)
+            order = [row.number for row in reversed(loop.parked)]  # the last to leave is the first
+            if order != sorted(order):
+                cache.select_rows(torch.tensor(order, device=request.device).argsort())
+            if streamer is not None:
+                streamer.end()
+            output = request.output(input_ids.to(request.device), cache if request.keep_cache else None)
+        return output if generation_config.return_dict_in_generate else output.sequences
+
+    def _request(
         self,
         input_ids: torch.Tensor,
         processors: RowLogitsProcessors,
@@ -295,49 +334,62 @@ class PreparedGeneration(GenerationMixin):
         config: GenerationConfig,
         streamer: BaseStreamer | None,
         model_kwargs: dict[str, Any],
-    ) -> Decoding:
+    ) -> tuple[Request, TwoTowerCache]:
+        """What is asked for, and the cache its rows begin with."""
         device = self.context_tower.embeddings.weight.device
         if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
             input_ids = input_ids.to(device)
         prompt = pack_tokens(input_ids, model_kwargs.get("attention_mask"), holes=True)
+        lengths = prompt.lengths.tolist()
+        stopping = Stopping(stopping_criteria, lengths)
         with_dict = config.return_dict_in_generate
         recorded = ["commit_steps", "confidences", "log_probs"] if with_dict else []
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
-        text = GeneratedText(
-            prompt,
-            self._limits(config, prompt, input_ids.shape[1], [*processors.given, *stopping_criteria]),
-            stopping_criteria,
-            0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
-            tuple(recorded),
-            input_ids,
-        )
         _check_askable(processors, config, len(input_ids), model_kwargs)
         cache = model_kwargs["cache"]
         if cache.batch_size not in (-1, len(input_ids)):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
-        return Decoding(
-            text=text,
-            cache=cache,
-            # The denoiser needs no token that the context tower has not read.
-            unread=_unread(prompt, cache, 0 if config.mode == "mask_diffusion" else 1, config.num_return_sequences),
+        # The denoiser needs no token that the context tower has not read.
+        least = 0 if config.mode == "mask_diffusion" else 1
+        read = _tokens_read(prompt, cache, least, config.num_return_sequences)
+        step_callback = model_kwargs.get("step_callback")
+        eos = [c.eos_token_id.tolist() for c in stopping_criteria if type(c) is EosTokenCriteria]
+        request = Request(
             config=config,
+            strategy=self.strategies[config.mode],
             processors=processors,
             rule=UnmaskingRule(config),
-            seeds=_seeds(config, len(input_ids), input_ids.device),
+            stopping=stopping,
+            prompts=input_ids,
+            eos=frozenset(token for one in eos for token in one),
+            pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
             mask_token_id=self.config.mask_token_id,
             vocab_size=self.config.vocab_size,
-            starting_block=self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids)),
-            step_callback=model_kwargs.get("step_callback"),
-            streamer=streamer,
+            recorded=tuple(recorded),
             keep_cache=model_kwargs["keep_cache"],
+            in_step=step_callback is not None
+            or bool(stopping.shared)
+            or processors.first_stateful(shared=True) is not None,
+            step_callback=step_callback,
+            streamer=streamer,
         )
+        request.key = id(request)
+        limits = self._limits(config, lengths, input_ids.shape[1], [*processors.given, *stopping_criteria])
+        seeds = _seeds(config, len(input_ids))
+        starting = self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids))
+        for number, ids in enumerate(prompt.ids.tolist()):
+            own = ids[: lengths[number]]
+            row = Row(request, number, own, own[read[number] :], limits[number] - len(own), seeds[number])
+            row.starting_block = None if starting is None else starting[number].tolist()
+            request.rows.append(row)
+        return request, cache
 
-    def _limits(self, config: GenerationConfig, prompt: PackedTokens, width: int, asked: list[Any]) -> torch.Tensor:
-        """(B,) most tokens of each row, prompt included."""
+    def _limits(self, config: GenerationConfig, lengths: list[int], width: int, asked: list[Any]) -> list[int]:
+        """Most tokens of each row, prompt included."""
         if config.max_new_tokens is None and any(map(serves_all_rows, asked)):
             # What is shown padded rows, as by transformers, may count on its `max_length`, which counts their padding.
-            return prompt.lengths + (min(config.max_length, _UNLIMITED) - width)
-        return _most_tokens(config, prompt.lengths)
+            return [length + config.max_length - width for length in lengths]
+        return [_most_tokens(config, length) for length in lengths]
 
     def _check_starting_block(
         self, block: torch.Tensor | None, config: GenerationConfig, rows: int
@@ -401,34 +453,28 @@ def _check_askable(
             )
 
 
-def _most_tokens(config: GenerationConfig, prompt_length: Any) -> Any:
+def _most_tokens(config: GenerationConfig, prompt_length: int) -> int:
     """Where a row's text ends at the latest: `max_length` counts its own tokens, not its padding."""
-    if config.max_new_tokens is not None:
-        return prompt_length + min(config.max_new_tokens, _UNLIMITED)
-    if isinstance(prompt_length, torch.Tensor):
-        return torch.full_like(prompt_length, min(config.max_length, _UNLIMITED))
-    return config.max_length
+    return config.max_length if config.max_new_tokens is None else prompt_length + config.max_new_tokens
 
 
-def _seeds(config: GenerationConfig, rows: int, device: torch.device) -> torch.Tensor | None:
-    """(B,) a seed for each row, or None where nothing is drawn."""
-    if not config.do_sample and config.unmasking_rule != "posterior":
-        return None
+def _seeds(config: GenerationConfig, rows: int) -> list[int]:
+    """A seed for each row; 0 where nothing is drawn."""
+    if not config.do_sample and not UnmaskingRule(config).rule.draws:
+        return [0] * rows
     copies = config.num_return_sequences
     if config.seed is None:
-        return torch.randint(-(2**62), 2**62, (rows,)).to(device)
+        return torch.randint(-(2**62), 2**62, (rows,)).tolist()
     numbers = [config.seed] * (rows // copies) if isinstance(config.seed, int) else config.seed
-    # Unsigned 64-bit numbers are as good as signed ones.
-    seeds = torch.tensor([number - 2**64 if number >= 2**63 else number for number in numbers], device=device)
-    if isinstance(config.seed, int):
-        return derived_seeds(seeds, copies)
-    if len(seeds) == rows:
-        return seeds
-    if len(seeds) * copies != rows:
+    if len(numbers) not in (rows, rows // copies):
         raise ValueError(
-            f"seed holds {len(seeds)} numbers for {rows // copies} prompts; give one for each, or one int"
+            f"seed holds {len(numbers)} numbers for {rows // copies} prompts; give one for each, or one int"
         )
-    return derived_seeds(seeds, copies)
+    # Unsigned 64-bit numbers are as good as signed ones.
+    signed = torch.tensor([number - 2**64 if number >= 2**63 else number for number in numbers])
+    return (
+        signed if len(numbers) == rows and not isinstance(config.seed, int) else derived_seeds(signed, copies)
+    ).tolist()
 
 
 def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache:
@@ -438,24 +484,20 @@ def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache
     return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
 
 
-def _unread(prompt: PackedTokens, cache: TwoTowerCache, least: int, copies: int) -> PackedTokens:
-    """What of each row the cache does not hold yet, `least` tokens at least; of `copies` rows of each of input_ids."""
+def _tokens_read(prompt: PackedTokens, cache: TwoTowerCache, least: int, copies: int) -> list[int]:
+    """How many tokens of each row the cache holds, all but `least` at most; of `copies` rows of each of input_ids."""
+    lengths = prompt.lengths.tolist()
     if cache.lengths is None:
-        return prompt
-    lengths = prompt.lengths
+        return [0] * len(lengths)
     _check_begins_as_read(prompt, cache, copies)
-    counts = lengths - cache.lengths.to(lengths.device)
-    if (counts < least).any():
-        row = int((counts < least).nonzero()[0])
-        raise ValueError(
-            f"past_key_values holds {int(cache.lengths[row])} tokens of row {row // copies}, whose text has "
-            f"{int(lengths[row])}; give the whole text as input_ids"
-            f"{', at least one token longer' if least else ''}"
-        )
-    width = int(counts.max())
-    columns = (lengths - counts)[:, None] + torch.arange(width, device=lengths.device)
-    ids = prompt.ids.gather(1, columns.clamp(max=prompt.ids.shape[1] - 1))
-    return PackedTokens(ids, None if (counts == width).all() else counts)
+    held = cache.lengths.tolist()
+    for row, (length, read) in enumerate(zip(lengths, held, strict=True)):
+        if length - read < least:
+            raise ValueError(
+                f"past_key_values holds {read} tokens of row {row // copies}, whose text has {length}; give the whole "
+                f"text as input_ids{', at least one token longer' if least else ''}"
+            )
+    return held
 
 
 def _check_begins_as_read(prompt: PackedTokens, cache: TwoTowerCache, copies: int) -> None:
@@ -499,4 +541,4 @@ def _pad_left(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor
     return input_ids.gather(1, columns), mask.gather(1, columns).long()
 
 
-__all__ = ["PreparedGeneration"]
+__all__ = ["TwoTowerGenerationAdapter"]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from .asking_twotower import keeps_no_state, name_of, serves_all_rows
-from .compat_twotower import logits_process
+from ..compat_twotower import logits_process
+from .asking import keeps_no_state, name_of, serves_all_rows
 
 # Processors of transformers that look at a position's scores only: all positions go through them at once.
 ELEMENTWISE = (
@@ -56,6 +56,10 @@ class RowLogitsProcessors:
             for processor, stateful in zip(first, self.stateful, strict=True)
         )
         self.repairs = any(type(processor) is logits_process.InfNanRemoveLogitsProcessor for processor in first)
+
+    def text_readers(self) -> list[str]:
+        """The classes of those that look at the text."""
+        return [name_of(processor) for processor in self.lists[0] if type(processor) not in ELEMENTWISE]
 
     def first_stateful(self, shared: bool = False) -> str | None:
         """The class of the first processor that may keep state; with `shared`, of the first that all rows share."""
@@ -142,8 +146,8 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
     return -(-torch.log1p(-_unit(hashed))).log()
 
 
-def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, step: int) -> torch.Tensor:
-    """(R, S) float32 in (0, 1), another one at every step and independent of [`gumbel_noise`]."""
+def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
+    """(R, S) float32 in (0, 1), another one at every step (one, or (R, 1)), independent of [`gumbel_noise`]."""
     return _unit(_hash(_hash(_hash(seeds ^ _UNIFORM_STREAM)[:, None] + positions) + step))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .compat_twotower import logits_process
+from ..compat_twotower import logits_process
 
 # Processors of transformers that keep state.
 STATEFUL = (

@@ -1,0 +1,345 @@
+"""What a pass's logits become: tokens, and which of them are committed.
+
+Shapes: R rows of a group, S positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .rules import FORBIDDEN, NOT_A_NUMBER, Prediction, commit_run, log_prob
+from .sampling import gumbel_noise, uniform_noise
+from .state import WIDE_RECORDS, BlockStep, Canvas, Request, Row
+
+
+class Group:
+    """
+    Rows of a pass that may share its operations, since all that they ask for is alike.
+
+    Args:
+        rows: R of them, with canvases of one size S.
+        device: of logits and what comes of them.
+    """
+
+    def __init__(self, rows: Sequence[Row], device: torch.device):
+        self.rows, self.device = rows, device
+        self.wide: dict[str, torch.Tensor] = {}  # of the pass reported last, (R, S, V)
+        self.request: Request = rows[0].request
+
+    def canvas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, S) ids, and bool where they are open."""
+        canvases = [row.canvas for row in self.rows]
+        ids = torch.tensor([canvas.ids for canvas in canvases], device=self.device)
+        return ids, torch.tensor([canvas.open for canvas in canvases], device=self.device)
+
+    def denoise_step(self, logits: torch.Tensor, timestep: torch.Tensor, steps: int, known: int = 0) -> torch.Tensor:
+        """
+        What one denoiser pass over the rows' canvases commits: what the rule and the user say.
+
+        Args:
+            logits: (R, S, V) float32, to be written to.
+            timestep: (R,) that the denoiser was told.
+            steps: most passes of the block.
+            known: how many of the canvas's first tokens, a draft's, the text holds already.
+
+        Returns:
+            What [`commit`] takes for each row, see [`report`].
+        """
+        request, rule, processors = self.request, self.request.rule, self.request.processors
+        ids, masked = self.canvas()
+        numbers = [row.step for row in self.rows]
+        mask_logits = logits[..., request.mask_token_id]
+        if request.step_callback is not None:
+            mask_logits = mask_logits.clone()  # only a callback is shown what is overwritten here
+        logits[..., request.mask_token_id] = -torch.inf
+        # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.
+        in_order = processors.first_stateful() is not None
+        prediction = self.predict(logits, (ids, masked), known, only_known=in_order)
+        commit = rule.commit(prediction, masked, numbers, steps, lambda: self._uniform(ids, numbers, -known))
+        is_draft = known > 0
+        if processors.known_sees_text or (in_order and not is_draft):
+            # What processors saw before a position must be the text that comes to stand there; and what leads to a
+            # position where they allow nothing, a later pass may choose otherwise.
+            left = torch.tensor([min(steps - number, ids.shape[1]) for number in numbers], device=self.device)
+            commit = commit_run(commit & (prediction.problems == 0), masked, left)
+        if in_order and not is_draft:
+            prediction, commit = self._predict_in_order(logits, ids, prediction, commit, numbers[0] == steps - 1)
+        if request.step_callback is not None:
+            state = BlockStep(
+                rows=torch.tensor([row.number for row in self.rows], device=self.device),
+                block=self.rows[0].block,
+                step=numbers[0],
+                steps=steps,
+                ids=ids.clone(),
+                committed=~masked,
+                timestep=timestep.clone(),
+                logits=prediction.logits.clone(),
+                tokens=prediction.tokens.clone(),
+                confidence=prediction.confidence.clone(),
+                commit=commit.clone(),
+                mask_logits=mask_logits,
+            )
+            prediction, commit = self._ask_callback(
+                state, prediction, masked, numbers[0] == steps - 1 and not is_draft
+            )
+            if processors.known_sees_text:
+                commit = commit & ((masked & ~commit).cumsum(-1) == 0)  # behind a veto it must wait
+        return self.report(prediction, commit)
+
+    def _predict_in_order(
+        self, logits: torch.Tensor, ids: torch.Tensor, guess: Prediction, commit: torch.Tensor, is_last: bool
+    ) -> tuple[Prediction, torch.Tensor]:
+        """
+        Choose a token for a run of positions to commit, asking processors that may keep state about each once.
+
+        The run ends where they choose another token than was guessed without them, unless it must not end.
+        """
+        draft = None if is_last else guess.tokens.where(commit, ids)
+        prediction = self.predict(logits, (ids, commit), draft=draft)
+        if draft is None:
+            return prediction, commit
+        differs = commit & (prediction.tokens != draft)
+        return prediction, commit & (differs.cumsum(-1) - differs.int() == 0)
+
+    def predict(
+        self,
+        logits: torch.Tensor,
+        canvas: tuple[torch.Tensor, torch.Tensor] | None = None,
+        known: int = 0,
+        draft: torch.Tensor | None = None,
+        only_known: bool = False,
+        in_step: bool = False,
+    ) -> Prediction:
+        """
+        Choose a token per position.
+
+        Logits processors that look at the text are asked position after position from the left, each time with the
+        row's own text and what stands or was chosen before the position; not about what follows the end of the text or
+        the first choice that is not the draft's.
+
+        Args:
+            logits: (R, S, V) float32.
+            canvas: (R, S) ids and where they are open: choose for these, and never the mask; default S positions
+                after the text.
+            known: how many of the canvas's first tokens the text holds already.
+            draft: (R, S - 1) tokens to verify; in their place what is likely enough counts as one's own choice.
+            only_known: leave out processors that may keep state.
+            in_step: stop for all rows where one stops.
+        """
+        processors = self.request.processors
+        if not (processors.known_sees_text if only_known else processors.sees_text):
+            scores = processors(logits, only_known=only_known)
+            if canvas is not None:
+                self._forbid_mask(scores)
+            tokens = self._choose(scores, -known)
+            if draft is not None:
+                tokens[:, :-1] = self._or_draft(tokens[:, :-1], draft, scores[:, :-1])
+            return self._prediction(logits, scores, tokens)
+        return self._predict_in_text(logits, canvas, known, draft, only_known, in_step)
+
+    def _predict_in_text(
+        self,
+        logits: torch.Tensor,
+        canvas: tuple[torch.Tensor, torch.Tensor] | None,
+        known: int,
+        draft: torch.Tensor | None,
+        only_known: bool,
+        in_step: bool,
+    ) -> Prediction:
+        request, processors = self.request, self.request.processors
+        scores, texts = logits.clone(), [row.text(self.device) for row in self.rows]
+        ids = self._choose(scores, -known)
+        wanted = torch.ones_like(ids, dtype=torch.bool)
+        if canvas is not None:
+            wanted, ids = canvas[1], ids.where(canvas[1], canvas[0])
+        goes_on, kept = torch.ones_like(wanted[:, 0]), torch.zeros_like(ids[:, 0])
+        # What is beyond a stop that only a criterion knows of must not be asked of a processor that may keep state.
+        watched = request.stopping.any and draft is not None and canvas is None and processors.first_stateful()
+        for column in range(known, ids.shape[1]):
+            asked = wanted[:, column] & goes_on
+            before = [
+                torch.cat([text, row[known:column]]) if ask else None
+                for text, row, ask in zip(texts, ids, asked.tolist(), strict=True)
+            ]
+            here = slice(column, column + 1)
+            numbers = [row.number for row in self.rows]
+
+            def batch(chosen: torch.Tensor = ids[:, known:column]) -> torch.Tensor:
+                return request.padded(zip(self.rows, chosen.tolist(), strict=True))
+
+            scores[:, here] = processors(logits[:, here], numbers, before, batch, only_known)
+            if canvas is not None:
+                goes_on = goes_on & self._forbid_mask(scores[:, here])[:, 0]
+            chosen = self._choose(scores[:, here], column - known)[:, 0]
+            ids[:, column] = chosen.where(asked, ids[:, column])
+            if draft is not None and column < draft.shape[1]:
+                ids[:, here] = self._or_draft(ids[:, here], draft[:, here], scores[:, here]).where(
+                    asked[:, None], ids[:, here]
+                )
+            goes_on = goes_on & ~self._ends(ids[:, known : column + 1])
+            if draft is not None and column < draft.shape[1]:
+                goes_on = goes_on & (ids[:, column] == draft[:, column])
+            if watched:
+                kept = kept + asked
+                goes_on = goes_on & ~self._ends_by_criterion(ids[:, : column + 1], scores, kept, in_step)
+            if in_step:
+                goes_on = goes_on & goes_on.all()
+        return self._prediction(logits, scores, ids)
+
+    def _ends(self, ids: torch.Tensor) -> torch.Tensor:
+        """(R,) bool, whether the last of (R, n) tokens to come ends the row's text."""
+        size = ids.shape[1]
+        ends = [
+            size >= row.most_new_tokens - len(row.tokens) or token in self.request.eos
+            for row, token in zip(self.rows, ids[:, -1].tolist(), strict=True)
+        ]
+        return torch.tensor(ends, device=self.device)
+
+    def _ends_by_criterion(
+        self, ids: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor, in_step: bool
+    ) -> torch.Tensor:
+        """(R,) bool, whether the text ends within each row's first `kept` of (R, n) tokens to come."""
+        counts, canvases = kept.tolist(), []
+        for row, count, own in zip(self.rows, counts, ids.tolist(), strict=True):
+            canvas = Canvas.given(own, 0, self.request.mask_token_id, self.request.recorded)
+            if "scores" in self.request.recorded:
+                canvas.records["scores"] = list(scores[self.rows.index(row), : len(own)])
+            canvas.checked = max(count - 1, 0)
+            canvases.append(canvas)
+        stops = self.request.stopping.first_stops(self.rows, canvases, counts, in_step)
+        return torch.tensor([ended for _, ended in stops], device=self.device)
+
+    def _choose(self, scores: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """(R, S) tokens by (R, S, V) scores of the positions from `first` after the text's end on: best, or drawn."""
+        if self.request.config.do_sample:
+            scores = scores + gumbel_noise(*self._seeds_and_positions(scores.shape[1], first), scores.shape[-1])
+        return scores.argmax(-1)
+
+    def _or_draft(self, tokens: torch.Tensor, draft: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The draft's (R, n) instead of one's own tokens where their (R, n, V) scores make it likely enough."""
+        config = self.request.config
+        if config.mode != "self_speculative" or config.acceptance_ratio == 1:
+            return tokens
+        log_ratio = scores.gather(-1, draft[..., None]) - scores.gather(-1, tokens[..., None])
+        return torch.where(log_ratio[..., 0] >= math.log(config.acceptance_ratio), draft, tokens)
+
+    def _uniform(self, ids: torch.Tensor, steps: list[int], first: int) -> torch.Tensor:
+        """(R, S) noise of a pass over a canvas that begins `first` after the text's end."""
+        numbers = torch.tensor(steps, device=self.device)[:, None]
+        return uniform_noise(*self._seeds_and_positions(ids.shape[1], first), numbers)
+
+    def _seeds_and_positions(self, positions: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R,) seeds and (R, S) places in the rows' texts."""
+        seeds = torch.tensor([row.seed for row in self.rows], device=self.device)
+        starts = torch.tensor([row.length + first for row in self.rows], device=self.device)
+        return seeds, starts[:, None] + torch.arange(positions, device=self.device)
+
+    def _forbid_mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """
+        Set the mask id to -inf again where logits processors may have made new scores (R, S, V).
+
+        Returns:
+            (R, S) bool, whether another token is possible; where none is, there can be no text, but a draft.
+        """
+        if not self.request.processors.lists[0]:
+            return torch.ones_like(scores[..., 0], dtype=torch.bool)
+        scores[..., self.request.mask_token_id] = -torch.inf
+        return (scores > -torch.inf).any(-1)
+
+    def _prediction(self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> Prediction:
+        log_probs = log_prob(scores, tokens) if self.request.recorded else None
+        confidence = log_prob(logits, tokens).exp()
+        problems = torch.zeros_like(tokens, dtype=torch.int8)
+        if self.request.processors.lists[0]:
+            problems = problems.masked_fill(~(scores > -torch.inf).any(-1), FORBIDDEN)
+        if not self.request.processors.repairs:
+            problems = problems.masked_fill(confidence.isnan(), NOT_A_NUMBER)
+        return Prediction(logits, tokens, confidence, log_probs, scores, problems)
+
+    def report(self, prediction: Prediction, committed: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        All that the host wants to know of a pass in one tensor, (R, 3 or 5, S) float64: tokens, where they are
+        committed now (R, S) (default everywhere), problems; and confidences and log-probabilities if recorded.
+        """
+        assert prediction.problems is not None and prediction.scores is not None
+        committed = torch.ones_like(prediction.tokens) if committed is None else committed
+        parts = [prediction.tokens, committed, prediction.problems]
+        if self.request.recorded:
+            assert prediction.log_probs is not None
+            parts += [prediction.confidence, prediction.log_probs]
+            wide = {"scores": prediction.scores, "logits": prediction.logits}
+            self.wide = {name: wide[name] for name in WIDE_RECORDS if name in self.request.recorded}
+        return torch.stack([part.double() for part in parts], dim=1)
+
+    def _ask_callback(
+        self, state: BlockStep, prediction: Prediction, masked: torch.Tensor, must_commit: bool
+    ) -> tuple[Prediction, torch.Tensor]:
+        """What the user's callback makes of a pass; with `must_commit` no position may stay open."""
+        request = self.request
+        rows, steps = state.rows.clone(), state.steps
+        assert request.step_callback is not None
+        request.step_callback(state)
+        _check_answer("commit", state.commit, masked)
+        _check_answer("tokens", state.tokens, prediction.tokens)
+        commit = state.commit & masked
+        if must_commit and not torch.equal(commit, masked):
+            row, column = (masked & ~commit).nonzero()[0].tolist()
+            raise ValueError(
+                f"step_callback vetoed position {column} of row {int(rows[row])} in the last of {steps} "
+                "steps; replace its token or raise steps_per_block"
+            )
+        wrong = state.tokens[commit & ((state.tokens < 0) | (state.tokens >= prediction.logits.shape[-1]))]
+        if len(wrong) > 0:
+            raise ValueError(f"step_callback committed token {int(wrong[0])}, outside the vocabulary")
+        if (state.tokens[commit] == request.mask_token_id).any():
+            raise ValueError(f"step_callback committed the mask id {request.mask_token_id}; veto the position instead")
+        assert prediction.scores is not None
+        tokens = state.tokens.where(commit, prediction.tokens)
+        if request.processors.known_sees_text and (commit & (tokens != prediction.tokens)).any():
+            names = ", ".join(request.processors.text_readers())
+            raise ValueError(
+                f"step_callback replaced a token while {names} reads the text, so that what was chosen behind it "
+                "would have to be chosen again; veto positions instead, or leave one of them out"
+            )
+        return self._prediction(prediction.logits, prediction.scores, tokens), commit
+
+
+def commit(canvas: Canvas, reported: list[list[float]], steps: Sequence[int], wide: dict[str, torch.Tensor]) -> None:
+    """
+    Fix what a pass committed.
+
+    Args:
+        reported: a row of [`Group.report`].
+        steps: of the block, recorded of each token.
+        wide: (S, V) scores and logits, as far as they are recorded.
+    """
+    tokens, committed, problems, *floats = reported
+    records = canvas.records
+    for column, now in enumerate(committed):
+        if now:
+            canvas.ids[column] = int(tokens[column])
+            canvas.open[column] = False
+            canvas.problems[column] = int(problems[column])
+            if floats:
+                records["commit_steps"][column] = steps[column]
+                records["confidences"][column], records["log_probs"][column] = floats[0][column], floats[1][column]
+                for name, values in wide.items():
+                    records[name][column] = values[column]
+
+
+def _check_answer(name: str, answer: Any, like: torch.Tensor) -> None:
+    """Raise a ValueError for what a callback assigned that is not of the kind it was given."""
+    if not isinstance(answer, torch.Tensor):
+        raise ValueError(
+            f"step_callback left {name} as a {type(answer).__name__}; assign a tensor, or change it in place"
+        )
+    for what in ("dtype", "shape", "device"):
+        given, wanted = getattr(answer, what), getattr(like, what)
+        if given != wanted:
+            given, wanted = (tuple(size) if what == "shape" else size for size in (given, wanted))
+            raise ValueError(f"step_callback left {name} with {what} {given}; it needs {wanted}")
+
+
+__all__ = ["Group", "commit"]

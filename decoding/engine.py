@@ -1,0 +1,348 @@
+"""The engine: rows of any number of requests, each at its own pace, through passes of the two towers.
+
+An iteration runs at most one denoiser pass and one context pass, each over the rows that wait for it; what a row does
+next is its strategy's to say. Rows lie at the front of one cache in the order of `rows`; one that ends changes places
+with the last, so that passes over all rows look at views of the cache, and nothing is copied but that row.
+
+What comes back from the device is read in one place, once per pass (`_host`). Which rows share a pass is no more than
+a matter of cost: no row's text depends on it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..cache_twotower import TwoTowerCache
+from .choosing import Group
+from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
+from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row
+
+# Reading one row costs nearly what reading several does, so fewer rows than this share of all wait one denoiser pass.
+WORTH_READING = 1 / 8
+# Prompts so much longer than another are not padded to be read with it.
+LONGER_BY, LONGER_TIMES = 64, 2
+
+
+class Engine:
+    """
+    Args:
+        model: [`TwoTowerForBlockDiffusion`].
+        cache: of the rows admitted first, or a new one.
+        device: of token ids.
+        synced: keep passes in step with other ranks'.
+    """
+
+    def __init__(self, model: Any, cache: TwoTowerCache, device: torch.device, synced: bool = False):
+        self.model, self.cache, self.device, self.synced = model, cache, device, synced
+        self.rows: list[Row] = []  # that go on, in the order of the cache's rows
+        self.parked: list[Row] = []  # behind them, those that have ended and whose cache is kept
+        self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
+        self.prompts_wait = False
+        self.passes = {"denoiser": 0, "context": 0}  # and of rows, how many took part and how many were there
+        self.row_passes, self.row_chances = 0, 0
+
+    # Admit.
+
+    def admit(self, request: Request) -> None:
+        """Let a request's rows begin: they are in the cache already, or are added to it."""
+        if self.cache.batch_size != len(self.rows) + len(self.parked) + len(request.rows):
+            self.cache.add_rows(len(request.rows))
+        self.rows += request.rows
+        for row in request.rows:
+            row.phase = request.strategy.begin(row)
+        self._number_slots()
+
+    # Step.
+
+    def run(self) -> None:
+        while self.rows:
+            self.step()
+
+    def step(self) -> None:
+        """One iteration: open canvases, at most one pass of each tower, and let the rows that have ended leave."""
+        for rows in _groups([row for row in self.rows if row.phase == OPEN]):
+            with self.guarded(rows):
+                rows[0].request.strategy.open(self, rows)
+        took_part = set()
+        if rows := self._denoisers():
+            self._denoiser_pass(rows)
+            took_part.update(rows)
+        if rows := self._readers():
+            self._context_pass(rows)
+            took_part.update(rows)
+        self.row_passes += len(took_part)
+        self.row_chances += len(self.rows)
+        self.release()
+
+    def _denoisers(self) -> list[Row]:
+        """Those that wait for the denoiser, of one kind of pass: that of the first."""
+        rows = [row for row in self.rows if row.phase == DENOISE]
+        for request in {id(row.request): row.request for row in rows if row.request.in_step}.values():
+            if any(row.phase != DENOISE for row in request.going_on()):
+                rows = [row for row in rows if row.request is not request]
+        return [row for row in rows if row.request.strategy.part == rows[0].request.strategy.part]
+
+    def _denoiser_pass(self, rows: list[Row]) -> None:
+        strategy, part = rows[0].request.strategy, self._part(rows)
+        groups = _groups(rows)
+        self.passes["denoiser"] += 1
+        for row in rows:
+            row.denoiser_forwards += 1
+        if strategy.part == "predict_next":
+            newest = torch.tensor([[row.newest] for row in rows], device=self.device)
+            logits = self._run("predict_next", newest, part)[:, None].to(self.device)
+            times = None
+        else:
+            width = max(len(row.canvas.ids) for row in rows)
+            ids = torch.tensor([_padded(row.canvas.ids, width) for row in rows], device=self.device)
+            even = all(len(row.canvas.ids) == width for row in rows)
+            mask = None
+            if not even:
+                mask = torch.tensor([_padded([1] * len(row.canvas.ids), width) for row in rows], device=self.device)
+            times = torch.cat([self._timesteps(group) for group in groups])
+            if len(groups) > 1:
+                order = [row for group in groups for row in group]
+                places = {row: idx for idx, row in enumerate(order)}
+                times = times[torch.tensor([places[row] for row in rows], device=self.device)]
+            logits = self._run("denoise", ids, part, times, mask).to(self.device)
+        reports = []
+        for rows_of_group in groups:
+            with self.guarded(rows_of_group):
+                group = Group(rows_of_group, self.device)
+                at = _places(rows_of_group, rows, self.device)
+                own = logits if at is None else logits[at]
+                size = own.shape[1] if times is None else len(rows_of_group[0].canvas.ids)
+                own_times = None if times is None else times if at is None else times[at]
+                reports.append((group, group.request.strategy.denoised(group, own[:, :size], own_times)))
+        for group, values in self._host(reports):
+            with self.guarded(group.rows):
+                group.request.strategy.after_denoise(self, group, values)
+
+    def _timesteps(self, rows: list[Row]) -> torch.Tensor:
+        request = rows[0].request
+        open_positions = torch.tensor([row.canvas.open for row in rows], device=self.device)
+        return request.rule.timestep(open_positions, [row.step for row in rows], request.strategy.steps(request))
+
+    def _readers(self) -> list[Row]:
+        """
+        Which of the rows that wait for the context tower it reads now.
+
+        Few of many wait for more, once. Prompts are read apart from what is short, in turn. Rows of a request that
+        take their passes together read once all of them can, and the ends of their prompts in one chunk.
+        """
+        waiting = [row for row in self.rows if row.phase in (READ, VERIFY)]
+        for request in {id(row.request): row.request for row in waiting if row.request.in_step}.values():
+            own = request.going_on()
+            chunks = max(_chunks_left(row) for row in own)
+            if any(row.phase == DENOISE for row in own):
+                chunks = -1
+            waiting = [row for row in waiting if row.request is not request or _chunks_left(row) == chunks]
+        prompts = [row for row in waiting if row.phase == READ and row.block < 0 and not row.tokens]
+        short = [row for row in waiting if row not in prompts] if prompts else waiting
+        if prompts and (self.prompts_wait or not short):
+            self.prompts_wait = False
+            most = LONGER_TIMES * len(prompts[0].unread) + LONGER_BY
+            return [row for row in prompts if len(row.unread) <= most or row.request.in_step]
+        self.prompts_wait = bool(prompts)
+        few = 0 < len(short) < WORTH_READING * len(self.rows)
+        if few and any(row.phase == DENOISE for row in self.rows) and not any(row.waited for row in short):
+            for row in short:
+                row.waited = True
+            return []
+        return short
+
+    def _context_pass(self, rows: list[Row]) -> None:
+        part = self._part(rows)
+        chunks = [_chunk(row) for row in rows]
+        counts = [len(chunk) for chunk in chunks]
+        width = max(counts)
+        tentative = width > 1 and any(row.phase == VERIFY for row in rows)
+        self.passes["context"] += 1
+        for row in rows:
+            row.context_forwards += 1
+            row.waited = False
+        ids = torch.tensor([_padded(chunk, width) for chunk in chunks], device=self.device)
+        even = min(counts) == width
+        hidden_states = self._run("context_tower", ids, part, None if even else counts, tentative)
+        kept = dict(zip(rows, counts, strict=True))
+        reading = [row for row in rows if row.phase == READ]
+        for row, count in zip(rows, counts, strict=True):
+            if row.phase == READ:
+                row.unread = row.unread[count:]
+        reports = []
+        for rows_of_group in _groups([row for row in rows if row.phase == VERIFY or not row.unread]):
+            strategy = rows_of_group[0].request.strategy
+            if rows_of_group[0].phase == READ and not strategy.chooses_after_reading:
+                for row in rows_of_group:
+                    row.phase = strategy.has_read(row)
+                continue
+            with self.guarded(rows_of_group):
+                at = _places(rows_of_group, rows, self.device)
+                own = hidden_states if at is None else hidden_states[at]
+                size = kept[rows_of_group[0]]
+                if rows_of_group[0].phase == VERIFY:
+                    own = own[:, :size]
+                else:
+                    own = self._last(own, [kept[row] for row in rows_of_group])
+                logits = self._run("context_lm_head", own)
+                logits = logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
+                group = Group(rows_of_group, self.device)
+                reports.append((group, strategy.read(group, logits)))
+        for row in rows:
+            if row not in reading:
+                kept[row] = 0  # unless its verification gets as far as to say otherwise
+        for group, values in self._host(reports):
+            with self.guarded(group.rows):
+                kept.update(group.request.strategy.after_read(self, group, values))
+        if tentative:
+            part.accept([kept[row] for row in rows])
+
+    def _last(self, hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """(R, T, H) -> (R, 1, H) of each row's last token."""
+        if min(counts) == hidden_states.shape[1]:
+            return hidden_states[:, -1:]
+        last = torch.tensor(counts, device=hidden_states.device) - 1
+        return hidden_states[torch.arange(len(counts), device=last.device), last][:, None]
+
+    def _run(self, part: str, *args: Any) -> torch.Tensor:
+        return self.model._pass(self.synced, part, *args)
+
+    def _part(self, rows: list[Row]) -> TwoTowerCache:
+        """The cache as far as it is about some rows; all of it, or its beginning, are views."""
+        if len(rows) == self.cache.batch_size:
+            return self.cache
+        if len(rows) == len(self.rows):
+            return self.cache.part(slice(0, len(rows)))
+        return self.cache.part([row.slot for row in rows])
+
+    def _host(self, reports: list[tuple[Group, torch.Tensor]]) -> Iterator[tuple[Group, list[Any]]]:
+        """What groups report, read back together."""
+        flat = torch.cat([values.flatten() for _, values in reports]).tolist() if reports else []
+        start = 0
+        for group, values in reports:
+            stop = start + values.numel()
+            yield group, _nested(flat[start:stop], values.shape)
+            start = stop
+
+    # Emit.
+
+    def write(self, rows: Sequence[Row], canvases: Sequence[Canvas], stops: Sequence[tuple[int, bool]]) -> None:
+        """Add to the texts of a request's rows what is kept of their canvases, and hand it out."""
+        request = rows[0].request
+        for row, canvas, (kept, ended) in zip(rows, canvases, stops, strict=True):
+            row.write(canvas, kept)
+            if ended:
+                row.phase = ENDED
+        for row, canvas, (kept, ended) in zip(rows, canvases, stops, strict=True):
+            if ended and kept > 0 and canvas.problems[kept - 1]:
+                raise ValueError(_problem_message(row, canvas.problems[kept - 1]))
+            if request.on_tokens is not None:
+                request.on_tokens(row, canvas.ids[: max(kept, 0)])
+        request.stream()
+
+    # Release.
+
+    def release(self) -> None:
+        """Let the rows that have ended leave their places to the last ones."""
+        ended = [row for row in self.rows if row.phase == ENDED]
+        for row in ended:
+            last = len(self.rows) - 1
+            if row.slot < last:
+                self.cache.swap_rows(row.slot, last)
+                self.rows[row.slot], self.rows[last] = self.rows[last], row
+                self.rows[row.slot].slot, row.slot = row.slot, last
+            self.rows.pop()
+            if row.request.keep_cache and row.request.on_end is None:
+                self.parked.append(row)
+                continue
+            if row.request.keep_cache:
+                row.cache = self.cache.copy_rows(torch.tensor([last], device=self.device))
+            self.cache.drop_rows(1)
+        for request in {id(row.request): row.request for row in ended}.values():
+            if request.on_end is not None and not request.going_on():
+                request.on_end(request)
+
+    def _number_slots(self) -> None:
+        for slot, row in enumerate(self.rows):
+            row.slot = slot
+
+    @contextmanager
+    def guarded(self, rows: Sequence[Row]) -> Iterator[None]:
+        """What fails on behalf of a request ends that request, where it wants to know of it, and no other."""
+        try:
+            yield
+        except Exception as error:
+            requests = {id(row.request): row.request for row in rows}.values()
+            if any(request.on_error is None for request in requests):
+                raise
+            for request in requests:
+                request.on_error(request, error)  # type: ignore[misc]
+                for row in request.rows:
+                    row.phase = ENDED
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that may share operations: of the same settings, waiting for the same, with canvases of one size."""
+    if len(rows) == 1:
+        return [list(rows)]
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        size = len(row.canvas.ids) if row.canvas is not None and row.phase in (DENOISE, VERIFY) else 0
+        groups.setdefault((row.request.key, row.phase, size), []).append(row)
+    return list(groups.values())
+
+
+def _places(some: Sequence[Row], rows: Sequence[Row], device: torch.device) -> torch.Tensor | None:
+    """Where some rows are among those of a pass; None where they are all."""
+    if len(some) == len(rows):
+        return None
+    places = {row: idx for idx, row in enumerate(rows)}
+    return torch.tensor([places[row] for row in some], device=device)
+
+
+def _chunk(row: Row) -> list[int]:
+    if row.phase == VERIFY:
+        return row.canvas.ids
+    size = row.request.config.prefill_chunk_size
+    return row.unread if size is None else row.unread[:size]
+
+
+def _chunks_left(row: Row) -> int:
+    size = row.request.config.prefill_chunk_size
+    if row.phase != READ:
+        return 1
+    return 1 if size is None else -(-len(row.unread) // size)
+
+
+def _padded(values: list[int], width: int) -> list[int]:
+    return values + [0] * (width - len(values))
+
+
+def _nested(flat: list[float], shape: torch.Size) -> list[Any]:
+    """Numbers in a list as lists within lists."""
+    if len(shape) == 1:
+        return flat
+    size = len(flat) // shape[0]
+    return [_nested(flat[start : start + size], shape[1:]) for start in range(0, len(flat), size)]
+
+
+def _problem_message(row: Row, problem: int) -> str:
+    request, mode = row.request, row.request.config.mode
+    new = len(row.tokens) - 1
+    where = (
+        f"at position {len(row.prompt) + new} of row {row.number}, after {new} new tokens, "
+        f"{row.context_forwards} passes of the context tower and {row.denoiser_forwards} of the denoiser"
+    )
+    if problem == FORBIDDEN:
+        mask = f" but the mask id {request.mask_token_id}" if mode == "mask_diffusion" else ""
+        return f"the logits processors forbid every token{mask} {where}; allow one, for example end-of-text"
+    denoiser = problem == DRAFT_NOT_A_NUMBER or mode in ("mask_diffusion", "mock_ar")
+    return (
+        f"the {'denoiser' if denoiser else 'context tower'} gives no numbers (NaN or infinity) {where}; look for "
+        "NaN in the model's weights, or try float32"
+    )
+
+
+__all__ = ["Engine"]

@@ -1,0 +1,391 @@
+"""Which masked positions of a block to commit after a denoiser pass: pure functions over rows, chosen by name.
+
+A rule is one [`Rule`] in `UNMASKING_RULES`, its parameters are in `PARAMETERS`; to add one, add a line to each.
+
+A rule ranks a row's masked positions and commits some of the first: the surest, the least uncertain, the leftmost. All
+but NVIDIA's two scheduled ones commit at least max(1, ceil(masked / steps left)), so that the last step commits all.
+
+Shapes: R rows, S block, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Prediction(NamedTuple):
+    """
+    What one pass predicts for the positions of a block.
+
+    Args:
+        logits: (R, S, V) float32, untempered, the mask id at -inf.
+        tokens: (R, S) the choice at each position.
+        confidence: (R, S) its probability by `logits`.
+        log_probs: (R, S) its log-probability by `scores`; None unless recorded.
+        scores: (R, S, V) the logits after all logits processors.
+        problems: (R, S) int8, why a position can hold no token: [`NOT_A_NUMBER`], [`FORBIDDEN`], or 0 where it can.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    confidence: torch.Tensor
+    log_probs: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    problems: torch.Tensor | None = None
+
+
+NO_PROBLEM, NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = range(4)
+NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = 1, 2, 3
+NOISE_SCHEDULES = ("linear", "cosine", "exponential")
+NOISING_ORDERS = ("confidence", "margin", "adaptive")
+
+
+class Parameter(NamedTuple):
+    """A parameter of rules: its default, what it must be, and whether a value is that."""
+
+    default: Any
+    requirement: str
+    holds: Callable[[Any], bool]
+
+
+def _number(requirement: str, default: float, holds: Callable[[float], bool]) -> Parameter:
+    def is_one(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and holds(value)
+
+    return Parameter(default, f"it must {requirement}", is_one)
+
+
+def _one_of(names: Sequence[str]) -> Parameter:
+    return Parameter(names[0], f"use one of {', '.join(names)}", lambda value: value in names)
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "confidence_threshold": _number("lie in (0, 1]", 0.8, lambda value: 0 < value <= 1),
+    "tokens_per_step": Parameter(
+        2, "it must be a whole number of at least 1", lambda value: is_whole(value) and value >= 1
+    ),
+    "entropy_bound": _number("be a number of nats of at least 0", 0.1, lambda value: value >= 0),
+    "margin_threshold": _number("lie in [0, 1]", 0.6, lambda value: 0 <= value <= 1),
+    "factor": _number("be a number above 0", 1.0, lambda value: value > 0),
+    "noise_schedule": _one_of(NOISE_SCHEDULES),
+    "noising_order": _one_of(NOISING_ORDERS),
+}
+UNMASKING_DEFAULTS: dict[str, Any] = {
+    "unmasking_rule": "confidence",
+    **{name: parameter.default for name, parameter in PARAMETERS.items()},
+}
+
+
+def check_unmasking(config: Any) -> None:
+    """Raise a ValueError for an unknown name or a parameter out of range; None means unset."""
+    rule = config.unmasking_rule
+    if rule is not None and not callable(rule) and not (isinstance(rule, str) and rule in UNMASKING_RULES):
+        raise ValueError(
+            f"unmasking_rule is {rule!r}; use one of {', '.join(UNMASKING_RULES)}, or a function "
+            "(prediction, masked, step, steps) -> commit"
+        )
+    for name, parameter in PARAMETERS.items():
+        value = getattr(config, name)
+        if value is not None and not parameter.holds(value):
+            raise ValueError(f"{name} is {value!r}; {parameter.requirement}")
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class UnmaskingRule:
+    """
+    A rule and its parameters.
+
+    Args:
+        config: with all names of [`UNMASKING_DEFAULTS`] set.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        chosen = config.unmasking_rule
+        self.rule = Rule(_of_user, ()) if callable(chosen) else UNMASKING_RULES[chosen]
+
+    def timestep(self, masked: torch.Tensor, step: int | Sequence[int], steps: int) -> torch.Tensor:
+        """(R,) float32 the time the denoiser is told: the masked fraction, or what the noise schedule says."""
+        if not self.rule.scheduled:
+            return masked.float().mean(-1)
+        noise = [noise_level(self.config.noise_schedule, number, steps) for number in _each_row(step, masked)]
+        return torch.tensor(noise, dtype=torch.float32, device=masked.device)
+
+    def commit(
+        self,
+        prediction: Prediction,
+        masked: torch.Tensor,
+        step: int | Sequence[int],
+        steps: int,
+        uniform: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Args:
+            prediction: of this pass.
+            masked: (R, S) bool, positions not committed yet.
+            step: number of the pass within the block, from 0, of all rows or of each.
+            steps: most passes of the block.
+            uniform: gives (R, S) float32 noise in (0, 1), for rules that draw.
+
+        Returns:
+            (R, S) bool, a subset of `masked`; all of it on the last step.
+        """
+        if not isinstance(step, int) and min(step) == max(step):
+            step = step[0]
+        return self.rule.commit(self.config, prediction, masked, step, steps, uniform)
+
+
+class Rule(NamedTuple):
+    """
+    One unmasking rule.
+
+    Args:
+        commit: config, prediction, masked, step (one, or one per row), steps, noise -> what to commit.
+        parameters: names of those of [`PARAMETERS`] it goes by.
+        scheduled: whether the denoiser is told the noise schedule's time.
+        draws: whether it draws, and so needs a seed.
+    """
+
+    commit: Callable[..., torch.Tensor]
+    parameters: tuple[str, ...]
+    scheduled: bool = False
+    draws: bool = False
+
+
+Steps = int | torch.Tensor  # one number for all rows, or (R,)
+
+
+def commit_confident(
+    confidence: torch.Tensor, masked: torch.Tensor, steps_left: Steps, threshold: float
+) -> torch.Tensor:
+    """
+    Commit every prediction surer than a threshold, and always enough to finish in time.
+
+    Of a row's masked positions the max(#{confidence > threshold}, 1, ceil(masked / steps_left)) surest are committed,
+    so that the last step commits all of them. This is the rule of NVIDIA's released code (`generate_mask_diffusion`).
+
+    Args:
+        confidence: (R, S) probability of each position's prediction.
+        masked: (R, S) bool, positions not committed yet.
+        steps_left: denoiser passes this block may still take, this one included; >= 1; also (R,).
+        threshold: in (0, 1].
+
+    Returns:
+        (R, S) bool, a subset of `masked`; empty only in rows where nothing is masked.
+    """
+    return _commit_first(confidence, masked, (masked & (confidence > threshold)).sum(-1), steps_left)
+
+
+def commit_fixed(confidence: torch.Tensor, masked: torch.Tensor, steps_left: Steps, tokens: int) -> torch.Tensor:
+    """The `tokens` surest: a fixed number per step (Nie et al. 2025, LLaDA, arXiv 2502.09992); else as above."""
+    return _commit_first(confidence, masked, torch.full_like(masked[:, 0], tokens, dtype=torch.long), steps_left)
+
+
+def commit_low_entropy(entropy: torch.Tensor, masked: torch.Tensor, steps_left: Steps, bound: float) -> torch.Tensor:
+    """
+    By rising (R, S) entropy in nats, the most positions whose entropies without the largest sum to `bound` at most.
+
+    That sum bounds the error of taking them as independent (Ben-Hamu et al. 2025, EB-Sampler, arXiv 2505.24857).
+    """
+    ascending = entropy.masked_fill(~masked, torch.inf).sort(dim=-1, stable=True).values
+    fits = ascending.nan_to_num(posinf=0.0).cumsum(-1) - ascending <= bound
+    count = (fits & ascending.isfinite()).int().cumprod(-1).sum(-1)
+    return _commit_first(-entropy, masked, count, steps_left)
+
+
+def commit_by_margin(margin: torch.Tensor, masked: torch.Tensor, steps_left: Steps, threshold: float) -> torch.Tensor:
+    """By falling (R, S) margin of the best over the second probability (Kim et al. 2025, arXiv 2502.06768)."""
+    return _commit_first(margin, masked, (masked & (margin > threshold)).sum(-1), steps_left)
+
+
+def commit_by_factor(confidence: torch.Tensor, masked: torch.Tensor, steps_left: Steps, factor: float) -> torch.Tensor:
+    """
+    The n surest for the largest n with (n + 1) (1 - c_n) < `factor`, c_n the n-th confidence.
+
+    Below that bound greedy parallel and sequential decoding agree (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618).
+    """
+    descending = confidence.masked_fill(~masked, -torch.inf).sort(dim=-1, descending=True, stable=True).values
+    numbers = torch.arange(1, masked.shape[-1] + 1, device=masked.device)
+    count = ((numbers + 1) * (1 - descending) < factor).mul(numbers).amax(-1)
+    return _commit_first(confidence, masked, count, steps_left)
+
+
+def commit_left_to_right(
+    confidence: torch.Tensor, masked: torch.Tensor, steps_left: Steps, threshold: float
+) -> torch.Tensor:
+    """
+    The masked positions from the left up to the first whose confidence is not above `threshold`.
+
+    The fixed order and the prefix taken at once are those of adaptive parallel decoding (Israel et al. 2025, APD,
+    arXiv 2506.00413), which asks a second model instead of a threshold.
+    """
+    return commit_run(confidence > threshold, masked, steps_left)
+
+
+def commit_run(wanted: torch.Tensor, masked: torch.Tensor, steps_left: Steps) -> torch.Tensor:
+    """The masked positions from the left up to the first that is not `wanted` (R, S); else as above."""
+    run = (wanted | ~masked).int().cumprod(-1).bool() & masked
+    columns = torch.arange(masked.shape[-1], device=masked.device, dtype=torch.float32)
+    return _commit_first(-columns.expand(masked.shape), masked, run.sum(-1), steps_left)
+
+
+def commit_posterior(
+    masked: torch.Tensor, step: int | Sequence[int], steps: int, schedule: str, uniform: torch.Tensor
+) -> torch.Tensor:
+    """
+    Each masked position with probability (alpha_s - alpha_t) / (1 - alpha_t), whatever its confidence; last all.
+
+    The ancestral sampler of masked diffusion (Sahoo et al. 2024, MDLM, arXiv 2406.07524), NVIDIA's "posterior".
+
+    Args:
+        uniform: (R, S) in (0, 1).
+    """
+    levels = [[noise_level(schedule, number + i, steps) for i in (0, 1)] for number in _each_row(step, masked)]
+    last = [number == steps - 1 for number in _each_row(step, masked)]
+    probability = [1.0 if ends else (now - then) / now for (now, then), ends in zip(levels, last, strict=True)]
+    return masked & (uniform < torch.tensor(probability, dtype=uniform.dtype, device=masked.device)[:, None])
+
+
+def commit_scheduled(
+    priority: torch.Tensor, masked: torch.Tensor, step: int | Sequence[int], steps: int, schedule: str
+) -> torch.Tensor:
+    """
+    Predict all, then mask again what ranks last until the noise schedule's share of the block is masked.
+
+    One position at least is committed. "predict_and_noise" of NVIDIA's Megatron-LM code, after Arriola et al. 2025
+    (E2D2, arXiv 2510.22852); (R, S) priority is the confidence or the margin.
+    """
+    due = [
+        int(noise_level(schedule, number + 1, steps) * masked.shape[-1]) if number < steps - 1 else 0
+        for number in _each_row(step, masked)
+    ]
+    return _commit_first(priority, masked, masked.sum(-1) - torch.tensor(due, device=masked.device), None)
+
+
+def commit_adaptive(
+    confidence: torch.Tensor, masked: torch.Tensor, step: int | Sequence[int], steps: int
+) -> torch.Tensor:
+    """The surest one per step in the first 40 % of the steps, then even shares: Megatron-LM's adaptive unmasking."""
+    size = masked.shape[-1]  # so many steps left ask for one position at most
+    left = [size if 5 * n < 2 * steps and n < steps - 1 else steps - n for n in _each_row(step, masked)]
+    one = torch.ones_like(masked[:, 0], dtype=torch.long)
+    return _commit_first(confidence, masked, one, torch.tensor(left, device=masked.device))
+
+
+def noise_level(schedule: str, step: int, steps: int) -> float:
+    """Share of a block that is masked before a step, from 1 at step 0 to about 0 after the last: 1 - alpha."""
+    time = 1 - step / steps * (1 - 1e-5)
+    if schedule == "linear":
+        return time
+    if schedule == "cosine":
+        return 1 - math.cos(time * math.pi / 2)
+    return 1 - (math.exp(-3 * time) - math.exp(-3)) / (1 - math.exp(-3))
+
+
+def entropy_of(logits: torch.Tensor) -> torch.Tensor:
+    """(R, S, V) -> (R, S) in nats."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def margin_of(logits: torch.Tensor) -> torch.Tensor:
+    """(R, S, V) -> (R, S) best less second-best probability."""
+    best = logits.softmax(-1).topk(2, dim=-1).values
+    return best[..., 0] - best[..., 1]
+
+
+def log_prob(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(R, S, V) scores -> (R, S) log-probability of the tokens by their softmax."""
+    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+
+
+def _commit_first(
+    priority: torch.Tensor, masked: torch.Tensor, count: torch.Tensor, steps_left: Steps | None
+) -> torch.Tensor:
+    """Of each row's masked positions the `count` (R,) of highest priority, earlier ones first among equals; at least
+    one, and with `steps_left` enough to finish in time."""
+    count = count.clamp(min=1)
+    if steps_left is not None:
+        size = masked.shape[-1]  # more steps are of no use, and might not fit into int64
+        steps_left = steps_left.clamp(max=size) if isinstance(steps_left, torch.Tensor) else min(steps_left, size)
+        count = torch.maximum(count, (masked.sum(-1) + steps_left - 1) // steps_left)
+    order = priority.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return (order.argsort(dim=-1) < count[:, None]) & masked
+
+
+def _each_row(step: int | Sequence[int], masked: torch.Tensor) -> Sequence[int]:
+    return [step] * len(masked) if isinstance(step, int) else step
+
+
+def _left(step: int | Sequence[int], steps: int, masked: torch.Tensor) -> Steps:
+    """How many steps are left, this one included; for each row, bounded as `_commit_first` bounds it."""
+    if isinstance(step, int):
+        return steps - step
+    return torch.tensor([min(steps - number, masked.shape[-1]) for number in step], device=masked.device)
+
+
+def _of_user(c: Any, p: Prediction, masked: torch.Tensor, step: Any, steps: int, _: Any) -> torch.Tensor:
+    """A function's choice among the masked positions; on the last step all of them."""
+    numbers = torch.tensor(_each_row(step, masked), device=masked.device)
+    commit = c.unmasking_rule(p, masked.clone(), numbers, steps)
+    if not isinstance(commit, torch.Tensor) or commit.dtype != torch.bool or commit.shape != masked.shape:
+        given = f"{commit.dtype} of shape {tuple(commit.shape)}" if isinstance(commit, torch.Tensor) else repr(commit)
+        raise ValueError(f"unmasking_rule returned {given}; return torch.bool of shape {tuple(masked.shape)}")
+    return masked & (commit | (numbers == steps - 1)[:, None])
+
+
+def _predict_and_noise(c: Any, p: Prediction, masked: torch.Tensor, step: Any, steps: int, _: Any) -> torch.Tensor:
+    if c.noising_order == "adaptive":
+        return commit_adaptive(p.confidence, masked, step, steps)
+    priority = margin_of(p.logits) if c.noising_order == "margin" else p.confidence
+    return commit_scheduled(priority, masked, step, steps, c.noise_schedule)
+
+
+UNMASKING_RULES: dict[str, Rule] = {
+    "confidence": Rule(
+        lambda c, p, m, i, n, _: commit_confident(p.confidence, m, _left(i, n, m), c.confidence_threshold),
+        ("confidence_threshold",),
+    ),
+    "fixed": Rule(
+        lambda c, p, m, i, n, _: commit_fixed(p.confidence, m, _left(i, n, m), c.tokens_per_step),
+        ("tokens_per_step",),
+    ),
+    "entropy": Rule(
+        lambda c, p, m, i, n, _: commit_low_entropy(entropy_of(p.logits), m, _left(i, n, m), c.entropy_bound),
+        ("entropy_bound",),
+    ),
+    "margin": Rule(
+        lambda c, p, m, i, n, _: commit_by_margin(margin_of(p.logits), m, _left(i, n, m), c.margin_threshold),
+        ("margin_threshold",),
+    ),
+    "factor": Rule(lambda c, p, m, i, n, _: commit_by_factor(p.confidence, m, _left(i, n, m), c.factor), ("factor",)),
+    "left_to_right": Rule(
+        lambda c, p, m, i, n, _: commit_left_to_right(p.confidence, m, _left(i, n, m), c.confidence_threshold),
+        ("confidence_threshold",),
+    ),
+    "posterior": Rule(
+        lambda c, p, m, i, n, uniform: commit_posterior(m, i, n, c.noise_schedule, uniform()),
+        ("noise_schedule",),
+        scheduled=True,
+        draws=True,
+    ),
+    "predict_and_noise": Rule(_predict_and_noise, ("noise_schedule", "noising_order"), scheduled=True),
+}
+
+__all__ = [
+    "NOISE_SCHEDULES",
+    "PARAMETERS",
+    "UNMASKING_DEFAULTS",
+    "UNMASKING_RULES",
+    "Prediction",
+    "Rule",
+    "UnmaskingRule",
+    "check_unmasking",
+    "commit_run",
+    "is_whole",
+    "log_prob",
+]
