@@ -311,7 +311,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if engine is not None:
             return request
         loop = Engine(self, cache, request.device, synced)
-        with cache.undone_on_error(states_too=cache.batch_size > 0):
+        with cache.undone_on_error():
             try:
                 loop.admit(request)
                 loop.run()
