@@ -12,9 +12,10 @@ Shapes: B batch rows, L most tokens of any row, T tokens of a chunk, S tokens re
 head dim, K kernel width, C channels, H Mamba heads, P their dim, G groups, N state, V vocabulary, E hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -42,6 +43,9 @@ class MambaState(NamedTuple):
     ssm: torch.Tensor
 
 
+Counts = Sequence[int] | torch.Tensor
+
+
 class MambaUpdate(NamedTuple):
     """
     What takes a Mamba layer's state through any number of a chunk's tokens.
@@ -57,163 +61,126 @@ class MambaUpdate(NamedTuple):
     B: torch.Tensor
 
     def apply(self, state: MambaState | None, counts: torch.Tensor) -> MambaState:
-        """The state after each row's first `counts` (B,) tokens."""
+        """The state after each row's first `counts` (B,) tokens, from the one before them."""
         taps = self.inputs.shape[1] - self.x.shape[1] + 1
         ssm = ssd_state(self.x, self.dt, self.A, self.B, None if state is None else state.ssm, counts)
         return MambaState(conv_state(self.inputs, taps, counts), ssm)
 
 
-class KeyValueSlot(NamedTuple):
-    """Where a chunk's keys and values go: behind those `layer` holds, at column `width` or each row's start (B,)."""
+class KeyValueLayer:
+    """Buffers (rows, Hkv, columns, D) with room for more than is held; what of them counts is the cache's to say."""
 
-    layer: "KeyValueLayer"
+    def __init__(self) -> None:
+        self.buffers: KeyValues | None = None
+
+    def held(self, rows: "Rows", columns: int) -> KeyValues | None:
+        """The first columns of some rows: views of a slice of rows, else copies."""
+        if self.buffers is None or columns == 0:
+            return None
+        if isinstance(rows, slice):
+            return KeyValues(*(buffer[rows, :, :columns] for buffer in self.buffers))
+        return KeyValues(*(buffer[:, :, :columns].index_select(0, rows.to(buffer.device)) for buffer in self.buffers))
+
+    # In inference mode too, buffers are ordinary tensors: a later call outside of it must be able to write to them.
+    @torch.inference_mode(False)
+    def reserve(self, like: KeyValues, rows: int, columns: int) -> KeyValues:
+        """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, old ones copied."""
+        held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
+        if rows > held_rows or columns > held_columns:
+            if columns > held_columns:  # by an eighth at least, so that appending costs amortised constant time
+                columns = max(columns, held_columns + held_columns // 8)
+                columns += -columns % COLUMNS
+            rows = max(rows, 2 * held_rows) if 0 < held_rows < rows else max(rows, held_rows)
+            columns = max(columns, held_columns)
+            grown = KeyValues(*(part.new_zeros(rows, part.shape[1], columns, part.shape[3]) for part in like))
+            for old, new in zip(self.buffers or (), grown, strict=False):
+                new[:held_rows, :, :held_columns] = old
+            self.buffers = grown
+        assert self.buffers is not None
+        return self.buffers
+
+
+class KeyValueSlot(NamedTuple):
+    """
+    Where a chunk's keys and values go: in `rows` of the layer's, of which there are `of`, at column `width` or where
+    rows differ at each one's start (B,).
+    """
+
+    layer: KeyValueLayer
+    rows: "Rows"
+    of: int
     width: int
     starts: torch.Tensor | None
 
-    def append(self, chunk: KeyValues) -> KeyValues:
-        """Write (B, Hkv, T, D); returns views of all there is then, (B, Hkv, width + T, D)."""
-        return self.layer.write(chunk, self.width, self.starts)
+    def update(self, chunk: KeyValues) -> KeyValues:
+        """Write (B, Hkv, T, D); returns all there is then, (B, Hkv, width + T, D), as `KeyValueLayer.held` does."""
+        tokens = chunk.key.shape[2]
+        columns = self.width + tokens
+        buffers = self.layer.reserve(chunk, self.of, columns)
+        if self.starts is None and isinstance(self.rows, slice):
+            for buffer, new in zip(buffers, chunk, strict=True):
+                buffer[self.rows, :, self.width : columns] = new
+        else:
+            device = chunk.key.device
+            rows = torch.arange(len(chunk.key), device=device) if isinstance(self.rows, slice) else self.rows
+            places = torch.arange(tokens, device=device) + (
+                self.width if self.starts is None else self.starts[:, None]
+            )
+            for buffer, new in zip(buffers, chunk, strict=True):
+                buffer.transpose(1, 2)[rows[:, None], places] = new.transpose(1, 2)
+        held = self.layer.held(self.rows, columns)
+        assert held is not None
+        return held
+
+
+class MambaLayer:
+    """
+    The state after each row's last token, of as many rows as the cache has at least; None while none has any.
+
+    Rows are written in place, unless the tensors are `shared` with who may want them back.
+    """
+
+    def __init__(self) -> None:
+        self.state: MambaState | None = None
+        self.shared = False
+
+    def held(self, rows: "Rows") -> MambaState | None:
+        if self.state is None:
+            return None
+        if torch.is_grad_enabled() and self.state.ssm.is_inference():
+            self.state, self.shared = MambaState(*(part.clone() for part in self.state)), False
+        if isinstance(rows, slice):
+            return MambaState(*(part[rows] for part in self.state))
+        return MambaState(*(part.index_select(0, rows.to(part.device)) for part in self.state))
+
+    def reserve(self, like: MambaState, rows: int) -> MambaState:
+        """States of so many rows at least, zeros where there were none, that can be written to in place."""
+        held = self.state
+        if held is None or len(held.ssm) < rows:
+            count = rows if held is None else max(rows, 2 * len(held.ssm))
+            grown = MambaState(*(part.new_zeros(count, *part.shape[1:]) for part in like))
+            for old, new in zip(held or (), grown, strict=False):
+                new[: len(old)] = old
+            self.state, self.shared = grown, False
+        elif self.shared or torch.is_grad_enabled() or held.ssm.is_inference():
+            # An inference tensor cannot be written to once inference mode has been left.
+            self.state, self.shared = MambaState(*(part.clone() for part in held)), False
+        assert self.state is not None
+        return self.state
 
 
 Past = KeyValues | KeyValueSlot | MambaState | None
 Present = KeyValues | MambaState | MambaUpdate | None
 
 
-class KeyValueLayer:
-    """Growing buffers (B, Hkv, capacity, D); the first `lengths` columns of each row are valid."""
-
-    def __init__(self) -> None:
-        self.buffers: KeyValues | None = None
-
-    def view(self, width: int) -> KeyValues | None:
-        if self.buffers is None or width == 0:
-            return None
-        return KeyValues(self.buffers.key[:, :, :width], self.buffers.value[:, :, :width])
-
-    def slot(self, width: int, starts: torch.Tensor | None) -> KeyValueSlot:
-        return KeyValueSlot(self, width, starts)
-
-    def write(self, chunk: KeyValues, width: int, starts: torch.Tensor | None) -> KeyValues:
-        """Write (B, Hkv, T, D) at column `width`, or where rows differ at each row's start; views of all up to it."""
-        tokens = chunk.key.shape[2]
-        self._reserve(chunk, width + tokens)
-        held = self.view(width + tokens)
-        assert held is not None
-        for buffer, new in zip(held, chunk, strict=True):
-            if starts is None:
-                buffer[:, :, width:] = new
-            else:
-                columns = starts[:, None] + torch.arange(tokens, device=new.device)
-                buffer.scatter_(2, columns[:, None, :, None].expand_as(new), new)
-        return held
-
-    def accept(self, counts: torch.Tensor) -> None:
-        """The rows' lengths say which of the columns written count."""
-
-    # In inference mode too, buffers are ordinary tensors: a later call outside of it must be able to write to them.
-    @torch.inference_mode(False)
-    def _reserve(self, like: KeyValues, columns: int) -> None:
-        """Grow by an eighth at least, so that appending costs amortised constant time."""
-        # From the beginning of a text on, buffers can only be those of a read that failed, maybe of other rows.
-        if columns == like.key.shape[2]:
-            self.buffers = None
-        held = 0 if self.buffers is None else self.buffers.key.shape[2]
-        if columns <= held:
-            return
-        capacity = max(columns, held + held // 8 + 64)
-        grown = [new.new_zeros(*new.shape[:2], capacity, new.shape[3]) for new in like]
-        if self.buffers is not None:
-            for old, new in zip(self.buffers, grown, strict=True):
-                new[:, :, :held] = old
-        self.buffers = KeyValues(*grown)
-
-    @torch.inference_mode(False)
-    def select_rows(self, rows: torch.Tensor, width: int) -> None:
-        held = self.view(width)
-        self.buffers = held and KeyValues(*(part.index_select(0, rows.to(part.device)) for part in held))
-
-    @torch.inference_mode(False)
-    def replace_rows(self, layers: Sequence["KeyValueLayer"], rows: Sequence[int], width: int) -> None:
-        held = [layer.view(width) for layer in layers]
-        parts = [[F.pad(part, (0, 0, 0, width - part.shape[2])) for part in each] for each in _with_zeros(held, rows)]
-        self.buffers = KeyValues(*map(torch.cat, zip(*parts, strict=True))) if parts else None
-
-
-class TokenLayer(KeyValueLayer):
-    """
-    The ids read, plus one, in the place of keys (B, 1, capacity, 1), and values of no dimension.
-
-    So 0, which fills buffers, says that a token's id is not known.
-    """
-
-    def write_ids(self, ids: torch.Tensor, width: int, starts: torch.Tensor | None) -> None:
-        key = (ids.long() + 1)[:, None, :, None]
-        self.write(KeyValues(key, key[..., :0]), width, starts)
-
-
-class MambaLayer:
-    """The state after each row's last token; `update` holds what a chunk read tentatively would do to it."""
-
-    def __init__(self) -> None:
-        self.state: MambaState | None = None
-        self.update: MambaUpdate | None = None
-
-    def view(self, width: int) -> MambaState | None:
-        if self.state is not None and torch.is_grad_enabled() and self.state.ssm.is_inference():
-            self.state = MambaState(*(part.clone() for part in self.state))
-        return self.state
-
-    def slot(self, width: int, starts: torch.Tensor | None) -> MambaState | None:
-        return self.view(width)
-
-    def write(self, present: MambaState | MambaUpdate) -> None:
-        if isinstance(present, MambaUpdate):
-            self.update = present
-        else:
-            self.state = present
-
-    def accept(self, counts: torch.Tensor) -> None:
-        assert self.update is not None
-        self.state, self.update = self.update.apply(self.state, counts.to(self.update.dt.device)), None
-
-    def select_rows(self, rows: torch.Tensor, width: int) -> None:
-        if self.state is not None:
-            self.state = MambaState(*(part.index_select(0, rows.to(part.device)) for part in self.state))
-
-    def replace_rows(self, layers: Sequence["MambaLayer"], rows: Sequence[int], width: int) -> None:
-        parts = _with_zeros([layer.state for layer in layers], rows)
-        self.state = MambaState(*map(torch.cat, zip(*parts, strict=True))) if parts else None
-
-
 class StatelessLayer:
     """MoE and MLP layers keep nothing."""
 
-    def view(self, width: int) -> None:
-        return None
 
-    def slot(self, width: int, starts: torch.Tensor | None) -> None:
-        return None
-
-    def accept(self, counts: torch.Tensor) -> None:
-        return None
-
-    def select_rows(self, rows: torch.Tensor, width: int) -> None:
-        return None
-
-    def replace_rows(self, layers: Sequence["StatelessLayer"], rows: Sequence[int], width: int) -> None:
-        return None
-
-
-def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
-    """What is held, with zeros for so many rows where nothing has been read; empty if nothing has been anywhere."""
-    like = next((parts for parts in held if parts is not None), None)
-    if like is None:
-        return []
-    nothing = [tuple(part.new_zeros(count, *part.shape[1:]) for part in like) for count in rows]
-    return [zeros if parts is None else tuple(parts) for parts, zeros in zip(held, nothing, strict=True)]
-
-
+Rows = slice | torch.Tensor
 CACHE_LAYERS = {"full_attention": KeyValueLayer, "linear_attention": MambaLayer}
+# Buffers have a multiple of so many columns, so that a program compiled for a size serves many widths.
+COLUMNS = 64
 
 
 # What of a config says which model a cache is of, in the order in which a difference is looked for.
@@ -233,8 +200,14 @@ GEOMETRY = (
 
 class TwoTowerCache(Cache):
     """
-    Keys, values and states of the context tower after `lengths` tokens of each row; behind them, `tentative` columns
+    Keys, values and states of the context tower after the first tokens of each row; behind them, `tentative` columns
     that do not count until `accept` says how many of them do.
+
+    The host knows all lengths (`host_lengths`, `width` the longest, `ragged` whether they differ), so that nothing
+    here reads from the device, but of counts and rows that are given as tensors, which are read at once.
+
+    Rows can be added, dropped and exchanged, and [`~TwoTowerCache.part`] is a cache of some of them, which the model
+    reads and denoises with.
 
     Args:
         config: [`TwoTowerConfig`], of the model that will read with it.
@@ -242,11 +215,23 @@ class TwoTowerCache(Cache):
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__(layers=[CACHE_LAYERS.get(kind, StatelessLayer)() for kind in config.layers_block_type])
-        self.tokens = TokenLayer()
-        self.lengths: torch.Tensor | None = None
+        # The ids read, plus one, as keys (B, 1, columns, 1) with values of no dimension. So 0, which fills buffers,
+        # says that a token's id is not known.
+        self.tokens = KeyValueLayer()
+        self.host_lengths: list[int] | None = None  # replaced, never changed in place
         self.width = 0
         self.ragged = False
         self.tentative = 0
+        self.updates: dict[int, MambaUpdate] = {}  # by layer, of the chunk read tentatively
+        self.limits: list[int] | None = None  # how many of its tokens each row has; None for all
+        self.device = torch.device("cpu")
+        self.uploaded: torch.Tensor | None = None  # `host_lengths`, once wanted
+        # Of a part: whose rows it has, and which; else all. What `rows` index is all that `version` stands for.
+        self.whole: TwoTowerCache | None = None
+        self.rows: Rows = slice(0, 0)
+        self.indices: Sequence[int] = ()
+        self.version = object()
+        self.undoing: list[Callable[[], None]] | None = None  # how to take back what was done in place, oldest first
         self.geometry = _geometry(config)
         # Of the model that has read, once one has.
         self.dtype: torch.dtype | None = None
@@ -254,24 +239,28 @@ class TwoTowerCache(Cache):
         self.reader: ref[nn.Module] | None = None  # the context tower that has read, or one like it
 
     @property
+    def lengths(self) -> torch.Tensor | None:
+        """(B,) `host_lengths` on the device; None while no rows are known."""
+        if self.uploaded is None and self.host_lengths is not None:
+            self.uploaded = uploaded(self.host_lengths, self.device)
+        return self.uploaded
+
+    @property
     def ids(self) -> torch.Tensor | None:
         """(B, L) tokens read, -1 where given as embeddings, meaningless beyond a row's own; None if none are known."""
-        held = self.tokens.view(self.width)
+        held = self.tokens.held(self.rows, self.width)
         return None if held is None else held.key[:, 0, :, 0] - 1
-
-    def write_ids(self, ids: torch.Tensor) -> None:
-        """Keep a chunk's ids (B, T), which count as its states do; -1 where a token was given as an embedding."""
-        ids = ids if self.lengths is None else ids.to(self.lengths.device)
-        self.tokens.write_ids(ids, self.width, self.lengths if self.ragged else None)
 
     def sign(self, tower: Any) -> None:
         """Remember which context tower has read, and some of its embeddings in case it is no more."""
         if self.dtype is None:
             embeddings = tower.embeddings.weight
-            self.dtype, self.embeddings, self.reader = _computing_dtype(embeddings), _some_of(embeddings), ref(tower)
+            facts = {"dtype": _computing_dtype(embeddings), "embeddings": _some_of(embeddings), "reader": ref(tower)}
+            for cache in (self,) if self.whole is None else (self, self.whole):
+                vars(cache).update(facts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "reader": None}  # which cannot be pickled
+        return {**vars(self), "reader": None, "undoing": None}  # which cannot be pickled
 
     def check_model(self, config: TwoTowerConfig, tower: Any) -> None:
         """
@@ -312,70 +301,150 @@ class TwoTowerCache(Cache):
         """
         If what is done within fails, leave the cache as it was.
 
-        Nothing is copied for that: columns that count are never written over, and states, and buffers that grow or
-        lose rows, are replaced by new ones. (So the old ones live on until this ends.)
+        Little is copied for that. Columns that count are never written over, but by rows that take the place of others,
+        which is noted; states, and buffers that grow or lose rows, are replaced by new ones. (So the old ones live on
+        until this ends.)
         """
-        before = self._sharing_all()
+        whole = self if self.whole is None else self.whole
+        holders = [self, whole, whole.tokens, *whole.layers]
+        before = [dict(vars(holder)) for holder in holders]
+        outer = whole.undoing
+        steps = whole.undoing = [] if outer is None else outer
+        begun = len(steps)
+        for layer in whole.layers:
+            if isinstance(layer, MambaLayer):
+                layer.shared = True
         try:
             yield
         except BaseException:
-            self.__dict__.update(before.__dict__)
+            while len(steps) > begun:
+                steps.pop()()
+            for holder, attributes in zip(holders, before, strict=True):
+                vars(holder).update(attributes)
             raise
-
-    def _sharing_all(self) -> "TwoTowerCache":
-        """A cache of its own with the same tensors."""
-        shared = copy(self)
-        shared.layers, shared.tokens = [copy(layer) for layer in self.layers], copy(self.tokens)
-        return shared
+        finally:
+            whole.undoing = outer
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:
-        """What layer `layer_idx` holds; keys and values are views of the first `width` columns, not copies."""
-        return self.layers[layer_idx].view(self.width)
+        """What layer `layer_idx` holds of the rows: of all, or of the first ones, views and no copies."""
+        self._check_current()
+        layer = self.layers[layer_idx]
+        if isinstance(layer, KeyValueLayer):
+            return layer.held(self.rows, self.width)
+        return layer.held(self.rows) if isinstance(layer, MambaLayer) else None
 
-    def slot(self, layer_idx: int) -> KeyValueSlot | MambaState | None:
-        """What layer `layer_idx` reads a chunk with: its state, or where its keys and values go."""
-        self._check_accepted()
-        return self.layers[layer_idx].slot(self.width, self.lengths if self.ragged else None)
+    # A pass of the context tower asks for `slots`, writes keys and values to them, and ends with `append`.
 
-    def write(self, layer_idx: int, present: MambaState | MambaUpdate) -> None:
-        """Keep a layer's state after its newest chunk, which counts once `advance` or `accept` has been called."""
-        self.layers[layer_idx].write(present)
+    def slots(self, input_ids: torch.Tensor) -> list[KeyValueSlot | MambaState | None]:
+        """What each layer reads a chunk (B, T) with: its states, or where its keys and values go."""
+        self._check_settled()
+        slots: list[KeyValueSlot | MambaState | None] = []
+        for layer in self.layers:
+            if isinstance(layer, KeyValueLayer):
+                slots.append(self._slot(layer, input_ids))
+            else:
+                slots.append(layer.held(self.rows) if isinstance(layer, MambaLayer) else None)
+        return slots
 
-    def advance(self, batch: int, tokens: int, counts: torch.Tensor | None, device: torch.device) -> None:
-        """Make a chunk of `tokens` columns count: all of them, or each row's first `counts` (B,)."""
-        lengths = torch.zeros(batch, dtype=torch.long, device=device) if self.lengths is None else self.lengths
-        if counts is None:
-            self.lengths, self.width = lengths + tokens, self.width + tokens
+    def _slot(self, layer: KeyValueLayer, chunk: torch.Tensor) -> KeyValueSlot:
+        if self.host_lengths is None:
+            # Nothing is held yet: buffers can only be those of a read that failed, maybe of other rows.
+            layer.buffers = None
+            return KeyValueSlot(layer, slice(0, len(chunk)), len(chunk), 0, None)
+        of = len((self if self.whole is None else self.whole).host_lengths or ())
+        return KeyValueSlot(layer, self.rows, of, self.width, self.lengths if self.ragged else None)
+
+    def append(
+        self,
+        input_ids: torch.Tensor,
+        states: dict[int, MambaState | MambaUpdate],
+        counts: Sequence[int] | None = None,
+        tentative: bool = False,
+    ) -> None:
+        """
+        Keep a chunk whose keys and values have been written: its ids (B, T), -1 where given as embeddings, and by
+        layer its states, or when it is `tentative` what takes them through it. Each row's first `counts` tokens count.
+        """
+        if self.host_lengths is not None:
+            input_ids = input_ids.to(self.device)
+        ids = (input_ids.long() + 1)[:, None, :, None]
+        self._slot(self.tokens, input_ids).update(KeyValues(ids, ids[..., :0]))
+        if tentative:
+            self.updates = {idx: each for idx, each in states.items() if isinstance(each, MambaUpdate)}
+            self.tentative, self.limits = input_ids.shape[1], None if counts is None else list(counts)
         else:
-            self._set_lengths(lengths + counts.to(lengths.device))
+            self._write_states({idx: each for idx, each in states.items() if isinstance(each, MambaState)})
+            self.advance(len(input_ids), input_ids.shape[1], counts, input_ids.device)
 
-    def accept(self, counts: torch.Tensor) -> None:
+    def _write_states(self, states: dict[int, MambaState]) -> None:
+        """Write states of the rows; at once, after all that may fail."""
+        rows = len((self if self.whole is None else self.whole).host_lengths or ())
+        places = []
+        for idx, state in states.items():
+            layer, batch = self.layers[idx], len(state.ssm)
+            if self.whole is None and (layer.state is None or len(layer.state.ssm) <= batch):
+                layer.state, layer.shared = state, False
+            else:
+                places.append((layer.reserve(state, max(rows, batch)), state))
+        for place, state in places:
+            for old, new in zip(place, state, strict=True):
+                if isinstance(self.rows, slice):
+                    old[self.rows] = new
+                else:
+                    old[self.rows.to(old.device)] = new
+
+    def advance(self, batch: int, tokens: int, counts: Counts | None, device: torch.device) -> None:
+        """Make a chunk of `tokens` columns count: all of them, or each row's first `counts` (B,)."""
+        added = [tokens] * batch if counts is None else listed(counts)
+        if self.host_lengths is None:
+            self.device = device
+        before = [0] * batch if self.host_lengths is None else self.host_lengths
+        self._set_lengths([length + count for length, count in zip(before, added, strict=True)])
+
+    def accept(self, counts: Counts) -> None:
         """
         Let each row's first tokens of the chunk read tentatively count, and forget the rest of it.
 
         Args:
-            counts: (B,) tokens per row, 0 to S.
+            counts: (B,) tokens per row, 0 to as many as it has of the chunk's.
 
         Raises:
-            ValueError: when no chunk was read tentatively, or for counts outside its size.
+            ValueError: when no chunk was read tentatively, or for counts outside its size or of other rows.
         """
         if self.tentative == 0:
             raise ValueError("accept was called, but no chunk has been read with tentative=True since the last call")
-        fewest, most = torch.stack(counts.aminmax()).tolist()
-        if fewest < 0 or most > self.tentative:
-            raise ValueError(f"counts are {counts.tolist()}; the chunk read tentatively has {self.tentative} tokens")
-        for layer in self.layers:
-            layer.accept(counts)
-        self.advance(len(counts), fewest, None if fewest == most else counts, counts.device)
-        self.tentative = 0
+        self._check_current()
+        accepted = listed(counts)
+        rows = len(accepted) if self.host_lengths is None else len(self.host_lengths)
+        limits = [self.tentative] * rows if self.limits is None else self.limits
+        if len(accepted) != rows or not all(
+            0 <= count <= limit for count, limit in zip(accepted, limits, strict=True)
+        ):
+            raise ValueError(
+                f"counts are {accepted}; the chunk read tentatively has {self.tentative} tokens of each of {rows} rows"
+                if self.limits is None or len(accepted) != rows
+                else f"counts are {accepted}; of the chunk read tentatively, the rows have {limits} tokens"
+            )
+        states = {}
+        for idx, update in self.updates.items():
+            ends = counts if isinstance(counts, torch.Tensor) else uploaded(accepted, update.dt.device)
+            states[idx] = update.apply(self.layers[idx].held(self.rows), ends.to(update.dt.device))
+        self._write_states(states)
+        self.advance(rows, 0, accepted, self.device)
+        self.tentative, self.limits, self.updates = 0, None, {}
 
-    def _check_accepted(self) -> None:
+    def _check_settled(self) -> None:
         if self.tentative:
             raise ValueError(f"the cache holds {self.tentative} tokens read tentatively; call accept(counts) first")
+        self._check_current()
+
+    def _check_current(self) -> None:
+        if self.whole is not None and self.version is not self.whole.version:
+            raise ValueError("the rows of this part's cache have changed since it was taken; take a new part")
 
     def context_mask(self) -> torch.Tensor | None:
         """(B, 1, 1, L) bool, True on a row's own tokens; None while all rows are equally long."""
-        if not self.ragged or self.lengths is None:
+        if not self.ragged:
             return None
         columns = torch.arange(self.width, device=self.lengths.device)
         return (columns < self.lengths[:, None])[:, None, None]
@@ -385,50 +454,194 @@ class TwoTowerCache(Cache):
         (B or 1, 1, T, width + T) bool, what each of T columns behind a row's own may see; None when that is all of
         them, or at the beginning, where causality says the same.
         """
-        if self.lengths is None or self.width == 0 or (tokens == 1 and not self.ragged):
+        if self.width == 0 or (tokens == 1 and not self.ragged):
             return None
-        starts = self.lengths if self.ragged else self.lengths[:1]
-        newest = starts[:, None] + torch.arange(tokens, device=starts.device)
-        return (torch.arange(self.width + tokens, device=starts.device) <= newest[..., None])[:, None]
+        newest = torch.arange(tokens, device=self.device) + (self.lengths[:, None] if self.ragged else self.width)
+        return torch.arange(self.width + tokens, device=self.device) <= newest.view(-1, 1, tokens, 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.lengths is None else len(self.lengths)
+        return -1 if self.host_lengths is None else len(self.host_lengths)
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep the rows of index `rows` (R,), in that order, and no more columns than they use."""
-        self._check_accepted()
-        # Of a cache that has read nothing, any rows.
-        lengths = torch.zeros_like(rows) if self.lengths is None else self.lengths.index_select(0, rows)
-        self._set_lengths(lengths)
+    # Rows.
+
+    def part(self, rows: slice | Sequence[int]) -> "TwoTowerCache":
+        """
+        The rows of index `rows`, distinct, as a cache of their own that shares what this one holds.
+
+        The model reads and denoises with it, and so does `accept`: what is read is written to this cache at once, so
+        there is nothing to join. Of a `slice(0, n)` it looks at views, of a list at copies (`index_select`). Its
+        `width` is that of its own longest row. It is good for as long as nothing but itself changes this cache's rows.
+        """
+        self._check_settled()
+        if self.host_lengths is None or self.whole is not None:
+            raise ValueError("only a cache with rows that is no part itself has parts; add_rows gives it some")
+        batch = len(self.host_lengths)
+        indices = list(range(batch)[rows] if isinstance(rows, slice) else rows)
+        if len(set(indices)) < len(indices) or not all(0 <= row < batch for row in indices) or not indices:
+            raise ValueError(f"a part of rows {indices} was asked for; give distinct rows of the {batch} there are")
+        part: TwoTowerCache = object.__new__(TwoTowerCache)
+        first = indices == list(range(len(indices)))
+        place = slice(0, len(indices)) if first else uploaded(indices, self.device)
+        part.__dict__ = {**vars(self), "whole": self, "rows": place, "indices": indices, "updates": {}}
+        part._set_lengths([self.host_lengths[row] for row in indices], write=False)
+        return part
+
+    def add_rows(self, count: int) -> None:
+        """Add so many rows without tokens behind the others."""
+        self._check_whole()
+        lengths = self.host_lengths or []
+        before, batch = len(lengths), len(lengths) + count
         for layer in (*self.layers, self.tokens):
-            layer.select_rows(rows, self.width)
+            if isinstance(layer, KeyValueLayer) and layer.buffers is not None:
+                if len(layer.buffers.key) >= batch:
+                    # What a masked column holds has no weight, but NaN times nothing is NaN.
+                    for buffer in layer.buffers:
+                        buffer[before:batch].zero_()
+                else:
+                    layer.reserve(layer.buffers, batch, layer.buffers.key.shape[2])
+            elif isinstance(layer, MambaLayer) and layer.state is not None:
+                for part in layer.reserve(layer.state, batch):
+                    part[before:batch].zero_()
+        self._set_lengths(lengths + [0] * count)
 
-    def copy_rows(self, rows: torch.Tensor) -> "TwoTowerCache":
+    def drop_rows(self, count: int) -> None:
+        """Forget the last `count` rows; their room stays."""
+        self._check_whole()
+        lengths = self.host_lengths or []
+        if not 0 <= count <= len(lengths):
+            raise ValueError(f"{count} rows are to be dropped of the {len(lengths)} there are")
+        kept = len(lengths) - count
+        if self.undoing is not None:
+            for layer in (*self.layers, self.tokens):
+                for buffer in (isinstance(layer, KeyValueLayer) and layer.buffers) or ():
+                    rows = buffer[kept : len(lengths)]
+                    self.undoing.append(partial(rows.copy_, rows.clone()))
+        self._set_lengths(lengths[:kept])
+
+    def swap_rows(self, first: int, second: int) -> None:
+        """Exchange two rows."""
+        self._check_whole()
+        lengths = list(self.host_lengths or ())
+        if not 0 <= min(first, second) <= max(first, second) < len(lengths):
+            raise ValueError(f"rows {first} and {second} are to be exchanged, of the {len(lengths)} there are")
+        for layer in (*self.layers, self.tokens):
+            if isinstance(layer, KeyValueLayer):
+                for buffer in layer.buffers or ():
+                    _exchange(ref(buffer), first, second)
+                    if self.undoing is not None:
+                        self.undoing.append(partial(_exchange, ref(buffer), first, second))
+            elif isinstance(layer, MambaLayer) and layer.state is not None:
+                for part in layer.reserve(layer.state, len(lengths)):
+                    _exchange(ref(part), first, second)
+        lengths[first], lengths[second] = lengths[second], lengths[first]
+        self._set_lengths(lengths)
+
+    def select_rows(self, rows: Counts) -> None:
+        """Keep the rows of index `rows` (R,), in that order, and no more columns than they use."""
+        self._check_whole()
+        chosen = listed(rows)
+        # Of a cache that has read nothing, any rows.
+        lengths = [0 if self.host_lengths is None else self.host_lengths[row] for row in chosen]
+        if self.host_lengths is None and isinstance(rows, torch.Tensor):
+            self.device = rows.device
+        place, width = uploaded(chosen, self.device), max(lengths, default=0)
+        # As in `KeyValueLayer.reserve`.
+        with torch.inference_mode(False):
+            for layer in (*self.layers, self.tokens):
+                if isinstance(layer, KeyValueLayer):
+                    layer.buffers = layer.held(place, width)
+        for layer in self.layers:
+            if isinstance(layer, MambaLayer):
+                layer.state, layer.shared = layer.held(place), False
+        self._set_lengths(lengths)
+
+    def copy_rows(self, rows: Counts) -> "TwoTowerCache":
         """A cache of its own for copies of the rows of index `rows` (R,), which may repeat."""
-        copied = self._sharing_all()
+        if self.whole is not None:
+            self._check_settled()
+            return self.whole.copy_rows([self.indices[row] for row in listed(rows)])
+        copied = copy(self)
+        copied.layers, copied.tokens = [copy(layer) for layer in self.layers], copy(self.tokens)
         copied.select_rows(rows)
         return copied
 
     def replace_rows(self, caches: Sequence["TwoTowerCache"]) -> None:
         """Hold the rows of `caches`, one cache after the other, instead of what was held."""
-        for cache in (self, *caches):
-            cache._check_accepted()
-        lengths = [cache.lengths for cache in caches if cache.lengths is not None]
+        self._check_whole()
+        for cache in caches:
+            cache._check_settled()
+        lengths = [cache.host_lengths for cache in caches if cache.host_lengths is not None]
         assert len(lengths) == len(caches) > 0, "a cache that has read nothing has rows once some were selected"
-        self._set_lengths(torch.cat(lengths))
+        counts, width = [len(each) for each in lengths], max(cache.width for cache in caches)
+        held = [[cache.view(idx) for cache in caches] for idx in range(len(self.layers))]
+        tokens = [cache.tokens.held(cache.rows, cache.width) for cache in caches]
         signed = next((cache for cache in caches if cache.dtype is not None), caches[0])
+        with torch.inference_mode(False):
+            for layer, parts in zip((*self.layers, self.tokens), (*held, tokens), strict=True):
+                if isinstance(layer, KeyValueLayer):
+                    wide = [
+                        [F.pad(part, (0, 0, 0, width - part.shape[2])) for part in each]
+                        for each in _with_zeros(parts, counts)
+                    ]
+                    layer.buffers = KeyValues(*map(torch.cat, zip(*wide, strict=True))) if wide else None
+        for layer, parts in zip(self.layers, held, strict=True):
+            if isinstance(layer, MambaLayer):
+                each = _with_zeros(parts, counts)
+                layer.state = MambaState(*map(torch.cat, zip(*each, strict=True))) if each else None
+                layer.shared = False
         self.geometry, self.dtype, self.embeddings = signed.geometry, signed.dtype, signed.embeddings
-        held = ((*cache.layers, cache.tokens) for cache in (self, *caches))
-        for layer, *replacements in zip(*held, strict=True):
-            layer.replace_rows(replacements, [len(each) for each in lengths], self.width)
+        self.device = signed.device
+        self._set_lengths(sum(lengths, []))
 
-    def _set_lengths(self, lengths: torch.Tensor) -> None:
-        shortest, longest = torch.stack(lengths.aminmax()).tolist()
-        self.lengths, self.width, self.ragged = lengths, longest, shortest != longest
+    def _check_whole(self) -> None:
+        if self.whole is not None:
+            raise ValueError("a part's rows are those of another cache; change that one's")
+        self._check_settled()
+
+    def _set_lengths(self, lengths: list[int], write: bool = True) -> None:
+        self.host_lengths, self.uploaded = lengths, None
+        self.width = max(lengths, default=0)
+        self.ragged = min(lengths, default=0) != self.width
+        if self.whole is None:
+            self.rows, self.version = slice(0, len(lengths)), object()
+        elif write:
+            assert self.whole.host_lengths is not None
+            everyone = list(self.whole.host_lengths)
+            for row, length in zip(self.indices, lengths, strict=True):
+                everyone[row] = length
+            self.whole._set_lengths(everyone)
+            self.version = self.whole.version
+
+
+def listed(counts: Counts) -> list[int]:
+    """Counts as the host knows them; a tensor (B,) is read from its device."""
+    return counts.tolist() if isinstance(counts, torch.Tensor) else list(counts)
+
+
+def uploaded(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(B,) int64 on the device, without waiting for it."""
+    return torch.tensor(counts, dtype=torch.long).to(device, non_blocking=True)
+
+
+def _exchange(tensor: "ref[torch.Tensor]", first: int, second: int) -> None:
+    """Exchange two rows in place, of a tensor that is still there."""
+    if (rows := tensor()) is not None:
+        kept = rows[first].clone()
+        rows[first] = rows[second]
+        rows[second] = kept
+
+
+def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+    """What is held, with zeros for so many rows where nothing has been read; empty if nothing has been anywhere."""
+    like = next((parts for parts in held if parts is not None), None)
+    if like is None:
+        return []
+    nothing = [tuple(part.new_zeros(count, *part.shape[1:]) for part in like) for count in rows]
+    return [zeros if parts is None else tuple(parts) for parts, zeros in zip(held, nothing, strict=True)]
 
 
 def _geometry(config: TwoTowerConfig) -> dict[str, Any]:
@@ -457,4 +670,15 @@ def _some_of(weights: torch.Tensor) -> torch.Tensor | None:
     return rows.flatten(1)[:, :8].clone() if rows.ndim > 1 else rows.clone()
 
 
-__all__ = ["KeyValueSlot", "KeyValues", "MambaState", "MambaUpdate", "Past", "Present", "TwoTowerCache"]
+__all__ = [
+    "Counts",
+    "KeyValueSlot",
+    "KeyValues",
+    "MambaState",
+    "MambaUpdate",
+    "Past",
+    "Present",
+    "TwoTowerCache",
+    "listed",
+    "uploaded",
+]

@@ -20,7 +20,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .arguments_twotower import check_arguments, check_position_ids
-from .cache_twotower import KeyValues, KeyValueSlot, MambaState, MambaUpdate, Past, Present, TwoTowerCache
+from .cache_twotower import (
+    Counts,
+    KeyValues,
+    KeyValueSlot,
+    MambaState,
+    MambaUpdate,
+    Past,
+    Present,
+    TwoTowerCache,
+    listed,
+    uploaded,
+)
 from .compat_twotower import (
     CacheOutput,
     ExpertsInterface,
@@ -691,7 +702,7 @@ class ContextTower(TwoTowerBackbone):
         self,
         input_ids: torch.Tensor,
         cache: TwoTowerCache | None = None,
-        counts: torch.Tensor | None = None,
+        counts: Counts | None = None,
         tentative: bool = False,
         inputs_embeds: torch.Tensor | None = None,
         all_hidden_states: list[torch.Tensor] | None = None,
@@ -702,41 +713,43 @@ class ContextTower(TwoTowerBackbone):
         Args:
             input_ids: (B, T), each row's tokens first.
             cache: extended in place; default none, from the beginning of the text.
-            counts: (B,) tokens per row, default T.
-            tentative: leave open how many of a row's T tokens are to count until the cache's `accept` says so; needs a
-                cache, and no `counts`.
+            counts: (B,) tokens per row, default T. A list is only uploaded; a tensor is read first.
+            tentative: leave open how many of a row's tokens are to count until the cache's `accept` says so; needs a
+                cache.
             inputs_embeds: (B, T, H), default the embeddings of `input_ids`.
             all_hidden_states: a list to which what each layer is given, (B, T, H), is added, and last the result.
 
         Returns:
             (B, T, H) normed hidden states; meaningless beyond a row's tokens.
         """
-        batch, length = input_ids.shape
-        if tentative and (cache is None or counts is not None):
-            raise ValueError("tentative=True needs past_key_values, and counts=None: each row's count is given later")
-        mask = PackedTokens(input_ids, counts).mask()
-        visible = None if cache is None else cache.visible_to(length)
-        from_start = cache is None or cache.width == 0
+        length = input_ids.shape[1]
+        if tentative and cache is None:
+            raise ValueError("tentative=True needs past_key_values, whose accept(counts) says later what counts")
+        own = None if counts is None else listed(counts)
+        if own is not None and min(own) == length:
+            own = None
+        mask = ends = None
+        # What is read tentatively is cut to a row's tokens later; to those, what stands behind them does not matter.
+        if own is not None and not tentative:
+            ends = uploaded(own, input_ids.device)
+            mask = torch.arange(length, device=input_ids.device) < ends[:, None]
         keep: Literal["state", "update"] = "update" if tentative else "state"
-        layout = ChunkLayout(mask, counts, block_mask=visible, causal=from_start, keep=keep)
+        from_start = cache is None or cache.width == 0
+        visible = None if cache is None else cache.visible_to(length)
+        layout = ChunkLayout(mask, ends, block_mask=visible, causal=from_start, keep=keep)
+        pasts: list[Past] = [None] * len(self.layers) if cache is None else list(cache.slots(input_ids))
         hidden_states, states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds, {}
-        for idx, layer in enumerate(self.layers):
+        for idx, (layer, past) in enumerate(zip(self.layers, pasts, strict=True)):
             if all_hidden_states is not None:
                 all_hidden_states.append(hidden_states)
-            hidden_states, present = layer(hidden_states, None if cache is None else cache.slot(idx), layout)
+            hidden_states, present = layer(hidden_states, past, layout)
             if present is not None:
                 states[idx] = present
         hidden_states = self.norm_f(hidden_states)
         if cache is not None:
-            # Only now, and what might fail first, so that an error in the middle leaves the cache as it was.
-            cache.write_ids(input_ids)
+            # Only now, so that an error in the middle leaves the cache as it was.
             cache.sign(self)
-            if tentative:
-                cache.tentative = length
-            else:
-                cache.advance(batch, length, counts, input_ids.device)
-            for idx, state in states.items():
-                cache.write(idx, state)
+            cache.append(input_ids, states, own, tentative)
         if all_hidden_states is not None:
             all_hidden_states.append(hidden_states)
         return hidden_states
@@ -893,7 +906,7 @@ class TwoTowerAttention(NemotronHAttention):
         present: KeyValues | None = KeyValues(key, value)
         if isinstance(past, KeyValueSlot):
             # Written behind the context first, the chunk and its context are one run of columns.
-            (key, value), past, present = past.append(KeyValues(key, value)), None, None
+            (key, value), past, present = past.update(KeyValues(key, value)), None, None
         attended = block_attention(
             query,
             key,
@@ -950,12 +963,11 @@ def grouped_mm_or_loop(
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)
     if hidden_states.shape[0] > 1 or hidden_states.device.type != "cpu":
         return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
-    up_proj, down_proj = experts.up_proj, experts.down_proj
-    outputs = [
-        F.linear(experts.act_fn(F.linear(hidden_states, up_proj[expert])), down_proj[expert])
-        for expert in indices[0].tolist()
-    ]
-    return (weights @ torch.cat(outputs).to(weights.dtype)).to(hidden_states.dtype)
+    # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
+    up_proj, down_proj = (part.index_select(0, indices[0]) for part in (experts.up_proj, experts.down_proj))
+    activated = experts.act_fn(torch.bmm(hidden_states.expand(len(up_proj), 1, -1), up_proj.transpose(1, 2)))
+    outputs = torch.bmm(activated, down_proj.transpose(1, 2))[:, 0]
+    return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
 
 
 GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"

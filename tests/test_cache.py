@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from accelerate import cpu_offload
 from test_continuation import generate
 from tiny import random_block, random_ids, tiny_config, tiny_model, without_special_tokens
 from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from twotower.cache_twotower import KeyValues, MambaState, MambaUpdate, TwoTowerCache
@@ -38,7 +41,7 @@ def attention_cache() -> TwoTowerCache:
 
 def read(cache: TwoTowerCache, present: KeyValues, counts: list[int] | None = None) -> None:
     batch, tokens = present.key.shape[0], present.key.shape[2]
-    cache.slot(0).append(present)
+    cache.slots(torch.zeros(batch, tokens))[0].update(present)
     cache.advance(batch, tokens, None if counts is None else torch.tensor(counts), torch.device("cpu"))
 
 
@@ -118,7 +121,7 @@ def test_growing_is_rare():
 def test_a_chunk_counts_only_once_it_has_advanced():
     cache = attention_cache()
     read(cache, key_values(1, 2))
-    cache.slot(0).append(key_values(1, 2, first=2))
+    cache.slots(torch.zeros(1, 2))[0].update(key_values(1, 2, first=2))
     assert keys(cache).tolist() == [[0, 1]]
 
 
@@ -265,7 +268,7 @@ def test_accepted_keys_are_those_of_the_first_tokens(counts, ragged):
     cache = attention_cache()
     read(cache, key_values(2, 3))
     for column, lengths in ((3, [3, 3]), (5, [3 + count for count in counts])):
-        cache.slot(0).append(key_values(2, 4, first=column))
+        cache.slots(torch.zeros(2, 4))[0].update(key_values(2, 4, first=column))
         cache.tentative = 4
         assert cache.lengths.tolist() == lengths
         cache.accept(torch.tensor(counts))
@@ -278,7 +281,7 @@ def test_accepted_keys_are_those_of_the_first_tokens(counts, ragged):
 @pytest.mark.parametrize("counts", [[-1, 2], [0, 4]])
 def test_more_than_was_read_is_not_accepted(counts):
     cache = attention_cache()
-    cache.slot(0).append(key_values(2, 3))
+    cache.slots(torch.zeros(2, 3))[0].update(key_values(2, 3))
     cache.tentative = 3
     with pytest.raises(ValueError, match=rf"counts are \[{counts[0]}, {counts[1]}\]; .* has 3 tokens"):
         cache.accept(torch.tensor(counts))
@@ -295,11 +298,11 @@ def test_what_is_read_tentatively_must_be_accepted_first():
     cache = attention_cache()
     read(cache, key_values(2, 3))
     settled = cache.copy_rows(torch.tensor([0]))
-    cache.slot(0).append(key_values(2, 2))
+    cache.slots(torch.zeros(2, 2))[0].update(key_values(2, 2))
     cache.tentative = 2
     rows = torch.tensor([0])
     for call in (
-        lambda: cache.slot(0),
+        lambda: cache.slots(torch.zeros(2, 2)),
         lambda: cache.select_rows(rows),
         lambda: cache.copy_rows(rows),
         lambda: cache.replace_rows([settled]),
@@ -413,7 +416,7 @@ def test_tokens_read_as_embeddings_are_not_compared(writer, known):
     writer(text[:, :6], past_key_values=cache)
     unknown = text[:, :6].clone()
     unknown[:, known:] = -1
-    cache.tokens.write_ids(unknown, 0, None)
+    cache.tokens.buffers.key[:, 0, :6, 0] = unknown + 1
     assert torch.equal(cache.ids, unknown)
     assert torch.equal(generate(writer, text, past_key_values=cache).sequences, generate(writer, text).sequences)
 
@@ -515,3 +518,265 @@ def test_a_cache_of_a_model_with_another_layer_is_refused_while_that_model_is_th
         other.context_tower.layers[0].mixer.out_proj.weight *= 1.5
     with pytest.raises(ValueError, match=r"with another layers\.0\.mixer\.out_proj\.weight"):
         other.denoise(random_block(1, 4), model(ids).cache)
+
+
+# Rows that come and go, and parts
+
+
+ROWS_GEOMETRIES = ["all kinds", "pure Mamba", "pure attention", "convolution of 1", "odd"]
+
+
+class Rows:
+    """A cache of many rows beside their texts, driven at random; each text is to be as read alone."""
+
+    def __init__(self, geometry: str, seed: int):
+        self.model, self.random = tiny_model(geometry), random.Random(seed)
+        self.cache, self.texts = TwoTowerCache(self.model.config), []
+        self.add()
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(4, 48) for _ in range(count)]
+
+    def add(self):
+        count = self.random.randint(1, 3)
+        self.cache.add_rows(count)
+        self.texts += [[] for _ in range(count)]
+
+    def swap(self):
+        first, second = (self.random.randrange(len(self.texts)) for _ in range(2))
+        self.cache.swap_rows(first, second)
+        self.texts[first], self.texts[second] = self.texts[second], self.texts[first]
+
+    def drop(self):
+        if len(self.texts) > 1:
+            count = self.random.randint(1, len(self.texts) - 1)
+            self.cache.drop_rows(count)
+            del self.texts[-count:]
+
+    def part(self) -> tuple[TwoTowerCache, list[int]]:
+        count = self.random.randint(1, len(self.texts))
+        if self.random.random() < 0.5:
+            return self.cache.part(slice(0, count)), list(range(count))
+        rows = self.random.sample(range(len(self.texts)), count)
+        return self.cache.part(rows), rows
+
+    def read(self, tentative: bool = False):
+        part, rows = (self.cache, list(range(len(self.texts)))) if self.random.random() < 0.2 else self.part()
+        columns = self.random.randint(1, 6)
+        counts = (
+            [self.random.randint(0, columns) for _ in rows] if self.random.random() < 0.6 else [columns] * len(rows)
+        )
+        new = [self.tokens(count) for count in counts]
+        ids = torch.tensor([each + [7] * (columns - len(each)) for each in new])
+        with self.random.choice([torch.inference_mode, torch.no_grad])():
+            self.model.context_tower(ids, part, counts, tentative=tentative)
+            if tentative:
+                counts = [self.random.randint(0, count) for count in counts]
+                part.accept(counts)
+        for row, tokens, count in zip(rows, new, counts, strict=True):
+            self.texts[row] = self.texts[row] + tokens[:count]
+        assert part.host_lengths == [len(self.texts[row]) for row in rows]
+
+    def step(self):
+        self.random.choice([self.add, self.swap, self.drop, self.read, self.read, lambda: self.read(tentative=True)])()
+
+    def check(self):
+        """All that the cache says, and by a part, what the model makes of it."""
+        lengths = [len(text) for text in self.texts]
+        assert self.cache.host_lengths == self.cache.lengths.tolist() == lengths
+        assert self.cache.width == max(lengths)
+        assert self.cache.ragged == (len(set(lengths)) > 1)
+        part, rows = self.part()
+        block, newest = random_block(len(rows), 3), random_ids(len(rows), 1)
+        with torch.no_grad():
+            logits, next_logits = self.model.denoise(block, part), self.model.predict_next(newest, part)
+            for idx, row in enumerate(rows):
+                alone, text = TwoTowerCache(self.model.config), self.texts[row]
+                if text:
+                    assert part.ids[idx, : len(text)].tolist() == text
+                    self.model(torch.tensor([text]), cache=alone)
+                assert_close(logits[idx], self.model.denoise(block[idx : idx + 1], alone)[0])
+                assert_close(next_logits[idx], self.model.predict_next(newest[idx : idx + 1], alone)[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("geometry", ROWS_GEOMETRIES)
+def test_rows_that_come_and_go_are_as_each_alone(geometry, seed):
+    rows = Rows(geometry, seed)
+    for _ in range(25):
+        rows.step()
+    rows.read()
+    rows.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_that_fails_leaves_all_rows_as_they_were(seed):
+    """Also what was done in place: rows exchanged, dropped and taken by others, states of some rows."""
+    rows = Rows("all kinds", seed)
+    for _ in range(10):
+        rows.step()
+    texts = [list(text) for text in rows.texts]
+    for steps in (1, 4, 12):
+        with pytest.raises(InterruptedError), rows.cache.undone_on_error():
+            for number in range(steps):
+                with rows.cache.undone_on_error():
+                    rows.step()
+                if number == steps // 2:
+                    before = [list(text) for text in rows.texts]
+                    with pytest.raises(KeyboardInterrupt), rows.cache.undone_on_error():
+                        rows.step()
+                        rows.step()
+                        raise KeyboardInterrupt
+                    rows.texts = before
+            raise InterruptedError
+        rows.texts = [list(text) for text in texts]
+        rows.check()
+    for _ in range(5):
+        rows.step()
+    rows.check()
+
+
+def test_a_pass_over_a_part_that_fails_leaves_both_as_they_were():
+    model, cache = tiny_model("all kinds"), ragged_cache()
+    before, part = cache.copy_rows([0, 1, 2]), cache.part([2, 0])
+    hook = model.context_tower.norm_f.register_forward_hook(lambda *_: 1 / 0)
+    for tentative in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            model.context_tower(random_ids(2, 9), part, tentative=tentative)
+    hook.remove()
+    assert (part.host_lengths, part.tentative, cache.host_lengths) == ([4, 6], 0, [6, 3, 4])
+    assert_same_rows(cache, [0, 1, 2], before, [0, 1, 2])
+    model(random_ids(2, 9), cache=part)
+    assert cache.host_lengths == [15, 3, 13]
+    assert_same_rows(cache, [1], before, [1])
+
+
+def test_the_first_rows_are_looked_at_without_a_copy():
+    cache = ragged_cache()
+    part = cache.part(slice(0, 2))
+    assert part.width == 6
+    for layer in range(len(cache.layers)):
+        for own, whole in zip(part.view(layer) or (), cache.view(layer) or (), strict=True):
+            assert own.data_ptr() == whole.data_ptr()
+    assert cache.part([0, 1]).view(0).ssm.data_ptr() == cache.view(0).ssm.data_ptr()
+    assert cache.part([1]).width == 3
+
+
+def test_a_row_that_takes_the_place_of_another_finds_nothing_of_it():
+    """Not even numbers that are none, beside a longer row."""
+    model, cache = tiny_model("all kinds"), ragged_cache(lengths=(9, 4, 7))
+    for layer in cache.layers:
+        for part in getattr(layer, "buffers", None) or getattr(layer, "state", None) or ():
+            part[2] = torch.nan
+    cache.drop_rows(1)
+    cache.add_rows(1)
+    ids = random_ids(1, 3, seed=4)
+    model.context_tower(ids, cache.part([2]))
+    block = random_block(3, 3)
+    assert_close(model.denoise(block, cache)[2], model.denoise(block[2:], model(ids).cache)[0])
+
+
+def test_a_part_is_refused_once_rows_have_changed():
+    cache, model = ragged_cache(), tiny_model("all kinds")
+    changes = [
+        lambda: cache.swap_rows(0, 1),
+        lambda: cache.drop_rows(1),
+        lambda: cache.add_rows(1),
+        lambda: model.context_tower(random_ids(1, 2), cache.part([0])),
+    ]
+    for change in changes:
+        part, read = cache.part([1, 0]), cache.part([0])
+        model.context_tower(random_ids(1, 2), read, tentative=True)
+        change()
+        for call in (
+            lambda part=part: model.context_tower(random_ids(2, 2), part),
+            lambda part=part: model.denoise(random_block(2, 2), part),
+            lambda part=part: part.copy_rows([0]),
+            lambda read=read: read.accept([1]),
+        ):
+            with pytest.raises(ValueError, match="rows of this part's cache have changed since it was taken"):
+                call()
+
+
+def test_impossible_rows_are_refused():
+    cache = ragged_cache()
+    fresh = TwoTowerCache(tiny_config("all kinds"))
+    for rows in ([], [0, 0], [3], [-1], slice(3, 5)):
+        with pytest.raises(ValueError, match=r"a part of rows \[.*\] was asked for; give distinct rows of the 3"):
+            cache.part(rows)
+    for parent in (fresh, cache.part([0])):
+        with pytest.raises(ValueError, match="only a cache with rows that is no part itself has parts"):
+            parent.part([0])
+    with pytest.raises(ValueError, match="4 rows are to be dropped of the 3"):
+        cache.drop_rows(4)
+    with pytest.raises(ValueError, match="rows 0 and 3 are to be exchanged, of the 3"):
+        cache.swap_rows(0, 3)
+    part = cache.part([0])
+    for call in (lambda: part.add_rows(1), lambda: part.swap_rows(0, 0), lambda: part.select_rows([0])):
+        with pytest.raises(ValueError, match="a part's rows are those of another cache; change that one's"):
+            call()
+
+
+def test_no_more_is_accepted_than_a_row_has_of_the_chunk():
+    model, cache = tiny_model("all kinds"), ragged_cache()
+    model.context_tower(random_ids(3, 4), cache, [4, 0, 2], tentative=True)
+    for counts, message in ([4, 1, 2], r"the rows have \[4, 0, 2\] tokens"), ([4, 0], "of each of 3 rows"):
+        with pytest.raises(ValueError, match=message):
+            cache.accept(counts)
+    cache.accept([3, 0, 2])
+    assert cache.host_lengths == [9, 3, 6]
+
+
+class HostReads(TorchDispatchMode):
+    """Fails at an operation whose result the host must wait for."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(idx, torch.Tensor) and idx.dtype == torch.bool
+            for idx in (args[1] if isinstance(args[1], list | tuple) else ())
+        )
+        assert name not in self.READS and not by_mask, f"{name} reads from the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_host_reads(monkeypatch):
+    def refuse(name):
+        def read(self, *args, **kwargs):
+            raise AssertionError(f"Tensor.{name} reads from the device")
+
+        return read
+
+    @contextmanager
+    def watch():
+        with monkeypatch.context() as patch, HostReads():
+            for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "numpy", "cpu"):
+                patch.setattr(torch.Tensor, name, refuse(name))
+            yield
+
+    return watch
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("geometry", ["all kinds", "expert groups", "latent experts"])
+@pytest.mark.parametrize("grouped", ["even", "ragged", "part"])
+def test_nothing_is_read_from_the_device_within_a_pass(no_host_reads, geometry, batch, grouped):
+    model = tiny_model(geometry)
+    ids, block = random_ids(batch, 4), random_block(batch, 4)
+    counts = None if grouped == "even" else [4, 1, 2][-batch:]
+    cache = TwoTowerCache(model.config)
+    cache.add_rows(batch + 1)
+    cache = cache.part(list(range(batch, 0, -1))) if grouped == "part" else TwoTowerCache(model.config)
+    with no_host_reads(), torch.inference_mode():
+        hidden_states = model.context_tower(ids, cache, counts)
+        model.context_lm_head(hidden_states)
+        for _ in range(2):
+            model.denoise(block, cache)
+            model.denoise(block, cache, 0.5)
+            model.predict_next(ids[:, :1], cache)
+            model.context_tower(ids[:, :1], cache)
+            model.context_tower(ids, cache, counts, tentative=True)
+            cache.accept([1, 0, 1][:batch])
