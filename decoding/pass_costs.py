@@ -1,0 +1,393 @@
+"""What a pass costs on the machine at hand: measured once per model, device and dtype, kept, and looked up.
+
+Shapes: R rows, S columns of a draft, its newest known token included.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+import warnings
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from huggingface_hub import constants
+
+Pass = Literal["denoise", "verify", "step"]
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+# How passes are measured: a warm-up, then rounds over all kinds for so many seconds, but at most so many: short passes
+# are disturbed most by what else runs, and those that take seconds must not be repeated often.
+ROUNDS, SECONDS = 8, 0.5
+CONTEXT_TOKENS = 32
+FILE_VERSION = 1
+
+
+def draft_lengths(block_size: int) -> tuple[int, ...]:
+    """The lengths to choose among: 1, 2, 4, ... below `block_size`, and `block_size`; 1 is the newest token alone."""
+    return (*(1 << power for power in range((block_size - 1).bit_length())), block_size)
+
+
+def row_buckets(rows: int) -> tuple[int, ...]:
+    """The numbers of rows to measure for up to `rows`: 1, 4, 16, ..., the last at least `rows`."""
+    return tuple(4**power for power in range(math.ceil(math.log(rows, 4) - 1e-9) + 1))
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """
+    Seconds that passes take.
+
+    Args:
+        seconds: by kind of pass ("denoise": a denoiser pass over S columns; "verify": the context tower reads S tokens
+            tentatively and accepts some; "step": it reads one, as in mode "ar"; each with its head), by S, by R. Of
+            "step", S is 1. Between two numbers of rows, and beyond them, lines are drawn.
+    """
+
+    seconds: Mapping[Pass, Mapping[int, Mapping[int, float]]]
+
+    def __post_init__(self) -> None:
+        for kind in PASSES:
+            if not self.seconds.get(kind) and kind == "step":
+                raise ValueError('pass costs hold nothing of "step", to which drafts are compared; give its seconds')
+        for kind, by_tokens in self.seconds.items():
+            if kind not in PASSES:
+                raise ValueError(f"pass costs hold {kind!r}; the kinds of passes are {', '.join(PASSES)}")
+            for tokens, by_rows in by_tokens.items():
+                _check_entries(kind, tokens, by_rows)
+
+    def of(self, kind: Pass, tokens: int, rows: int) -> float:
+        """Seconds of one pass over `tokens` columns of each of `rows` rows."""
+        by_rows = self.seconds.get(kind, {}).get(tokens)
+        if by_rows is None:
+            known = sorted(self.seconds.get(kind, {}))
+            raise ValueError(
+                f"pass costs hold no {kind!r} pass over {tokens} tokens, only over {known}; measure them with "
+                f"PassCosts.measure(model, lengths=[{tokens}], rows=[...]), or set draft_length to one of these"
+            )
+        return _on_line(sorted(by_rows.items()), rows)
+
+    def cycle(self, length: int, rows: int, draft_steps: int = 1) -> float:
+        """Seconds in which every row gets 1 + its accepted tokens: a draft and its verification, or for 1 a step."""
+        if length == 1:
+            return self.of("step", 1, rows)
+        return draft_steps * self.of("denoise", length, rows) + self.of("verify", length, rows)
+
+    def lacks(self, lengths: Iterable[int], rows: Iterable[int]) -> bool:
+        """Whether a pass over one of `lengths` and one of `rows` is in no entry."""
+        wanted = [*lengths]
+        return not all(
+            set(rows) <= set(self.seconds.get(kind, {}).get(tokens, ()))
+            for kind in PASSES
+            for tokens in (wanted if kind != "step" else [1])
+            if tokens > 1 or kind == "step"
+        )
+
+    def merged(self, other: "PassCosts") -> "PassCosts":
+        """These costs, with those of `other` added; where both hold one, it is the other's."""
+        merged: dict[Pass, dict[int, dict[int, float]]] = {kind: {} for kind in PASSES}
+        for costs in (self, other):
+            for kind, tokens, rows, seconds in costs.entries():
+                merged[kind].setdefault(tokens, {})[rows] = seconds
+        return PassCosts(merged)
+
+    def entries(self) -> list[tuple[Pass, int, int, float]]:
+        """(kind, S, R, seconds), in the order of a table."""
+        return [
+            (kind, tokens, rows, seconds)
+            for kind in PASSES
+            for tokens, by_rows in sorted(self.seconds.get(kind, {}).items())
+            for rows, seconds in sorted(by_rows.items())
+        ]
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """For JSON, whose keys are text."""
+        table: dict[str, dict[str, dict[str, float]]] = {}
+        for kind, tokens, rows, seconds in self.entries():
+            table.setdefault(kind, {}).setdefault(str(tokens), {})[str(rows)] = seconds
+        return table
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> "PassCosts":
+        """The inverse of `to_dict`; a ValueError says what is malformed."""
+        try:
+            seconds: Any = {
+                kind: {int(tokens): {int(rows): each for rows, each in by_rows.items()} for tokens, by_rows in of.items()}
+                for kind, of in table.items()
+            }
+        except (AttributeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"pass costs are malformed ({error}); give {{kind: {{tokens: {{rows: seconds}}}}}}"
+            ) from error
+        return cls(seconds)
+
+    @classmethod
+    def measure(cls, model: Any, lengths: Iterable[int], rows: Iterable[int]) -> "PassCosts":
+        """
+        Run every pass a few times on random tokens after a short context, in turn; the fastest of each counts.
+
+        Args:
+            model: a TwoTower, measured where its parameters are.
+            lengths: S to measure, of which 1 is always.
+            rows: R to measure. From the first number on that the memory does not allow, all are left out with a
+                warning.
+        """
+        measured: dict[Pass, dict[int, dict[int, float]]] = {kind: {} for kind in PASSES}
+        for count in sorted(set(rows)):
+            try:
+                fastest = _measure_rows(model, sorted(set(lengths) - {1}), count)
+            except torch.OutOfMemoryError:
+                if not measured["step"]:
+                    raise
+                warnings.warn(
+                    f"passes over {count} rows do not fit into the memory; their cost is extrapolated", stacklevel=2
+                )
+                break
+            for (kind, tokens), seconds in fastest.items():
+                measured[kind].setdefault(tokens, {})[count] = seconds
+        return cls(measured)
+
+
+def costs_of(
+    model: Any, block_size: int, rows: int, missing: Literal["measure", "refuse", "none"] = "measure"
+) -> PassCosts | None:
+    """
+    What passes over up to `rows` rows cost: as set by the user, as kept with the model or in a file, or measured now.
+
+    `model.pass_costs = PassCosts(...)` comes first. What is measured is kept with the model, where neither its state,
+    config, copies nor pickles have it, and in `pass_costs_file()` for other processes.
+
+    Args:
+        model: a TwoTower.
+        block_size: the longest draft, its newest known token included.
+        rows: the most rows that are decoded at once.
+        missing: what to do about passes that were never measured: measure them, "refuse" with a ValueError, or return
+            None ("none"). Ranks that must take the same passes can not measure.
+    """
+    lengths, buckets = draft_lengths(block_size), row_buckets(rows)
+    chosen = getattr(model, "pass_costs", None)
+    if chosen is not None:
+        _check_chosen(chosen, lengths)
+        return chosen
+    kept: _Kept = vars(model).setdefault("_kept_pass_costs", _Kept())
+    description = _description(model)
+    key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    costs = kept.get(key)
+    if costs is None or costs.lacks(lengths, buckets):
+        costs = _merged(costs, _from_file(pass_costs_file(), key))
+    if costs is None or costs.lacks(lengths, buckets):
+        if missing == "none":
+            return None
+        if missing == "refuse":
+            raise ValueError(
+                f"passes over {rows} rows in blocks of {block_size} were never measured for this model, and can not "
+                "be while ranks keep in step; set model.pass_costs, or draft_length to a number"
+            )
+        costs = _merged(costs, PassCosts.measure(model, lengths, buckets))
+        assert costs is not None
+        _to_file(pass_costs_file(), key, description, costs)
+    kept[key] = costs
+    return costs
+
+
+def pass_costs_file() -> Path:
+    """Where costs are kept for other processes."""
+    return Path(constants.HF_HOME) / "twotower" / "pass_costs.json"
+
+
+class _Kept(dict[str, PassCosts]):
+    """Costs by what they depend on; a copy of the model, also by pickle, gets an empty one: it may run elsewhere."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Kept, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept()
+
+
+# Checks and lookups.
+
+
+def _check_entries(kind: str, tokens: Any, by_rows: Any) -> None:
+    what = f"pass costs of {kind!r} over {tokens!r} tokens"
+    if not isinstance(tokens, int) or tokens < 1 or (tokens == 1) != (kind == "step"):
+        raise ValueError(f'{what}: a "step" is over 1 token, any other pass over at least 2')
+    if not isinstance(by_rows, Mapping) or not by_rows:
+        raise ValueError(f"{what} are {by_rows!r}; give seconds by number of rows")
+    for rows, seconds in by_rows.items():
+        if not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"{what} are for {rows!r} rows; give a whole number of at least 1")
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise ValueError(f"{what} and {rows} rows are {seconds!r} seconds; give a positive number")
+
+
+def _check_chosen(costs: Any, lengths: Iterable[int]) -> None:
+    if not isinstance(costs, PassCosts):
+        raise ValueError(f"model.pass_costs is a {type(costs).__name__}; set a PassCosts, or None to have it measured")
+    for length in lengths:
+        costs.cycle(length, 1)
+
+
+def _on_line(points: list[tuple[int, float]], rows: int) -> float:
+    if len(points) == 1:
+        return points[0][1]
+    right = min(max(bisect_left(points, (rows,)), 1), len(points) - 1)
+    (low, start), (high, end) = points[right - 1], points[right]
+    # Measurements are noisy: what falls with the rows is not followed to zero and below.
+    return max(start + (end - start) * (rows - low) / (high - low), min(start, end) / 2)
+
+
+def _merged(old: PassCosts | None, new: PassCosts | None) -> PassCosts | None:
+    if old is None or new is None:
+        return old or new
+    return old.merged(new)
+
+
+# Measuring.
+
+
+@torch.no_grad()
+def _measure_rows(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], float]:
+    """The fastest of each pass, in seconds."""
+    passes = _passes(model, lengths, rows)
+    fastest = {key: math.inf for key in passes}
+    started = time.perf_counter()
+    for is_warm in (False, *[True] * ROUNDS):
+        for key, run in passes.items():
+            seconds = _timed(run)
+            if is_warm:
+                fastest[key] = min(fastest[key], seconds)
+        if is_warm and time.perf_counter() - started > SECONDS:
+            break
+    # What else runs can only add to a time: a pass costs no more than one over more tokens did.
+    for kind, tokens in sorted(fastest, reverse=True):
+        longer = (seconds for (other, more), seconds in fastest.items() if other == kind and more > tokens)
+        fastest[kind, tokens] = min(fastest[kind, tokens], *longer, math.inf)
+    return fastest
+
+
+def _passes(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], Callable[[], torch.Tensor]]:
+    # Modelling code imports this file.
+    from ..cache_twotower import TwoTowerCache
+
+    generator, device = torch.Generator().manual_seed(0), model.device
+    vocabulary = model.config.vocab_size
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(vocabulary, (rows, count), generator=generator).to(device)
+
+    # Rows at their own places, as drafts leave them.
+    counts = None if rows == 1 else torch.arange(rows, device=device) % 2 + CONTEXT_TOKENS - 1
+    cache = TwoTowerCache(model.config)
+    model.context_tower(tokens(CONTEXT_TOKENS), cache, counts)
+    # A step reads for good; the few tokens more are nothing beside a pass.
+    growing = cache.copy_rows(torch.arange(rows, device=device))
+    nothing = torch.zeros(rows, dtype=torch.long, device=device)
+    ids = {length: tokens(length) for length in (1, *lengths)}
+
+    def step() -> torch.Tensor:
+        return model.context_lm_head(model.context_tower(ids[1], growing)[:, -1])
+
+    def verify(length: int) -> torch.Tensor:
+        logits = model.context_lm_head(model.context_tower(ids[length], cache, tentative=True))
+        cache.accept(nothing)
+        return logits
+
+    passes: dict[tuple[Pass, int], Callable[[], torch.Tensor]] = {("step", 1): step}
+    for length in lengths:
+        passes["denoise", length] = lambda length=length: model.denoise(ids[length], cache)
+        passes["verify", length] = lambda length=length: verify(length)
+    return passes
+
+
+def _timed(run: Callable[[], torch.Tensor]) -> float:
+    started = time.perf_counter()
+    device = run().device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _description(model: Any) -> dict[str, Any]:
+    """What passes' cost depends on."""
+    config = model.config
+    volatile = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "return_dict"}
+    devices = getattr(model, "hf_device_map", None) or {"": model.device}
+    return {
+        "config": {name: value for name, value in config.to_dict().items() if name not in volatile},
+        "implementations": [config._attn_implementation, config._experts_implementation],
+        "dtype": str(model.dtype),
+        "devices": dict(Counter(map(str, devices.values()))),
+        "device": _device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processors = Path("/proc/cpuinfo")
+    lines = processors.read_text().splitlines() if processors.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+# The file.
+
+
+def _from_file(file: Path, key: str) -> PassCosts | None:
+    """The costs under `key`; None, with a warning where the file can not be read."""
+    try:
+        table = _tables(file).get(key)
+        return None if table is None else PassCosts.from_dict(table["seconds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _warn(file, error)
+        return None
+
+
+def _to_file(file: Path, key: str, description: dict[str, Any], costs: PassCosts) -> None:
+    """Put the costs beside what other models and processes have kept; a file that can not be read stays as it is."""
+    staged = None
+    try:
+        tables = _tables(file)
+        tables[key] = {"of": description, "seconds": costs.to_dict()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as staged:
+            json.dump({"version": FILE_VERSION, "tables": tables}, staged, indent=1, default=str)
+        os.replace(staged.name, file)
+    except (OSError, ValueError) as error:
+        if staged is not None:
+            Path(staged.name).unlink(missing_ok=True)
+        _warn(file, error)
+
+
+def _tables(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("version") != FILE_VERSION:
+        raise ValueError(f"it is no table of version {FILE_VERSION}")
+    if not isinstance(content.get("tables"), dict):
+        raise ValueError("it holds no tables")
+    return content["tables"]
+
+
+def _warn(file: Path, error: Exception) -> None:
+    # Python shows a warning of the same words once.
+    warnings.warn(
+        f"costs of passes can not be kept in {file}: {error!r}; they are measured once in every process. Delete the "
+        "file or make it writable",
+        stacklevel=2,
+    )
+
+
+__all__ = ["PassCosts", "costs_of", "draft_lengths", "pass_costs_file", "row_buckets"]
