@@ -8,14 +8,17 @@ Shapes: R rows of a pass, S block, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from .decoding.adapter import TwoTowerGenerationAdapter
 from .decoding.choosing import Group, commit
 from .decoding.config import MODES, TwoTowerGenerationConfig
+from .decoding.drafting import DraftController
 from .decoding.engine import Engine
+from .decoding.pass_costs import costs_of, draft_lengths
 from .decoding.rules import DRAFT_NOT_A_NUMBER, NOT_A_NUMBER
 from .decoding.state import DENOISE, OPEN, READ, VERIFY, BlockStep, Canvas, Request, Row, TwoTowerGenerateOutput
 
@@ -112,11 +115,30 @@ class SelfSpeculative(Strategy):
         return READ
 
     def open(self, engine: Engine, rows: Sequence[Row]) -> None:
-        """The newest token and open positions behind it."""
-        size = rows[0].request.config.block_size
+        """The newest token and open positions behind it; without any, it is a step of mode "ar"."""
+        drafting = self._drafting(engine, rows[0].request)
+        size = drafting.choose(rows) if isinstance(drafting, DraftController) else drafting
         for row in rows:
             row.open_canvas([row.newest], size)
             row.phase = DENOISE if size > 1 else VERIFY
+
+    def _drafting(self, engine: Engine, request: Request) -> DraftController | int:
+        """What chooses the lengths of drafts, or their one length."""
+        config = request.config
+        size, steps = config.block_size, config.draft_steps
+        if config.draft_length != "auto":
+            return config.draft_length
+        if config.acceptance_ratio < 1:
+            return size  # the text depends on it
+        if (size, steps) not in engine.drafting:
+            # Ranks that keep in step cannot measure, nor know what the others would choose.
+            missing: Literal["none", "measure"] = "none" if engine.synced else "measure"
+            costs = costs_of(engine.model, size, engine.most_rows, missing)
+            engine.drafting[size, steps] = size
+            if costs is not None:
+                cycle = partial(costs.cycle, draft_steps=steps)
+                engine.drafting[size, steps] = DraftController(draft_lengths(size), cycle)
+        return engine.drafting[size, steps]
 
     def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return group.denoise_step(logits, timestep, self.steps(group.request), known=1)
@@ -163,6 +185,12 @@ class SelfSpeculative(Strategy):
             if not ended:
                 row.newest, row.phase = canvas.ids[count - 1], OPEN
         _write(engine, group.rows, canvases, stops)
+        drafting = self._drafting(engine, group.request)
+        if isinstance(drafting, DraftController):
+            drafting.learn(group.rows, len(canvases[0].ids), drafted)
+            for row, (_, ended) in zip(group.rows, stops, strict=True):
+                if ended:
+                    drafting.forget(row)
         return kept
 
     def after_writing(self, row: Row, canvas: Canvas) -> str:

@@ -77,7 +77,7 @@ from .objective_twotower import (
     masked_cross_entropy,
     sample_masked,
 )
-from .padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
+from .padding_twotower import check_attention_mask, check_ids, pack_tokens
 
 
 @dataclass

@@ -310,7 +310,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         )
         if engine is not None:
             return request
-        loop = Engine(self, cache, request.device, synced)
+        loop = Engine(self, cache, request.device, synced, len(request.rows))
         with cache.undone_on_error():
             try:
                 loop.admit(request)

@@ -32,14 +32,19 @@ class Engine:
         cache: of the rows admitted first, or a new one.
         device: of token ids.
         synced: keep passes in step with other ranks'.
+        most_rows: that there will be at a time.
     """
 
-    def __init__(self, model: Any, cache: TwoTowerCache, device: torch.device, synced: bool = False):
+    def __init__(
+        self, model: Any, cache: TwoTowerCache, device: torch.device, synced: bool = False, most_rows: int = 1
+    ):
         self.model, self.cache, self.device, self.synced = model, cache, device, synced
         self.rows: list[Row] = []  # that go on, in the order of the cache's rows
         self.parked: list[Row] = []  # behind them, those that have ended and whose cache is kept
         self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
+        self.most_rows = most_rows
         self.prompts_wait = False
+        self.last_part = "denoise"
         self.passes = {"denoiser": 0, "context": 0}  # and of rows, how many took part and how many were there
         self.row_passes, self.row_chances = 0, 0
 
@@ -77,12 +82,16 @@ class Engine:
         self.release()
 
     def _denoisers(self) -> list[Row]:
-        """Those that wait for the denoiser, of one kind of pass: that of the first."""
+        """Those that wait for the denoiser, of one kind of pass; where there are two, in turn."""
         rows = [row for row in self.rows if row.phase == DENOISE]
         for request in {id(row.request): row.request for row in rows if row.request.in_step}.values():
             if any(row.phase != DENOISE for row in request.going_on()):
                 rows = [row for row in rows if row.request is not request]
-        return [row for row in rows if row.request.strategy.part == rows[0].request.strategy.part]
+        parts = dict.fromkeys(row.request.strategy.part for row in rows)
+        if len(parts) > 1:
+            parts.pop(self.last_part, None)
+        self.last_part = next(iter(parts), self.last_part)
+        return [row for row in rows if row.request.strategy.part == self.last_part]
 
     def _denoiser_pass(self, rows: list[Row]) -> None:
         strategy, part = rows[0].request.strategy, self._part(rows)

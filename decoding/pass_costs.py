@@ -120,7 +120,9 @@ class PassCosts:
         """The inverse of `to_dict`; a ValueError says what is malformed."""
         try:
             seconds: Any = {
-                kind: {int(tokens): {int(rows): each for rows, each in by_rows.items()} for tokens, by_rows in of.items()}
+                kind: {
+                    int(tokens): {int(rows): each for rows, each in by_rows.items()} for tokens, by_rows in of.items()
+                }
                 for kind, of in table.items()
             }
         except (AttributeError, ValueError, TypeError) as error:
@@ -258,7 +260,7 @@ def _merged(old: PassCosts | None, new: PassCosts | None) -> PassCosts | None:
 def _measure_rows(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], float]:
     """The fastest of each pass, in seconds."""
     passes = _passes(model, lengths, rows)
-    fastest = {key: math.inf for key in passes}
+    fastest = dict.fromkeys(passes, math.inf)
     started = time.perf_counter()
     for is_warm in (False, *[True] * ROUNDS):
         for key, run in passes.items():

@@ -57,6 +57,10 @@ class RowLogitsProcessors:
         )
         self.repairs = any(type(processor) is logits_process.InfNanRemoveLogitsProcessor for processor in first)
 
+    def likeness(self) -> str:
+        """Equal for elementwise processors that do the same."""
+        return repr([(type(processor).__name__, sorted(vars(processor).items())) for processor in self.lists[0]])
+
     def text_readers(self) -> list[str]:
         """The classes of those that look at the text."""
         return [name_of(processor) for processor in self.lists[0] if type(processor) not in ELEMENTWISE]

@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..cache_twotower import TwoTowerCache
+from .config import STRATEGY_DEFAULTS
 from .engine import Engine
 from .state import ENDED, Request, Row, TwoTowerGenerateOutput
 
@@ -67,7 +68,8 @@ class TwoTowerEngine:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         self.model, self.slots, self.max_queue = model, slots, max_queue
         device = model.context_tower.embeddings.weight.device
-        self._engine = Engine(model, TwoTowerCache(model.config), model.device if device.type == "meta" else device)
+        self._device = model.device if device.type == "meta" else device
+        self._engine = self._new_engine()
         self._queue: deque[tuple[RequestHandle, Request]] = deque()
         self._running: dict[str, tuple[RequestHandle, Request]] = {}
         self._ids = count()
@@ -103,7 +105,7 @@ class TwoTowerEngine:
         for name in ("cache", "past_key_values"):
             if knobs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by an engine, which holds all rows in a cache of its own")
-        ids = torch.as_tensor(input_ids, device=self._engine.device)
+        ids = torch.as_tensor(input_ids, device=self._device)
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or len(ids) != 1:
             raise ValueError(f"input_ids has shape {tuple(ids.shape)}; a request is one prompt, (n,) or (1, n)")
@@ -164,6 +166,7 @@ class TwoTowerEngine:
                 handle.set_exception(error)
 
         request.on_tokens, request.on_end, request.on_error = on_tokens, on_end, on_error
+        request.key = _key(request)
 
     # Work.
 
@@ -195,12 +198,15 @@ class TwoTowerEngine:
                 self._running[handle.request_id] = (handle, request)
                 self._engine.admit(request)
 
+    def _new_engine(self) -> Engine:
+        return Engine(self.model, TwoTowerCache(self.model.config), self._device, most_rows=self.slots)
+
     def _fail_all(self, error: Exception) -> None:
         for handle, _ in self._running.values():
             if not handle.done():
                 handle.set_exception(error)
         self._running.clear()
-        self._engine = Engine(self.model, TwoTowerCache(self.model.config), self._engine.device)
+        self._engine = self._new_engine()
 
     @property
     def useful_share(self) -> float:
@@ -291,6 +297,16 @@ class TwoTowerEngine:
         finally:
             for handle in waiting:
                 handle.cancel()
+
+
+def _key(request: Request) -> Any:
+    """Equal for requests whose rows may share operations: those that ask for the same, and run no code of the user."""
+    config = request.config
+    asks_user = request.stopping.any or request.step_callback is not None or callable(config.unmasking_rule)
+    if asks_user or request.processors.sees_text:
+        return id(request)
+    knobs = tuple(str(getattr(config, name)) for name in STRATEGY_DEFAULTS if name != "seed")
+    return (*knobs, config.do_sample, request.recorded, request.processors.likeness())
 
 
 def _caches(request: Request) -> TwoTowerCache | None:
