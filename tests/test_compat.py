@@ -15,6 +15,7 @@ from tiny import random_block, random_ids, tiny_config, tiny_model
 from twotower import compat_twotower
 from twotower.cache_twotower import TwoTowerCache
 from twotower.compat_twotower import FIRST_UNKNOWN_RELEASE, OLDEST_RELEASE, check_release
+from twotower.decoding.text_processors import VECTORISED
 from twotower.generation_twotower import MODES, TwoTowerGenerateOutput
 from twotower.modeling_twotower import TwoTowerOutput
 
@@ -46,6 +47,20 @@ SIGNATURES = {
     "generation.stopping_criteria.EosTokenCriteria": "eos_token_id",
     "generation.stopping_criteria.MaxTimeCriteria": "max_time initial_timestamp",
     "generation.logits_process.PrefixConstrainedLogitsProcessor": "prefix_allowed_tokens_fn num_beams",
+    "generation.logits_process.RepetitionPenaltyLogitsProcessor": "penalty prompt_ignore_length",
+    "generation.logits_process.EncoderRepetitionPenaltyLogitsProcessor": "penalty encoder_input_ids",
+    "generation.logits_process.NoRepeatNGramLogitsProcessor": "ngram_size",
+    "generation.logits_process.EncoderNoRepeatNGramLogitsProcessor": "encoder_ngram_size encoder_input_ids",
+    "generation.logits_process.SequenceBiasLogitsProcessor": "sequence_bias",
+    "generation.logits_process.NoBadWordsLogitsProcessor": "bad_words_ids eos_token_id",
+    "generation.logits_process.MinLengthLogitsProcessor": "min_length eos_token_id device",
+    "generation.logits_process.MinNewTokensLengthLogitsProcessor": "prompt_length_to_skip min_new_tokens eos_token_id "
+    "device",
+    "generation.logits_process.SuppressTokensAtBeginLogitsProcessor": "begin_suppress_tokens begin_index device",
+    "generation.logits_process.ForcedBOSTokenLogitsProcessor": "bos_token_id",
+    "generation.logits_process.ForcedEOSTokenLogitsProcessor": "max_length eos_token_id device",
+    "generation.logits_process.ExponentialDecayLengthPenalty": "exponential_decay_length_penalty eos_token_id "
+    "input_ids_seq_length",
     "Cache": "layers layer_class_to_replicate offloading offload_only_non_sliding",
     "GenerationConfig.from_model_config": "model_config",
     "GenerationConfig.validate": "self strict user_set_attributes",
@@ -95,6 +110,21 @@ ATTRIBUTES = {
     "NemotronHExperts": "act_fn down_proj up_proj",
     "NemotronHRMSNorm": "variance_epsilon weight",
 }
+# A processor of each class that decoding/text_processors.py answers for, and what it reads of it.
+PROCESSORS = {
+    "RepetitionPenaltyLogitsProcessor": ((1.2,), "penalty prompt_ignore_length"),
+    "EncoderRepetitionPenaltyLogitsProcessor": ((1.2, torch.tensor([[1]])), "penalty encoder_input_ids"),
+    "NoRepeatNGramLogitsProcessor": ((2,), "ngram_size"),
+    "EncoderNoRepeatNGramLogitsProcessor": ((2, torch.tensor([[1, 2]])), "batch_size generated_ngrams"),
+    "SequenceBiasLogitsProcessor": (({(1,): 1.0},), "sequence_bias"),
+    "NoBadWordsLogitsProcessor": (([[1, 2]],), "sequence_bias"),
+    "MinLengthLogitsProcessor": ((2, 1), "eos_token_id min_length"),
+    "MinNewTokensLengthLogitsProcessor": ((2, 3, 1), "eos_token_id prompt_length_to_skip min_new_tokens"),
+    "SuppressTokensAtBeginLogitsProcessor": (([1], 2), "begin_suppress_tokens begin_index"),
+    "ForcedBOSTokenLogitsProcessor": ((1,), "bos_token_id"),
+    "ForcedEOSTokenLogitsProcessor": ((5, 1), "eos_token_id max_length"),
+    "ExponentialDecayLengthPenalty": (((2, 1.1), 1, 3), "eos_token_id regulation_start regulation_factor"),
+}
 
 
 def found(path: str):
@@ -128,10 +158,25 @@ def test_attributes(all_kinds, kind):
     assert not missing, f"transformers {transformers.__version__}: {kind} has no {', '.join(missing)}, which we use"
 
 
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_attributes_of_processors(kind):
+    arguments, names = PROCESSORS[kind]
+    processor = getattr(compat_twotower.logits_process, kind)(*arguments)
+    missing = [name for name in names.split() if not hasattr(processor, name)]
+    assert not missing, f"transformers {transformers.__version__}: {kind} has no {', '.join(missing)}, which we use"
+
+
+def test_attributes_of_all_vectorised_processors_are_listed():
+    assert {kind.__name__ for kind in VECTORISED} == set(PROCESSORS)
+
+
 def test_private_imports_are_in_one_module():
     public = {"transformers", "transformers.utils"}
     names = {"logging"}
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("train/*.py")]:
+    for file in [
+        *ROOT.glob("*.py"),
+        *(file for folder in ("decoding", "kernels", "train") for file in ROOT.glob(f"{folder}/*.py")),
+    ]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if file.name == "compat_twotower.py" or not isinstance(node, ast.ImportFrom) or node.level > 0:
                 continue
