@@ -14,6 +14,7 @@ from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.distributions import Categorical
 from torch.nn.functional import pad
 
 from ..asking_twotower import keeps_no_state, name_of
@@ -28,7 +29,8 @@ class Texts(NamedTuple):
     What stands before each position of a pass.
 
     Args:
-        ids: (R, W) int64, each row's text from the first column on, then its guess; what comes after is not looked at.
+        ids: (R, W) int64, each row's text from the first column on, then its guess, and columns for S - 1 tokens of it
+            after the longest text; what else they hold is not looked at.
         lengths: (R,) tokens before the first position.
     """
 
@@ -141,6 +143,29 @@ def favour_growingly(
     return (scores + raised).where(distance[..., None] > 0, scores)
 
 
+# What does not read the text, but in transformers' own form waits for the device, to check scores for NaN.
+
+
+def keep_top_h(scores: torch.Tensor, text: Texts, share: float, most: int, filler: float) -> torch.Tensor:
+    """Keep the likeliest tokens, at most `most`, whose entropy adds up to a share of the whole."""
+    logits, tokens = scores.topk(min(most, scores.shape[-1]))
+    likeliest = Categorical(logits=logits, validate_args=False)
+    entropies = -likeliest.probs * likeliest.probs.log()
+    kept = entropies.cumsum(-1) <= (likeliest.entropy() * share)[..., None]
+    kept[..., 0] = True
+    return scores.masked_fill(~torch.zeros_like(scores, dtype=torch.bool).scatter(2, tokens, kept), filler)
+
+
+def keep_above_eta(
+    scores: torch.Tensor, text: Texts, least: int, filler: float, epsilon: torch.Tensor
+) -> torch.Tensor:
+    """Keep tokens at least as likely as the smaller of epsilon (R,) and what the entropy makes of it."""
+    entropy, epsilon = Categorical(logits=scores, validate_args=False).entropy(), epsilon[:, None]
+    eta = torch.min(epsilon, epsilon.sqrt() * torch.exp(-entropy))[..., None]
+    unlikely = scores < scores.topk(min(least, scores.shape[-1]))[0][..., -1:]
+    return scores.masked_fill((scores.softmax(-1) < eta) & unlikely, filler)
+
+
 def _penalised(scores: torch.Tensor, penalty: float) -> torch.Tensor:
     return torch.where(scores < 0, scores * penalty, scores / penalty)
 
@@ -243,6 +268,15 @@ def _of_exponential_decay(processor: Any, vocab_size: int, longest: int) -> dict
     return {"tokens": tokens, "length": torch.tensor(start), "growth": torch.tensor(growth, dtype=torch.float32)}
 
 
+def _of_top_h(processor: Any, vocab_size: int, longest: int) -> dict[str, Any]:
+    return {"share": processor.top_h, "most": processor.top_n, "filler": processor.filter_value}
+
+
+def _of_eta(processor: Any, vocab_size: int, longest: int) -> dict[str, Any]:
+    least, epsilon = processor.min_tokens_to_keep, processor.epsilon.cpu()
+    return {"least": least, "filler": processor.filter_value, "epsilon": epsilon}
+
+
 def _power(base: float, exponent: int) -> float:
     try:
         return float(pow(base, exponent))
@@ -280,12 +314,13 @@ class Vectorised(NamedTuple):
 
     apply: Callable[..., torch.Tensor]
     parameters: Callable[[Any, int, int], dict[str, Any] | None]
+    reads_text: bool = True
 
 
 VECTORISED = {
     logits_process.RepetitionPenaltyLogitsProcessor: Vectorised(penalise_repetition, _of_repetition_penalty),
     logits_process.EncoderRepetitionPenaltyLogitsProcessor: Vectorised(
-        penalise_tokens, _of_encoder_repetition_penalty
+        penalise_tokens, _of_encoder_repetition_penalty, reads_text=False
     ),
     logits_process.NoRepeatNGramLogitsProcessor: Vectorised(forbid_repeated_ngrams, _of_no_repeat_ngram),
     logits_process.EncoderNoRepeatNGramLogitsProcessor: Vectorised(forbid_ngrams, _of_encoder_no_repeat_ngram),
@@ -297,6 +332,8 @@ VECTORISED = {
     logits_process.ForcedBOSTokenLogitsProcessor: Vectorised(force_at, _of_forced_bos),
     logits_process.ForcedEOSTokenLogitsProcessor: Vectorised(force_at, _of_forced_eos),
     logits_process.ExponentialDecayLengthPenalty: Vectorised(favour_growingly, _of_exponential_decay),
+    logits_process.TopHLogitsWarper: Vectorised(keep_top_h, _of_top_h, reads_text=False),
+    logits_process.EtaLogitsWarper: Vectorised(keep_above_eta, _of_eta, reads_text=False),
 }
 
 
@@ -313,6 +350,7 @@ class _Step(NamedTuple):
 
     kind: Kind
     processors: list[Any]
+    reads_text: bool = True
     apply: Callable[..., torch.Tensor] | None = None
     numbers: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -345,7 +383,7 @@ class PreparedProcessors:
     Args:
         processors: as `generate` makes them for the row alone.
         vocab_size: V.
-        longest: how many tokens the row's text may have, its prompt included.
+        longest: how many tokens the row's text may have, its prompt included; answers after more mean nothing.
     """
 
     def __init__(self, processors: Sequence[Any], vocab_size: int, longest: int):
@@ -354,11 +392,11 @@ class PreparedProcessors:
 
 
 def _prepared(processor: Any, vocab_size: int, longest: int) -> _Step:
-    if type(processor) in ELEMENTWISE:
-        return _Step("elementwise", [processor])
+    how = VECTORISED.get(type(processor))
+    if how is None and type(processor) in ELEMENTWISE:
+        return _Step("elementwise", [processor], reads_text=False)
     if not keeps_no_state(processor):
         return _Step("stateful", [processor])
-    how = VECTORISED.get(type(processor))
     try:
         parameters = how.parameters(processor, vocab_size, longest) if how else None
     except IndexError:  # a token beyond the vocabulary, which the processor refuses where it needs it
@@ -367,7 +405,7 @@ def _prepared(processor: Any, vocab_size: int, longest: int) -> _Step:
         return _Step("asked", [processor])
     tensors = {name: value for name, value in parameters.items() if isinstance(value, torch.Tensor)}
     numbers = {name: value for name, value in parameters.items() if name not in tensors}
-    return _Step("vectorised", [processor], how.apply, numbers, tensors)
+    return _Step("vectorised", [processor], how.reads_text, how.apply, numbers, tensors)
 
 
 class _Group(NamedTuple):
@@ -412,6 +450,11 @@ class TextProcessors:
     def kinds(self) -> set[Kind]:
         """Of "elementwise", "vectorised", "asked" and "stateful", those that there are."""
         return {step.kind for group in self.groups for step in group.steps}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether an answer may depend on the text, and so at a position on what is guessed before it."""
+        return any(step.reads_text for group in self.groups for step in group.steps)
 
     def select(self, rows: Sequence[int]) -> "TextProcessors":
         """Of some rows, in this order; kept, so that a later pass over the same rows prepares nothing."""

@@ -61,6 +61,8 @@ SIGNATURES = {
     "generation.logits_process.ForcedEOSTokenLogitsProcessor": "max_length eos_token_id device",
     "generation.logits_process.ExponentialDecayLengthPenalty": "exponential_decay_length_penalty eos_token_id "
     "input_ids_seq_length",
+    "generation.logits_process.TopHLogitsWarper": "top_h filter_value",
+    "generation.logits_process.EtaLogitsWarper": "epsilon filter_value min_tokens_to_keep device",
     "Cache": "layers layer_class_to_replicate offloading offload_only_non_sliding",
     "GenerationConfig.from_model_config": "model_config",
     "GenerationConfig.validate": "self strict user_set_attributes",
@@ -123,6 +125,8 @@ PROCESSORS = {
     "SuppressTokensAtBeginLogitsProcessor": (([1], 2), "begin_suppress_tokens begin_index"),
     "ForcedBOSTokenLogitsProcessor": ((1,), "bos_token_id"),
     "ForcedEOSTokenLogitsProcessor": ((5, 1), "eos_token_id max_length"),
+    "TopHLogitsWarper": ((0.5,), "filter_value top_h top_n"),
+    "EtaLogitsWarper": ((0.5,), "epsilon filter_value min_tokens_to_keep"),
     "ExponentialDecayLengthPenalty": (((2, 1.1), 1, 3), "eos_token_id regulation_start regulation_factor"),
 }
 

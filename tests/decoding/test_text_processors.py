@@ -66,7 +66,11 @@ MAKERS = {
         eos(draw),
         draw.randint(0, 6),
     ),
+    lp.TopHLogitsWarper: lambda draw: (draw.choice([0.3, 0.7]),),
+    lp.EtaLogitsWarper: lambda draw: (draw.choice([0.05, 0.5]), -math.inf, draw.choice([1, 2])),
 }
+# These refuse NaN, for which they wait.
+REFUSE_NAN = {lp.TopHLogitsWarper, lp.EtaLogitsWarper}
 ELEMENTWISE = {
     lp.TemperatureLogitsWarper: lambda draw: (draw.choice([0.5, 1.3]),),
     lp.TopKLogitsWarper: lambda draw: (draw.choice([2, 4]),),
@@ -126,7 +130,7 @@ def same_bits(found, expected):
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 6))
 def test_answers_are_the_processors_own(kind, seed, rows, positions):
     draw = random.Random(seed)
-    one = Pass(draw, rows, positions)
+    one = Pass(draw, rows, positions, special=kind not in REFUSE_NAN)
     lists = [[make(kind, draw)] for _ in range(rows)]
     before = one.scores.clone()
     found = one.found(lists)
@@ -139,7 +143,8 @@ def test_answers_are_the_processors_own(kind, seed, rows, positions):
 def test_rows_with_lists_of_their_own(seed, rows, positions):
     draw = random.Random(seed)
     one = Pass(draw, rows, positions, special=False)
-    kinds = [*MAKERS, *ELEMENTWISE]
+    kinds = list((MAKERS.keys() | ELEMENTWISE.keys()) - REFUSE_NAN)
+    kinds.sort(key=lambda kind: kind.__name__)
     patterns = [draw.sample(kinds, draw.randint(0, 4)) for _ in range(2)]
     lists = [[make(kind, draw) for kind in draw.choice(patterns)] for _ in range(rows)]
     expected = one.expected(lists)
@@ -230,6 +235,7 @@ def test_all_that_generate_builds_is_vectorised_but_what_runs_on_the_host():
         max_length=20,
         eos_token_id=2,
         num_beams=1,
+        num_return_sequences=1,
         watermarking_config=WatermarkingConfig(),
     )
     config._eos_token_tensor = torch.tensor([2])
@@ -247,6 +253,19 @@ def test_all_that_generate_builds_is_vectorised_but_what_runs_on_the_host():
     asked = {kind for kind, how in kinds.items() if how == "asked"}
     assert asked == {lp.PrefixConstrainedLogitsProcessor, lp.WatermarkLogitsProcessor}
     assert {kind for kind, how in kinds.items() if how == "vectorised"} == set(VECTORISED)
+
+
+def test_what_reads_the_text():
+    prompt = torch.tensor([[1]])
+    for processor, reads in (
+        (lp.TopKLogitsWarper(2), False),
+        (lp.TopHLogitsWarper(0.5), False),
+        (lp.EncoderRepetitionPenaltyLogitsProcessor(1.5, prompt), False),
+        (lp.RepetitionPenaltyLogitsProcessor(1.5), True),
+        (prefix_allowed([[1]]), True),
+    ):
+        prepared = PreparedProcessors([processor], VOCAB, LONGEST)
+        assert TextProcessors([PreparedProcessors([], VOCAB, LONGEST), prepared], "cpu").reads_text == reads
 
 
 # What is asked position by position.
