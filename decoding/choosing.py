@@ -8,10 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .rules import FORBIDDEN, NOT_A_NUMBER, Prediction, commit_run, log_prob
 from .sampling import gumbel_noise, uniform_noise
 from .state import WIDE_RECORDS, BlockStep, Canvas, Request, Row
+from .text_processors import PreparedProcessors, TextProcessors, Texts
+
+# How often tokens are guessed anew where text-reading processors change them.
+GUESSES = 2
+# Tables by position, of a processor that has one, are no longer than this.
+LONGEST_TEXT = 2**18
 
 
 class Group:
@@ -56,14 +63,18 @@ class Group:
         logits[..., request.mask_token_id] = -torch.inf
         # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.
         in_order = processors.first_stateful() is not None
-        prediction = self.predict(logits, (ids, masked), known, only_known=in_order)
-        commit = rule.commit(prediction, masked, numbers, steps, lambda: self._uniform(ids, numbers, -known))
         is_draft = known > 0
+        due = 1 if is_draft else max(-(-sum(row.canvas.open) // (steps - row.step)) for row in self.rows)
+        prediction = self.predict(logits, (ids, masked), known, only_known=in_order, due=due)
+        commit = rule.commit(prediction, masked, numbers, steps, lambda: self._uniform(ids, numbers, -known))
         if processors.known_sees_text or (in_order and not is_draft):
             # What processors saw before a position must be the text that comes to stand there; and what leads to a
             # position where they allow nothing, a later pass may choose otherwise.
             left = torch.tensor([min(steps - number, ids.shape[1]) for number in numbers], device=self.device)
-            commit = commit_run(commit & (prediction.problems == 0), masked, left)
+            holds = prediction.problems == 0
+            if prediction.certain is not None:
+                holds = holds & prediction.certain
+            commit = commit_run(commit & holds, masked, left)
         if in_order and not is_draft:
             prediction, commit = self._predict_in_order(logits, ids, prediction, commit, numbers[0] == steps - 1)
         if request.step_callback is not None:
@@ -111,13 +122,15 @@ class Group:
         draft: torch.Tensor | None = None,
         only_known: bool = False,
         in_step: bool = False,
+        due: int = 1,
     ) -> Prediction:
         """
         Choose a token per position.
 
-        Logits processors that look at the text are asked position after position from the left, each time with the
-        row's own text and what stands or was chosen before the position; not about what follows the end of the text or
-        the first choice that is not the draft's.
+        Logits processors that look at the text see the row's own text and what stands or was chosen before a position.
+        transformers' own answer about all positions together, given a guess of these choices; others are asked
+        position after position from the left, not about what follows the end of the text or the first choice that is
+        not the draft's.
 
         Args:
             logits: (R, S, V) float32.
@@ -127,6 +140,7 @@ class Group:
             draft: (R, S - 1) tokens to verify; in their place what is likely enough counts as one's own choice.
             only_known: leave out processors that may keep state.
             in_step: stop for all rows where one stops.
+            due: how many of a row's open positions must be certain: chosen after what is really chosen before them.
         """
         processors = self.request.processors
         if not (processors.known_sees_text if only_known else processors.sees_text):
@@ -137,7 +151,57 @@ class Group:
             if draft is not None:
                 tokens[:, :-1] = self._or_draft(tokens[:, :-1], draft, scores[:, :-1])
             return self._prediction(logits, scores, tokens)
+        text_processors = self._text_processors()
+        if not text_processors.kinds & ({"asked"} if only_known else {"asked", "stateful"}):
+            return self._predict_by_guess(text_processors, logits, canvas, known, draft, due)
         return self._predict_in_text(logits, canvas, known, draft, only_known, in_step)
+
+    def _text_processors(self) -> TextProcessors:
+        """Those of the group's rows, all of one request."""
+        request = self.request
+        if request.text_processors is None:
+            rows = [
+                PreparedProcessors(own, request.vocab_size, min(len(row.prompt) + row.most_new_tokens, LONGEST_TEXT))
+                for own, row in zip(request.processors.lists, request.rows, strict=True)
+            ]
+            request.text_processors = TextProcessors(rows, self.device)
+        return request.text_processors.select([row.number for row in self.rows])
+
+    def _predict_by_guess(
+        self,
+        text_processors: TextProcessors,
+        logits: torch.Tensor,
+        canvas: tuple[torch.Tensor, torch.Tensor] | None,
+        known: int,
+        draft: torch.Tensor | None,
+        due: int,
+    ) -> Prediction:
+        """
+        Guess all tokens, and choose them again after the guess, which is right up to the first that differs.
+
+        To verify a draft, that is all. Else each round makes certain one open position more than the last, at least.
+        """
+        texts = [row.text(self.device) for row in self.rows]
+        text = pad_sequence(texts, batch_first=True)
+        lengths = torch.tensor([row.length for row in self.rows], device=self.device)
+        if canvas is None:
+            guess = logits.argmax(-1)[:, :-1] if draft is None else draft
+            scores = text_processors(logits, Texts.with_guess(text, lengths, guess))
+            tokens = self._choose(scores)
+            if draft is not None:
+                tokens[:, :-1] = self._or_draft(tokens[:, :-1], draft, scores[:, :-1])
+            return self._prediction(logits, scores, tokens)
+        ids, masked = canvas
+        tokens = self._choose(logits, -known).where(masked, ids)
+        for _ in range(max(due, GUESSES)):
+            guess, scores = tokens, logits.clone()
+            texts_seen = Texts.with_guess(text, lengths, guess[:, known:])
+            scores[:, known:] = text_processors(logits[:, known:], texts_seen)
+            self._forbid_mask(scores)
+            tokens = self._choose(scores, -known).where(masked, ids)
+        differs = tokens != guess
+        certain = differs.cumsum(-1) - differs.int() == 0
+        return self._prediction(logits, scores, tokens)._replace(certain=certain)
 
     def _predict_in_text(
         self,

@@ -25,6 +25,7 @@ class Prediction(NamedTuple):
         confidence: (R, S) its probability by `logits`.
         log_probs: (R, S) its log-probability by `scores`; None unless recorded.
         scores: (R, S, V) the logits after all logits processors.
+        certain: (R, S) bool, whether it was chosen after what is really chosen before it; None when all are.
         problems: (R, S) int8, why a position can hold no token: [`NOT_A_NUMBER`], [`FORBIDDEN`], or 0 where it can.
     """
 
@@ -34,6 +35,7 @@ class Prediction(NamedTuple):
     log_probs: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     problems: torch.Tensor | None = None
+    certain: torch.Tensor | None = None
 
 
 NO_PROBLEM, NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = range(4)

@@ -246,6 +246,7 @@ class Request:
     on_end: Callable[["Request"], None] | None = None
     on_error: Callable[["Request", Exception], None] | None = None  # default: errors go on to the caller
     streamed: int = 0  # columns of new tokens
+    text_processors: Any = None  # [`TextProcessors`] of its rows, once wanted
     key: Any = None  # of what may share a pass's operations
 
     @property

@@ -17,9 +17,9 @@ import torch
 from torch.distributions import Categorical
 from torch.nn.functional import pad
 
-from ..asking_twotower import keeps_no_state, name_of
 from ..compat_twotower import logits_process
-from ..sampling_twotower import ELEMENTWISE
+from .asking import keeps_no_state, name_of
+from .sampling import ELEMENTWISE
 
 Kind = Literal["elementwise", "vectorised", "asked", "stateful"]
 

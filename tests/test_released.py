@@ -13,7 +13,7 @@ from accelerate import dispatch_model
 from safetensors.torch import load_file
 from tiny import random_ids, tiny_model
 
-from twotower import released_twotower
+from twotower.decoding import released as released_twotower
 from twotower.decoding.released import CONTEXT_PARTS, DENOISER_PARTS
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
