@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_twotower import TwoTowerConfig
 from .decoding.asking import PerRow, Stateless
+from .decoding.serving import TwoTowerEngine
 from .generation_twotower import TwoTowerGenerationConfig
 from .modeling_twotower import TwoTowerForBlockDiffusion
 
@@ -31,6 +32,7 @@ __all__ = [
     "PerRow",
     "Stateless",
     "TwoTowerConfig",
+    "TwoTowerEngine",
     "TwoTowerForBlockDiffusion",
     "TwoTowerGenerationConfig",
     "demo_checkpoint",

@@ -40,6 +40,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import WeightConverter
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.generation import logits_process
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.accelerate import force_accelerate_hooks
@@ -68,6 +69,7 @@ from transformers.utils import (
     is_accelerate_available,
     requires_backends,
 )
+from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -128,6 +130,7 @@ __all__ = [
     "CacheOutput",
     "EosTokenCriteria",
     "ExpertsInterface",
+    "GenerationOutput",
     "GradientCheckpointingLayer",
     "MaxTimeCriteria",
     "ModelOutput",
@@ -141,6 +144,7 @@ __all__ = [
     "NemotronHRMSNorm",
     "NemotronHTopkRouter",
     "QuantizationConfigMixin",
+    "RequestStatus",
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",
@@ -155,4 +159,5 @@ __all__ = [
     "register_checkpoint_conversion_mapping",
     "requires_backends",
     "slice_logits_to_keep",
+    "tqdm",
 ]

@@ -7,15 +7,23 @@ Shapes: B batch, P prompt columns, S block, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
 from ..cache_twotower import TwoTowerCache
-from ..compat_twotower import BaseStreamer, EosTokenCriteria, accepts_past_key_values
+from ..compat_twotower import (
+    BaseStreamer,
+    EosTokenCriteria,
+    GenerationOutput,
+    RequestStatus,
+    accepts_past_key_values,
+    tqdm,
+)
 from ..padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
 from .asking import asked_by_mode, made_for, serves_all_rows
 from .config import (
@@ -30,6 +38,7 @@ from .config import (
 from .engine import Engine
 from .rules import UnmaskingRule
 from .sampling import RowLogitsProcessors, derived_seeds
+from .serving import TwoTowerEngine
 from .state import Request, Row, TwoTowerGenerateOutput
 from .stopping import Stopping
 from .synchronisation import DONE, SynchronisedPasses
@@ -161,12 +170,70 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             wrong = low if low < 0 else high
             raise ValueError(f"{name} holds {wrong}, outside the vocabulary of {self.config.vocab_size} tokens")
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported; where `generate_batch` and transformers' other ways to continuous batching begin, too."""
-        raise NotImplementedError(
-            "a TwoTower has no paged cache, which transformers' continuous batching needs; call generate with a "
-            "batch, which rows leave as they end"
-        )
+    def generate_many(
+        self, prompts: Iterable[Any], slots: int = 16, progress: bool = True, **knobs: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """
+        Generate for any number of prompts, `slots` at a time; a prompt begins as soon as another has ended.
+
+        Args:
+            prompts: of each its token ids, a list, (n,) or (1, n), without padding; or a dict of its own arguments of
+                `generate`, `input_ids` among them. Taken as they are needed.
+            slots: most sequences decoded at a time.
+            progress: show a progress bar.
+            knobs: arguments of [`generate`] for all prompts.
+
+        Returns:
+            An iterator of (number of the prompt, what `generate` gives for it), in the order in which they finish.
+        """
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        results = TwoTowerEngine(self, slots).run_all(prompts, **knobs)
+        return iter(tqdm(results, total=total, disable=not progress, unit="prompt"))
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Any],
+        generation_config: GenerationConfig | None = None,
+        progress_bar: bool = False,
+        slots: int = 16,
+        **knobs: Any,
+    ) -> dict[str, GenerationOutput]:
+        """
+        As transformers' own for its continuous batching, by [`TwoTowerEngine`].
+
+        Args:
+            inputs: of each prompt its token ids.
+            generation_config, knobs: of all, as [`generate`]'s.
+            progress_bar: show one.
+            slots: most sequences decoded at a time.
+
+        Returns:
+            By request, "req_0" being that of the first input: its prompt and generated tokens.
+        """
+        prompts = [torch.as_tensor(one).flatten().tolist() for one in inputs]
+        knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
+        results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))
+        return {
+            f"req_{number}": GenerationOutput(
+                request_id=f"req_{number}",
+                prompt_ids=prompt,
+                generated_tokens=results[number][0, len(prompt) :].tolist(),
+                status=RequestStatus.FINISHED,
+            )
+            for number, prompt in enumerate(prompts)
+        }
+
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, slots: int = 16, max_queue: int | None = None
+    ) -> TwoTowerEngine:
+        """A [`TwoTowerEngine`], whose requests go by `generation_config` unless they bring one."""
+        return TwoTowerEngine(self, slots, max_queue, generation_config)
+
+    @contextmanager
+    def continuous_batching_context_manager(self, **arguments: Any) -> Iterator[TwoTowerEngine]:
+        """A running engine; arguments as for [`init_continuous_batching`]."""
+        with self.init_continuous_batching(**arguments) as engine:
+            yield engine
 
     # What transformers' `generate` calls on its way.
 

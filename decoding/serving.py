@@ -58,15 +58,22 @@ class TwoTowerEngine:
         model: [`TwoTowerForBlockDiffusion`].
         slots: most sequences decoded at a time, at least 1.
         max_queue: most requests that wait for one, at least 1; default without bound.
+        generation_config: of requests that bring none; default the model's.
 
     `start` and `stop`, or `with engine:`, let a thread of its own do the work; or call `step` until it is False.
     """
 
-    def __init__(self, model: Any, slots: int = 16, max_queue: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        slots: int = 16,
+        max_queue: int | None = None,
+        generation_config: GenerationConfig | None = None,
+    ):
         for name, value in (("slots", slots), ("max_queue", max_queue)):
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        self.model, self.slots, self.max_queue = model, slots, max_queue
+        self.model, self.slots, self.max_queue, self.generation_config = model, slots, max_queue, generation_config
         device = model.context_tower.embeddings.weight.device
         self._device = model.device if device.type == "meta" else device
         self._engine = self._new_engine()
@@ -112,7 +119,7 @@ class TwoTowerEngine:
         with self._work:
             self._check_room()
         request = self.model.generate(
-            ids, generation_config=generation_config, streamer=streamer, engine=self, **knobs
+            ids, generation_config=generation_config or self.generation_config, streamer=streamer, engine=self, **knobs
         )
         if len(request.rows) > self.slots:
             raise ValueError(f"the request has {len(request.rows)} sequences, the engine {self.slots} slots")
@@ -126,6 +133,10 @@ class TwoTowerEngine:
             self._queue.append((handle, request))
             self._work.notify_all()
         return handle
+
+    def add_requests(self, prompts: Iterable[Any], **knobs: Any) -> list[RequestHandle]:
+        """A request for each prompt, all with the same arguments of [`add_request`]."""
+        return [self.add_request(prompt, **knobs) for prompt in prompts]
 
     def _check_room(self) -> None:
         if self._stopping:
