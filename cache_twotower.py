@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
@@ -67,37 +67,33 @@ class MambaUpdate(NamedTuple):
         return MambaState(conv_state(self.inputs, taps, counts), ssm)
 
 
+Rows = slice | torch.Tensor
+Held = TypeVar("Held", KeyValues, MambaState)
+
+
 class KeyValueLayer:
     """Buffers (rows, Hkv, columns, D) with room for more than is held; what of them counts is the cache's to say."""
 
-    def __init__(self) -> None:
-        self.buffers: KeyValues | None = None
-
-    def held(self, rows: "Rows", columns: int) -> KeyValues | None:
-        """The first columns of some rows: views of a slice of rows, else copies."""
-        if self.buffers is None or columns == 0:
-            return None
-        if isinstance(rows, slice):
-            return KeyValues(*(buffer[rows, :, :columns] for buffer in self.buffers))
-        return KeyValues(*(buffer[:, :, :columns].index_select(0, rows.to(buffer.device)) for buffer in self.buffers))
+    buffers: KeyValues | None = None
 
     # In inference mode too, buffers are ordinary tensors: a later call outside of it must be able to write to them.
     @torch.inference_mode(False)
     def reserve(self, like: KeyValues, rows: int, columns: int) -> KeyValues:
-        """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, old ones copied."""
+        """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, by copying."""
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
-        if rows > held_rows or columns > held_columns:
-            if columns > held_columns:  # by an eighth at least, so that appending costs amortised constant time
-                columns = max(columns, held_columns + held_columns // 8)
-                columns += -columns % COLUMNS
-            rows = max(rows, 2 * held_rows) if 0 < held_rows < rows else max(rows, held_rows)
-            columns = max(columns, held_columns)
-            grown = KeyValues(*(part.new_zeros(rows, part.shape[1], columns, part.shape[3]) for part in like))
-            for old, new in zip(self.buffers or (), grown, strict=False):
-                new[:held_rows, :, :held_columns] = old
-            self.buffers = grown
-        assert self.buffers is not None
-        return self.buffers
+        if columns > held_columns:  # by an eighth at least, so that appending costs amortised constant time
+            columns = max(columns, held_columns + held_columns // 8)
+            columns += -columns % COLUMNS
+        if rows > held_rows:
+            rows = max(rows, 2 * held_rows)
+        size = max(rows, held_rows), max(columns, held_columns)
+        if size == (held_rows, held_columns) and self.buffers is not None:
+            return self.buffers
+        grown = KeyValues(*(part.new_zeros(size[0], part.shape[1], size[1], part.shape[3]) for part in like))
+        for old, new in zip(self.buffers or (), grown, strict=False):
+            new[:held_rows, :, :held_columns] = old
+        self.buffers = grown
+        return grown
 
 
 class KeyValueSlot(NamedTuple):
@@ -107,16 +103,18 @@ class KeyValueSlot(NamedTuple):
     """
 
     layer: KeyValueLayer
-    rows: "Rows"
+    rows: Rows
     of: int
     width: int
     starts: torch.Tensor | None
 
     def update(self, chunk: KeyValues) -> KeyValues:
-        """Write (B, Hkv, T, D); returns all there is then, (B, Hkv, width + T, D), as `KeyValueLayer.held` does."""
+        """Write (B, Hkv, T, D); returns all there is then, (B, Hkv, width + T, D), of a slice of rows in views."""
         tokens = chunk.key.shape[2]
         columns = self.width + tokens
-        buffers = self.layer.reserve(chunk, self.of, columns)
+        buffers = self.layer.buffers
+        if buffers is None or len(buffers.key) < self.of or buffers.key.shape[2] < columns:
+            buffers = self.layer.reserve(chunk, self.of, columns)
         if self.starts is None and isinstance(self.rows, slice):
             for buffer, new in zip(buffers, chunk, strict=True):
                 buffer[self.rows, :, self.width : columns] = new
@@ -128,9 +126,7 @@ class KeyValueSlot(NamedTuple):
             )
             for buffer, new in zip(buffers, chunk, strict=True):
                 buffer.transpose(1, 2)[rows[:, None], places] = new.transpose(1, 2)
-        held = self.layer.held(self.rows, columns)
-        assert held is not None
-        return held
+        return rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in buffers)), self.rows)
 
 
 class MambaLayer:
@@ -140,33 +136,35 @@ class MambaLayer:
     Rows are written in place, unless the tensors are `shared` with who may want them back.
     """
 
-    def __init__(self) -> None:
-        self.state: MambaState | None = None
-        self.shared = False
+    state: MambaState | None = None
+    shared = False
 
-    def held(self, rows: "Rows") -> MambaState | None:
-        if self.state is None:
-            return None
-        if torch.is_grad_enabled() and self.state.ssm.is_inference():
+    def held(self, rows: Rows) -> MambaState | None:
+        if self.state is not None and torch.is_grad_enabled() and self.state.ssm.is_inference():
             self.state, self.shared = MambaState(*(part.clone() for part in self.state)), False
-        if isinstance(rows, slice):
-            return MambaState(*(part[rows] for part in self.state))
-        return MambaState(*(part.index_select(0, rows.to(part.device)) for part in self.state))
+        return None if self.state is None else rows_of(self.state, rows)
 
     def reserve(self, like: MambaState, rows: int) -> MambaState:
         """States of so many rows at least, zeros where there were none, that can be written to in place."""
         held = self.state
-        if held is None or len(held.ssm) < rows:
-            count = rows if held is None else max(rows, 2 * len(held.ssm))
-            grown = MambaState(*(part.new_zeros(count, *part.shape[1:]) for part in like))
-            for old, new in zip(held or (), grown, strict=False):
-                new[: len(old)] = old
-            self.state, self.shared = grown, False
-        elif self.shared or torch.is_grad_enabled() or held.ssm.is_inference():
-            # An inference tensor cannot be written to once inference mode has been left.
-            self.state, self.shared = MambaState(*(part.clone() for part in held)), False
-        assert self.state is not None
-        return self.state
+        grown = held is None or len(held.ssm) < rows
+        if held is None or grown or self.shared or torch.is_grad_enabled() or held.ssm.is_inference():
+            # An inference tensor could not be written to once inference mode has been left.
+            with torch.inference_mode(False):
+                count = max(rows, 0 if held is None else (1 + grown) * len(held.ssm))
+                new = MambaState(*(part.new_zeros(count, *part.shape[1:]) for part in like))
+                for old, place in zip(held or (), new, strict=False):
+                    place[: len(old)] = old
+            self.state, self.shared = new, False
+            return new
+        return held
+
+
+def rows_of(held: Held, rows: Rows) -> Held:
+    """Views of a slice of rows, copies of others."""
+    if isinstance(rows, slice):
+        return type(held)(*(part[rows] for part in held))
+    return type(held)(*(part.index_select(0, rows.to(part.device)) for part in held))
 
 
 Past = KeyValues | KeyValueSlot | MambaState | None
@@ -177,7 +175,6 @@ class StatelessLayer:
     """MoE and MLP layers keep nothing."""
 
 
-Rows = slice | torch.Tensor
 CACHE_LAYERS = {"full_attention": KeyValueLayer, "linear_attention": MambaLayer}
 # Buffers have a multiple of so many columns, so that a program compiled for a size serves many widths.
 COLUMNS = 64
@@ -231,8 +228,11 @@ class TwoTowerCache(Cache):
         self.rows: Rows = slice(0, 0)
         self.indices: Sequence[int] = ()
         self.version = object()
+        # Of a part with `room`: how many columns buffers have, which it then always looks at, whatever counts.
+        self.columns: int | None = None
         self.undoing: list[Callable[[], None]] | None = None  # how to take back what was done in place, oldest first
-        self.geometry = _geometry(config)
+        self.geometry = {name: getattr(config, name) for name in GEOMETRY}
+        self.geometry |= {f"layers_block_type[{idx}]": kind for idx, kind in enumerate(config.layers_block_type)}
         # Of the model that has read, once one has.
         self.dtype: torch.dtype | None = None
         self.embeddings: torch.Tensor | None = None
@@ -248,8 +248,9 @@ class TwoTowerCache(Cache):
     @property
     def ids(self) -> torch.Tensor | None:
         """(B, L) tokens read, -1 where given as embeddings, meaningless beyond a row's own; None if none are known."""
-        held = self.tokens.held(self.rows, self.width)
-        return None if held is None else held.key[:, 0, :, 0] - 1
+        if self.tokens.buffers is None or self.width == 0:
+            return None
+        return rows_of(self.tokens.buffers, self.rows).key[:, 0, : self.width, 0] - 1
 
     def sign(self, tower: Any) -> None:
         """Remember which context tower has read, and some of its embeddings in case it is no more."""
@@ -257,7 +258,7 @@ class TwoTowerCache(Cache):
             embeddings = tower.embeddings.weight
             facts = {"dtype": _computing_dtype(embeddings), "embeddings": _some_of(embeddings), "reader": ref(tower)}
             for cache in (self,) if self.whole is None else (self, self.whole):
-                vars(cache).update(facts)
+                cache.__dict__.update(facts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "reader": None, "undoing": None}  # which cannot be pickled
@@ -281,7 +282,7 @@ class TwoTowerCache(Cache):
         # Every pass asks, and comparing weights waits for the device.
         if reader is tower:
             return
-        for name, expected in _geometry(config).items():
+        for name, expected in TwoTowerCache(config).geometry.items():
             if (held := self.geometry.get(name)) != expected:
                 raise ValueError(
                     f"past_key_values is of another model: its {name} is {held!r}, this model's {expected!r}; {remedy}"
@@ -301,7 +302,7 @@ class TwoTowerCache(Cache):
         """
         If what is done within fails, leave the cache as it was.
 
-        Little is copied for that. Columns that count are never written over, but by rows that take the place of others,
+        Little is copied for that. Columns that count are never written over, but by rows that take others' places,
         which is noted; states, and buffers that grow or lose rows, are replaced by new ones. (So the old ones live on
         until this ends.)
         """
@@ -320,44 +321,63 @@ class TwoTowerCache(Cache):
             while len(steps) > begun:
                 steps.pop()()
             for holder, attributes in zip(holders, before, strict=True):
-                vars(holder).update(attributes)
+                holder.__dict__.clear()
+                holder.__dict__.update(attributes)
             raise
         finally:
             whole.undoing = outer
 
-    def view(self, layer_idx: int) -> KeyValues | MambaState | None:
-        """What layer `layer_idx` holds of the rows: of all, or of the first ones, views and no copies."""
+    def views(self) -> list[KeyValues | MambaState | None]:
+        """What each layer holds of the rows; of all or of the first rows views, no copies."""
         self._check_current()
-        layer = self.layers[layer_idx]
-        if isinstance(layer, KeyValueLayer):
-            return layer.held(self.rows, self.width)
-        return layer.held(self.rows) if isinstance(layer, MambaLayer) else None
+        columns = self.columns or self.width
+        held: list[KeyValues | MambaState | None] = []
+        for layer in self.layers:
+            if isinstance(layer, KeyValueLayer) and layer.buffers is not None and columns > 0:
+                held.append(rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers)), self.rows))
+            else:
+                held.append(layer.held(self.rows) if isinstance(layer, MambaLayer) else None)
+        return held
+
+    def view(self, layer_idx: int) -> KeyValues | MambaState | None:
+        return self.views()[layer_idx]
 
     # A pass of the context tower asks for `slots`, writes keys and values to them, and ends with `append`.
 
     def slots(self, input_ids: torch.Tensor) -> list[KeyValueSlot | MambaState | None]:
         """What each layer reads a chunk (B, T) with: its states, or where its keys and values go."""
         self._check_settled()
+        if self.host_lengths is None:
+            # Nothing is held yet: buffers can only be those of a read that failed, maybe of other rows.
+            for layer in (*self.layers, self.tokens):
+                layer.__dict__.pop("buffers", None)
+        place = self._place(input_ids)
         slots: list[KeyValueSlot | MambaState | None] = []
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer):
-                slots.append(self._slot(layer, input_ids))
+                slots.append(KeyValueSlot(layer, *place))
             else:
                 slots.append(layer.held(self.rows) if isinstance(layer, MambaLayer) else None)
         return slots
 
-    def _slot(self, layer: KeyValueLayer, chunk: torch.Tensor) -> KeyValueSlot:
+    def _place(self, chunk: torch.Tensor) -> tuple[Rows, int, int, torch.Tensor | None]:
+        """Of a [`KeyValueSlot`]: the rows, of how many, their width, and where they differ their starts."""
         if self.host_lengths is None:
-            # Nothing is held yet: buffers can only be those of a read that failed, maybe of other rows.
-            layer.buffers = None
-            return KeyValueSlot(layer, slice(0, len(chunk)), len(chunk), 0, None)
+            return slice(0, len(chunk)), len(chunk), 0, None
         of = len((self if self.whole is None else self.whole).host_lengths or ())
-        return KeyValueSlot(layer, self.rows, of, self.width, self.lengths if self.ragged else None)
+        if self.columns is None:
+            return self.rows, of, self.width, self.lengths if self.ragged else None
+        if self.width + chunk.shape[1] > self.columns:
+            raise ValueError(
+                f"{chunk.shape[1]} tokens behind {self.width} do not fit in the {self.columns} columns of this part; "
+                "take one with more room"
+            )
+        return self.rows, of, self.columns - chunk.shape[1], self.lengths
 
     def append(
         self,
         input_ids: torch.Tensor,
-        states: dict[int, MambaState | MambaUpdate],
+        presents: Sequence[Present],
         counts: Sequence[int] | None = None,
         tentative: bool = False,
     ) -> None:
@@ -365,41 +385,34 @@ class TwoTowerCache(Cache):
         Keep a chunk whose keys and values have been written: its ids (B, T), -1 where given as embeddings, and by
         layer its states, or when it is `tentative` what takes them through it. Each row's first `counts` tokens count.
         """
-        if self.host_lengths is not None:
-            input_ids = input_ids.to(self.device)
-        ids = (input_ids.long() + 1)[:, None, :, None]
-        self._slot(self.tokens, input_ids).update(KeyValues(ids, ids[..., :0]))
+        batch, tokens = input_ids.shape
+        if self.host_lengths is None:
+            self.device = input_ids.device
+        ids = (input_ids.long() + 1)[:, None, :, None].to(self.device)
+        KeyValueSlot(self.tokens, *self._place(input_ids)).update(KeyValues(ids, ids[..., :0]))
         if tentative:
-            self.updates = {idx: each for idx, each in states.items() if isinstance(each, MambaUpdate)}
-            self.tentative, self.limits = input_ids.shape[1], None if counts is None else list(counts)
+            self.updates = {idx: each for idx, each in enumerate(presents) if isinstance(each, MambaUpdate)}
+            self.tentative, self.limits = tokens, None if counts is None else list(counts)
         else:
-            self._write_states({idx: each for idx, each in states.items() if isinstance(each, MambaState)})
-            self.advance(len(input_ids), input_ids.shape[1], counts, input_ids.device)
+            states = {idx: each for idx, each in enumerate(presents) if isinstance(each, MambaState)}
+            self._advance(states, [tokens] * batch if counts is None else counts)
 
-    def _write_states(self, states: dict[int, MambaState]) -> None:
-        """Write states of the rows; at once, after all that may fail."""
-        rows = len((self if self.whole is None else self.whole).host_lengths or ())
+    def _advance(self, states: dict[int, MambaState], counts: Sequence[int]) -> None:
+        """Replace layers' states of the rows, and let so many tokens more of each row count."""
+        whole = self if self.whole is None else self.whole
         places = []
         for idx, state in states.items():
             layer, batch = self.layers[idx], len(state.ssm)
-            if self.whole is None and (layer.state is None or len(layer.state.ssm) <= batch):
+            if self is whole and (layer.state is None or len(layer.state.ssm) <= batch):
                 layer.state, layer.shared = state, False
             else:
-                places.append((layer.reserve(state, max(rows, batch)), state))
+                places.append((layer.reserve(state, len(whole.host_lengths or ())), state))
+        # Only now, after all that may lack memory.
         for place, state in places:
             for old, new in zip(place, state, strict=True):
-                if isinstance(self.rows, slice):
-                    old[self.rows] = new
-                else:
-                    old[self.rows.to(old.device)] = new
-
-    def advance(self, batch: int, tokens: int, counts: Counts | None, device: torch.device) -> None:
-        """Make a chunk of `tokens` columns count: all of them, or each row's first `counts` (B,)."""
-        added = [tokens] * batch if counts is None else listed(counts)
-        if self.host_lengths is None:
-            self.device = device
-        before = [0] * batch if self.host_lengths is None else self.host_lengths
-        self._set_lengths([length + count for length, count in zip(before, added, strict=True)])
+                old[self.rows if isinstance(self.rows, slice) else self.rows.to(old.device)] = new
+        before = [0] * len(counts) if self.host_lengths is None else self.host_lengths
+        self._set_lengths([length + count for length, count in zip(before, counts, strict=True)])
 
     def accept(self, counts: Counts) -> None:
         """
@@ -429,8 +442,7 @@ class TwoTowerCache(Cache):
         for idx, update in self.updates.items():
             ends = counts if isinstance(counts, torch.Tensor) else uploaded(accepted, update.dt.device)
             states[idx] = update.apply(self.layers[idx].held(self.rows), ends.to(update.dt.device))
-        self._write_states(states)
-        self.advance(rows, 0, accepted, self.device)
+        self._advance(states, accepted)
         self.tentative, self.limits, self.updates = 0, None, {}
 
     def _check_settled(self) -> None:
@@ -444,20 +456,24 @@ class TwoTowerCache(Cache):
 
     def context_mask(self) -> torch.Tensor | None:
         """(B, 1, 1, L) bool, True on a row's own tokens; None while all rows are equally long."""
-        if not self.ragged:
+        if self.columns is None and not self.ragged:
             return None
-        columns = torch.arange(self.width, device=self.lengths.device)
-        return (columns < self.lengths[:, None])[:, None, None]
+        assert self.lengths is not None
+        return visible_columns(self.lengths, self.columns or self.width)
 
     def visible_to(self, tokens: int) -> torch.Tensor | None:
         """
         (B or 1, 1, T, width + T) bool, what each of T columns behind a row's own may see; None when that is all of
         them, or at the beginning, where causality says the same.
         """
-        if self.width == 0 or (tokens == 1 and not self.ragged):
+        if self.columns is None and (self.width == 0 or (tokens == 1 and not self.ragged)):
             return None
-        newest = torch.arange(tokens, device=self.device) + (self.lengths[:, None] if self.ragged else self.width)
-        return torch.arange(self.width + tokens, device=self.device) <= newest.view(-1, 1, tokens, 1)
+        if self.columns is None and not self.ragged:
+            starts = torch.full((1,), self.width, device=self.device)
+        else:
+            assert self.lengths is not None
+            starts = self.lengths
+        return visible_columns(starts, self.columns or self.width + tokens, tokens)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
@@ -468,13 +484,16 @@ class TwoTowerCache(Cache):
 
     # Rows.
 
-    def part(self, rows: slice | Sequence[int]) -> "TwoTowerCache":
+    def part(self, rows: slice | Sequence[int], room: int | None = None) -> "TwoTowerCache":
         """
         The rows of index `rows`, distinct, as a cache of their own that shares what this one holds.
 
         The model reads and denoises with it, and so does `accept`: what is read is written to this cache at once, so
         there is nothing to join. Of a `slice(0, n)` it looks at views, of a list at copies (`index_select`). Its
         `width` is that of its own longest row. It is good for as long as nothing but itself changes this cache's rows.
+
+        With `room`, for so many tokens more, all columns of the buffers are looked at behind a mask by length, and
+        states are written in place: then tensors have the same shapes at all widths of a bucket, ragged or not, so that a compiled pass serves them all. Something must have been read before.
         """
         self._check_settled()
         if self.host_lengths is None or self.whole is not None:
@@ -488,6 +507,16 @@ class TwoTowerCache(Cache):
         place = slice(0, len(indices)) if first else uploaded(indices, self.device)
         part.__dict__ = {**vars(self), "whole": self, "rows": place, "indices": indices, "updates": {}}
         part._set_lengths([self.host_lengths[row] for row in indices], write=False)
+        if room is not None:
+            if self.tokens.buffers is None:
+                raise ValueError("a part with room was asked for of a cache that has read nothing yet; read first")
+            part.columns = max(part.width + room, self.tokens.buffers.key.shape[2])
+            part.columns += -part.columns % COLUMNS
+            for layer in (*self.layers, self.tokens):
+                if isinstance(layer, KeyValueLayer) and layer.buffers is not None:
+                    layer.reserve(layer.buffers, batch, part.columns)
+                elif isinstance(layer, MambaLayer) and layer.state is not None:
+                    layer.reserve(layer.state, batch)
         return part
 
     def add_rows(self, count: int) -> None:
@@ -519,7 +548,7 @@ class TwoTowerCache(Cache):
             for layer in (*self.layers, self.tokens):
                 for buffer in (isinstance(layer, KeyValueLayer) and layer.buffers) or ():
                     rows = buffer[kept : len(lengths)]
-                    self.undoing.append(partial(rows.copy_, rows.clone()))
+                    self.undoing.append(partial(_copy, rows.clone(), rows))
         self._set_lengths(lengths[:kept])
 
     def swap_rows(self, first: int, second: int) -> None:
@@ -553,7 +582,8 @@ class TwoTowerCache(Cache):
         with torch.inference_mode(False):
             for layer in (*self.layers, self.tokens):
                 if isinstance(layer, KeyValueLayer):
-                    layer.buffers = layer.held(place, width)
+                    held = layer.buffers if width else None
+                    layer.buffers = held and rows_of(KeyValues(*(part[:, :, :width] for part in held)), place)
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
                 layer.state, layer.shared = layer.held(place), False
@@ -577,11 +607,17 @@ class TwoTowerCache(Cache):
         lengths = [cache.host_lengths for cache in caches if cache.host_lengths is not None]
         assert len(lengths) == len(caches) > 0, "a cache that has read nothing has rows once some were selected"
         counts, width = [len(each) for each in lengths], max(cache.width for cache in caches)
-        held = [[cache.view(idx) for cache in caches] for idx in range(len(self.layers))]
-        tokens = [cache.tokens.held(cache.rows, cache.width) for cache in caches]
+        held = [list(parts) for parts in zip(*(cache.views() for cache in caches), strict=True)]
+        tokens = [
+            rows_of(KeyValues(*(part[:, :, : cache.width] for part in cache.tokens.buffers)), cache.rows)
+            if cache.tokens.buffers is not None and cache.width
+            else None
+            for cache in caches
+        ]
         signed = next((cache for cache in caches if cache.dtype is not None), caches[0])
         with torch.inference_mode(False):
-            for layer, parts in zip((*self.layers, self.tokens), (*held, tokens), strict=True):
+            everything: list[Sequence[KeyValues | MambaState | None]] = [*held, tokens]
+            for layer, parts in zip((*self.layers, self.tokens), everything, strict=True):
                 if isinstance(layer, KeyValueLayer):
                     wide = [
                         [F.pad(part, (0, 0, 0, width - part.shape[2])) for part in each]
@@ -595,7 +631,7 @@ class TwoTowerCache(Cache):
                 layer.shared = False
         self.geometry, self.dtype, self.embeddings = signed.geometry, signed.dtype, signed.embeddings
         self.device = signed.device
-        self._set_lengths(sum(lengths, []))
+        self._set_lengths([length for each in lengths for length in each])
 
     def _check_whole(self) -> None:
         if self.whole is not None:
@@ -617,6 +653,15 @@ class TwoTowerCache(Cache):
             self.version = self.whole.version
 
 
+def visible_columns(lengths: torch.Tensor, columns: int, tokens: int = 0) -> torch.Tensor:
+    """
+    (B, 1, T or 1, columns) bool, which of a row's columns are tokens of its own: of its first `lengths` (B,), and for
+    each of T tokens that are written behind them itself and those before it.
+    """
+    last = lengths[:, None] + torch.arange(tokens, device=lengths.device) if tokens else lengths[:, None] - 1
+    return (torch.arange(columns, device=lengths.device) <= last[..., None])[:, None]
+
+
 def listed(counts: Counts) -> list[int]:
     """Counts as the host knows them; a tensor (B,) is read from its device."""
     return counts.tolist() if isinstance(counts, torch.Tensor) else list(counts)
@@ -625,6 +670,10 @@ def listed(counts: Counts) -> list[int]:
 def uploaded(counts: Sequence[int], device: torch.device) -> torch.Tensor:
     """(B,) int64 on the device, without waiting for it."""
     return torch.tensor(counts, dtype=torch.long).to(device, non_blocking=True)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source)
 
 
 def _exchange(tensor: "ref[torch.Tensor]", first: int, second: int) -> None:
@@ -642,11 +691,6 @@ def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[in
         return []
     nothing = [tuple(part.new_zeros(count, *part.shape[1:]) for part in like) for count in rows]
     return [zeros if parts is None else tuple(parts) for parts, zeros in zip(held, nothing, strict=True)]
-
-
-def _geometry(config: TwoTowerConfig) -> dict[str, Any]:
-    facts = {name: getattr(config, name) for name in GEOMETRY}
-    return facts | {f"layers_block_type[{idx}]": kind for idx, kind in enumerate(config.layers_block_type)}
 
 
 def _computing_dtype(embeddings: torch.Tensor) -> torch.dtype:

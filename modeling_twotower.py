@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -57,7 +57,6 @@ from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMix
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
-from .kernels.precision import at_least_float32
 from .kernels.ssd import ssd_scan
 from .loading_twotower import (
     check_complete,
@@ -474,7 +473,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
                 packed.ids, cache, packed.counts, inputs_embeds=embeds, all_hidden_states=all_hidden_states
             )
             hidden_states = packed.unpack(hidden_states)
-            logits = at_least_float32(self.context_lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)))
+            logits = self.context_lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return TwoTowerOutput(
             logits=logits,
             cache=cache if use_cache else None,
@@ -509,10 +509,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if timestep is None:
             timestep = _masked_fraction(packed.ids == self.config.mask_token_id, mask)
         timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
-        block_mask = None if mask is None else _visible_tokens(mask)
-        layout = ChunkLayout(mask, context_mask=cache.context_mask(), block_mask=block_mask)
-        hidden_states = self._denoise(packed.ids, cache, layout, self._modulations(timestep))
-        return at_least_float32(self.lm_head(packed.unpack(hidden_states)))
+        logits = self.denoiser_pass(packed.ids, cache.views(), cache.context_mask(), timestep, mask)
+        return logits if mask is None else packed.unpack(logits)
 
     @accepts_past_key_values
     def predict_next(self, input_ids: torch.Tensor, cache: TwoTowerCache) -> torch.Tensor:
@@ -527,19 +525,34 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (B, V) float32 logits of the token after it.
         """
         self._check_ids("input_ids", input_ids, cache)
-        layout = ChunkLayout(context_mask=cache.context_mask())
-        plain: list[Modulation | None] = [None] * self.config.num_hidden_layers
-        return at_least_float32(self.lm_head(self._denoise(input_ids, cache, layout, plain)[:, -1]))
+        return self.denoiser_pass(input_ids, cache.views(), cache.context_mask(), None)[:, -1]
 
-    def _denoise(
+    def denoiser_pass(
         self,
         block_ids: torch.Tensor,
-        cache: TwoTowerCache,
-        layout: ChunkLayout,
-        modulations: Sequence[Modulation | None],
+        pasts: Sequence[Past],
+        context_mask: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        pasts = [cache.view(idx) for idx in range(self.config.num_hidden_layers)]
-        return self.denoiser_tower(block_ids, pasts, layout, modulations)
+        """
+        What `denoise` and `predict_next` do, without a check: tensors in, tensors out.
+
+        Args:
+            block_ids: (B, S).
+            pasts: the cache's `views()`.
+            context_mask: the cache's `context_mask()`.
+            timestep: (B,) float32; None for no time conditioning.
+            mask: (B, S) bool, True on tokens, which come first; default all.
+
+        Returns:
+            (B, S, V) float32 logits.
+        """
+        block_mask = None if mask is None else _visible_tokens(mask)
+        layout = ChunkLayout(mask, context_mask=context_mask, block_mask=block_mask)
+        modulations = None if timestep is None else self._modulations(timestep)
+        logits = self.lm_head(self.denoiser_tower(block_ids, pasts, layout, modulations))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @force_accelerate_hooks("scale_shift_tables")  # which are no module to call
     def _modulations(self, timestep: torch.Tensor) -> list[Modulation]:
@@ -693,6 +706,39 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
         self.embeddings = new_embeddings
 
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        pasts: Sequence[Past] | None,
+        layout: ChunkLayout,
+        modulations: Sequence[Modulation] | None = None,
+        all_hidden_states: list[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, list[Present]]:
+        """
+        A pass itself: tensors in, tensors out, and nothing that the host must read or know between.
+
+        Args:
+            hidden_states: (B, T, H) embedded tokens.
+            pasts: per layer, what it reads the chunk with, see [`TwoTowerLayer`]; default nothing.
+            layout: the chunk's [`ChunkLayout`].
+            modulations: per layer its [`Modulation`]; default no time conditioning.
+            all_hidden_states: a list to which what each layer is given, (B, T, H), is added, and last the result.
+
+        Returns:
+            (B, T, H) normed hidden states, and per layer what it adds to the cache.
+        """
+        presents = []
+        for idx, layer in enumerate(self.layers):
+            if all_hidden_states is not None:
+                all_hidden_states.append(hidden_states)
+            modulation = () if modulations is None else modulations[idx]
+            hidden_states, present = layer(hidden_states, None if pasts is None else pasts[idx], layout, *modulation)
+            presents.append(present)
+        hidden_states = self.norm_f(hidden_states)
+        if all_hidden_states is not None:
+            all_hidden_states.append(hidden_states)
+        return hidden_states, presents
+
 
 class ContextTower(TwoTowerBackbone):
     """The autoregressive tower: reads tokens causally, into the cache or for all block boundaries at once."""
@@ -733,25 +779,16 @@ class ContextTower(TwoTowerBackbone):
         if own is not None and not tentative:
             ends = uploaded(own, input_ids.device)
             mask = torch.arange(length, device=input_ids.device) < ends[:, None]
-        keep: Literal["state", "update"] = "update" if tentative else "state"
-        from_start = cache is None or cache.width == 0
         visible = None if cache is None else cache.visible_to(length)
-        layout = ChunkLayout(mask, ends, block_mask=visible, causal=from_start, keep=keep)
-        pasts: list[Past] = [None] * len(self.layers) if cache is None else list(cache.slots(input_ids))
-        hidden_states, states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds, {}
-        for idx, (layer, past) in enumerate(zip(self.layers, pasts, strict=True)):
-            if all_hidden_states is not None:
-                all_hidden_states.append(hidden_states)
-            hidden_states, present = layer(hidden_states, past, layout)
-            if present is not None:
-                states[idx] = present
-        hidden_states = self.norm_f(hidden_states)
+        causal = visible is None and (cache is None or cache.width == 0)
+        layout = ChunkLayout(mask, ends, None, visible, causal, keep="update" if tentative else "state")
+        embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        pasts = None if cache is None else cache.slots(input_ids)
+        hidden_states, presents = self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
         if cache is not None:
             # Only now, so that an error in the middle leaves the cache as it was.
             cache.sign(self)
-            cache.append(input_ids, states, own, tentative)
-        if all_hidden_states is not None:
-            all_hidden_states.append(hidden_states)
+            cache.append(input_ids, presents, own, tentative)
         return hidden_states
 
     def read_blocks(
@@ -760,7 +797,7 @@ class ContextTower(TwoTowerBackbone):
         mask: torch.Tensor | None,
         block_size: int,
         all_hidden_states: list[torch.Tensor] | None = None,
-    ) -> list[KeyValues | MambaState | None]:
+    ) -> list[Present]:
         """
         Read whole sequences once and keep, per layer, what every block of them would find in the cache.
 
@@ -775,15 +812,7 @@ class ContextTower(TwoTowerBackbone):
         """
         block_mask = None if mask is None else _causal_over_tokens(mask)
         layout = ChunkLayout(mask, block_mask=block_mask, causal=mask is None, state_every=block_size)
-        hidden_states, presents = self.embeddings(input_ids), []
-        for layer in self.layers:
-            if all_hidden_states is not None:
-                all_hidden_states.append(hidden_states)
-            hidden_states, present = layer(hidden_states, None, layout)
-            presents.append(present)
-        if all_hidden_states is not None:
-            all_hidden_states.append(self.norm_f(hidden_states))
-        return presents
+        return self.run_layers(self.embeddings(input_ids), None, layout, all_hidden_states=all_hidden_states)[1]
 
 
 class DenoiserTower(TwoTowerBackbone):
@@ -792,34 +821,31 @@ class DenoiserTower(TwoTowerBackbone):
     def forward(
         self,
         block_ids: torch.Tensor,
-        pasts: Iterable[KeyValues | MambaState | None],
+        pasts: Sequence[Past],
         layout: ChunkLayout,
-        modulations: Iterable[Modulation | None],
+        modulations: Sequence[Modulation] | None = None,
     ) -> torch.Tensor:
         """
         Args:
             block_ids: (R, S); consecutive rows may share a row of the context.
             pasts: per layer, what the context tower holds before the block.
             layout: the blocks' [`ChunkLayout`].
-            modulations: per layer its [`Modulation`], or None without time conditioning.
+            modulations: per layer its [`Modulation`]; default no time conditioning.
 
         Returns:
             (R, S, H) normed hidden states.
         """
-        layout = layout._replace(keep="nothing")
-        hidden_states = self.embeddings(block_ids)
-        for layer, past, modulation in zip(self.layers, pasts, modulations, strict=True):
-            hidden_states, _ = layer(hidden_states, past, layout, *(modulation or ()))
-        return self.norm_f(hidden_states)
+        return self.run_layers(self.embeddings(block_ids), pasts, layout._replace(keep="nothing"), modulations)[0]
 
 
 class TwoTowerRMSNorm(NemotronHRMSNorm):
     """transformers' norm, in float32 at least."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide = at_least_float32(hidden_states)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        wide = hidden_states.to(dtype)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return (at_least_float32(self.weight) * normed).to(hidden_states.dtype)
+        return (self.weight.to(dtype) * normed).to(hidden_states.dtype)
 
 
 class TwoTowerMamba(NemotronHMamba2Mixer):
@@ -835,12 +861,24 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
-        gate, inputs, dt = self._projected(hidden_states, layout.mask)
+        # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
+        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)
+        if layout.mask is not None:
+            inputs, dt = inputs * layout.mask[..., None], dt * layout.mask[..., None]
+        # 2. Convolve, and split into x (B, T, H, P), B and C (B, T, G, N).
         convolved, conv_after = causal_conv(
             inputs, conv1d.weight.squeeze(1), conv1d.bias, conv_before, layout.ends, self.activation
         )
-        x, B, C = self._split_heads(convolved)
-        A = -torch.exp(at_least_float32(self.A_log))
+        states = self.n_groups * self.ssm_state_size
+        x, B, C = convolved.split_with_sizes([self.intermediate_size, states, states], dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
+        # 3. Scan.
+        A = -torch.exp(self.A_log.to(wide))
         scan = ssd_scan(
             x,
             dt,
@@ -854,6 +892,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             return_chunk_states=layout.state_every is not None,
         )
         y = gated_rms_norm(scan.y.flatten(2), gate, norm.weight, norm.group_size, norm.variance_epsilon)
+        # 4. What the cache is to keep.
         present: MambaState | MambaUpdate | None = None
         if layout.keep == "update":
             present = MambaUpdate(inputs_after_state(inputs, self.conv_kernel_size, conv_before), x, dt, A, B)
@@ -864,26 +903,6 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
         elif scan.state is not None:
             present = MambaState(conv_after, scan.state)
         return self.out_proj(y), present
-
-    def _projected(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens."""
-        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes(
-            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
-        )
-        dt = F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)).clamp(*self.time_step_limit)
-        if mask is not None:
-            inputs, dt = inputs * mask[..., None], dt * mask[..., None]
-        return gate, inputs, dt
-
-    def _split_heads(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, T, C) -> x (B, T, H, P), B and C (B, T, G, N)."""
-        batch, tokens, _ = convolved.shape
-        groups, states = self.n_groups, self.ssm_state_size
-        x, B, C = convolved.split_with_sizes([self.intermediate_size, groups * states, groups * states], dim=-1)
-        x = x.view(batch, tokens, self.num_heads, self.head_dim)
-        return x, B.view(batch, tokens, groups, states), C.view(batch, tokens, groups, states)
 
 
 class TwoTowerAttention(NemotronHAttention):
@@ -934,7 +953,9 @@ class TwoTowerRouter(NemotronHTopkRouter):
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
         logits = F.linear(hidden_states.flatten(0, -2).double(), self.weight.double())
         scores = logits.sigmoid()
-        choice = self._without_weak_groups(scores + self.e_score_correction_bias)
+        choice = scores + self.e_score_correction_bias
+        if self.num_group != self.topk_group:
+            choice = self._without_weak_groups(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, indices)
         if self.norm_topk_prob:
@@ -944,8 +965,6 @@ class TwoTowerRouter(NemotronHTopkRouter):
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
-        if self.num_group == self.topk_group:
-            return choice
         grouped = choice.unflatten(-1, (self.num_group, -1))
         strongest = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1, sorted=False).indices
         weak = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, strongest, False)
@@ -1026,20 +1045,17 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         Returns:
             (B, T, H) and what the layer adds to the cache, unless it has been written.
         """
-        modulated = Modulation(*modulation) if modulation else None
-        mixer_input = self._modulated_norm(hidden_states, modulated)
-        if self.stateful:
-            mixed, present = self.mixer(mixer_input, past, layout)
+        if not modulation:
+            mixer_input = self.norm(hidden_states)
         else:
-            mixed, present = self.mixer(mixer_input), None
-        return hidden_states + (mixed if modulated is None else modulated.gate * mixed), present
-
-    def _modulated_norm(self, hidden_states: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
-        if modulation is None:
-            return self.norm(hidden_states)
-        if self.stateful:
-            return self.norm(hidden_states * modulation.scale + modulation.shift)
-        return self.norm(hidden_states) * modulation.scale + modulation.shift
+            shift, scale, gate = modulation
+            # A stateful layer's input is modulated before its norm, as NVIDIA's code does.
+            if self.stateful:
+                mixer_input = self.norm(hidden_states * scale + shift)
+            else:
+                mixer_input = self.norm(hidden_states) * scale + shift
+        mixed, present = self.mixer(mixer_input, past, layout) if self.stateful else (self.mixer(mixer_input), None)
+        return hidden_states + (gate * mixed if modulation else mixed), present
 
 
 class TimestepEmbedder(nn.Module):
@@ -1059,7 +1075,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
         dtype = next(self.mlp.parameters()).dtype
-        angles = at_least_float32(timestep.to(dtype) * self.scale)[:, None]
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = (timestep.to(dtype) * self.scale).to(wide)[:, None]
         half = torch.arange(self.features // 2, device=timestep.device, dtype=angles.dtype)
         angles = angles * torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
@@ -1091,11 +1108,10 @@ def _whole_blocks(
     return input_ids, mask, trainable
 
 
-def _blocks_from(
-    present: KeyValues | MambaState | None, first: int, blocks: int, corruptions: int
-) -> KeyValues | MambaState | None:
+def _blocks_from(present: Present, first: int, blocks: int, corruptions: int) -> KeyValues | MambaState | None:
     """What blocks `first` and later need of a layer: states once per corruption, keys and values for all to share."""
     if not isinstance(present, MambaState):
+        assert not isinstance(present, MambaUpdate)
         return present
     states = (part.unflatten(0, (-1, blocks))[:, first:] for part in present)
     return MambaState(*(part.repeat_interleave(corruptions, dim=0).flatten(0, 1) for part in states))

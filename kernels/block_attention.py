@@ -54,7 +54,11 @@ def block_attention(
     repeats = block_mask is not None and key.shape[2] > query.shape[2] and query.device.type != "cpu"
     if parts or repeats or backend == "eager":
         if causal and query.shape[2] > 1:
-            own = (key, value, _lower_triangle(query.shape[2], query.device))
+            own = (
+                key,
+                value,
+                torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril(),
+            )
         out = block_attention_reference(query, [*parts, own], scale)
     else:
         out = F.scaled_dot_product_attention(query, *own, is_causal=causal, scale=scale, enable_gqa=True)
@@ -77,23 +81,22 @@ def block_attention_reference(
     # Products of rows that share a context may lie in memory in another order, which only reshape puts right.
     scores = []
     for key, _, mask in parts:
-        score = _shared_matmul(grouped, key.transpose(-1, -2)).reshape(*query.shape[:3], -1)  # (B, Hq, S, columns)
+        product = torch.matmul if len(key) == len(query) else _shared_matmul
+        score = product(grouped, key.transpose(-1, -2)).reshape(*query.shape[:3], -1)  # (B, Hq, S, columns)
         scores.append(score if mask is None else score.masked_fill_(~mask, -torch.inf))
     weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
     weights = weights.view(*grouped.shape[:3], -1)
     columns = [key.shape[2] for key, _, _ in parts]
-    products = [_shared_matmul(w, value) for w, (_, value, _) in zip(weights.split(columns, -1), parts, strict=True)]
-    return sum(products[1:], products[0]).reshape(query.shape)
+    out = None
+    for weight, (_, value, _) in zip(weights.split(columns, -1), parts, strict=True):
+        product = torch.matmul if len(value) == len(query) else _shared_matmul
+        out = product(weight, value) if out is None else out + product(weight, value)
+    assert out is not None
+    return out.reshape(query.shape)
 
 
 def _shared_matmul(rows: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """(B, Hkv, M, X) @ (B / n, Hkv, X, Y) -> (B, Hkv, M, Y), without repeating the context for its n rows."""
-    if len(rows) == len(context):
-        return rows @ context
     folded = rows.unflatten(0, (len(context), -1)).transpose(1, 2)
     product = folded.flatten(2, 3) @ context
     return product.unflatten(2, folded.shape[2:4]).transpose(1, 2).flatten(0, 1)
-
-
-def _lower_triangle(length: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()

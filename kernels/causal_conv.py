@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from ..compat_twotower import ACT2FN
-from .precision import at_least_float32
 
 
 def causal_conv(
@@ -35,24 +34,18 @@ def causal_conv(
         y (B, T, C) in x's dtype (the sum is taken in float32 at least), and the new state (B, K - 1, C) in x's dtype.
     """
     taps = weight.shape[1]
-    padded = inputs_after_state(x, taps, state)
-    return causal_conv_reference(padded, weight, bias, x.shape[1], activation), conv_state(padded, taps, ends)
-
-
-def causal_conv_reference(
-    padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int, activation: str
-) -> torch.Tensor:
-    """The equation above in float32 at least, one shifted product per tap; `padded` is (B, K - 1 + T, C)."""
-    inputs, weight = at_least_float32(padded), at_least_float32(weight)
-    y = inputs.new_zeros(()) if bias is None else at_least_float32(bias)
-    if tokens == 1:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    padded = inputs_after_state(x, taps, state)  # (B, K - 1 + T, C)
+    inputs, weight = padded.to(wide), weight.to(wide)
+    y = inputs.new_zeros(()) if bias is None else bias.to(wide)
+    if x.shape[1] == 1:
         y = y + (inputs * weight.T).sum(1, keepdim=True)
     else:
         for start, tap in enumerate(weight.unbind(1)):
-            y = torch.addcmul(y, inputs[:, start : start + tokens], tap)
+            y = torch.addcmul(y, inputs[:, start : start + x.shape[1]], tap)
     # ACT2FN builds a module at every look-up.
     act = F.silu if activation == "silu" else ACT2FN[activation]
-    return act(y).to(padded.dtype)
+    return act(y).to(x.dtype), conv_state(padded, taps, ends)
 
 
 def inputs_after_state(x: torch.Tensor, taps: int, state: torch.Tensor | None = None) -> torch.Tensor:

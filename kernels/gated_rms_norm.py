@@ -8,8 +8,6 @@ Shapes: B batch, T tokens, C channels, in C / group_size groups.
 import torch
 import torch.nn.functional as F
 
-from .precision import at_least_float32
-
 
 def gated_rms_norm(
     x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group_size: int, eps: float
@@ -28,7 +26,8 @@ def gated_rms_norm(
         (B, T, C) in x's dtype. Normalised in float32 at least, rounded to x's dtype before the weight, as NVIDIA's
         code does.
     """
-    gated = at_least_float32(x) * F.silu(at_least_float32(gate))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gated = x.to(wide) * F.silu(gate.to(wide))
     grouped = gated.reshape(-1, group_size)
     normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
     return weight * normed.view(x.shape).to(x.dtype)

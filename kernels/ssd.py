@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from .precision import at_least_float32
-
 
 class ScanOutput(NamedTuple):
     """`y` (B, T, H, P), and as asked `state` (B, H, P, N) after the last token, `chunk_states` (B, T / L, H, P, N)."""
@@ -56,13 +54,13 @@ def ssd_scan(
         [`ScanOutput`]; y in x's dtype, states in float32. All arithmetic is float32 (float64 for float64): a seeded
         state grows to 1e3 and more over a long context, which bfloat16 does not survive.
     """
-    dtype = x.dtype
-    x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
-    tokens = x.shape[1]
-    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else at_least_float32(state)
+    dtype, tokens = x.dtype, x.shape[1]
+    wide = torch.promote_types(dtype, torch.float32)
+    x, B, C, D = x.to(wide), B.to(wide), C.to(wide), D.to(wide)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.to(wide)
     if tokens == 1 and not return_chunk_states:
         y, state = ssd_step_reference(x, dt, A, B, C, state)
-        return ScanOutput(torch.addcmul(y, at_least_float32(D)[:, None], x).to(dtype), state if return_state else None)
+        return ScanOutput(torch.addcmul(y, D[:, None], x).to(dtype), state if return_state else None)
     outputs, chunk_states = [], []
     for start in range(0, tokens, chunk_size):
         chunk_x, chunk_dt, chunk_B, chunk_C = (part[:, start : start + chunk_size] for part in (x, dt, B, C))
@@ -70,9 +68,9 @@ def ssd_scan(
             chunk_states.append(state)
         outputs.append(ssd_chunk_reference(chunk_x, chunk_dt, A, chunk_B, chunk_C, state))
         if return_state or start + chunk_size < tokens:
-            state = ssd_state_reference(chunk_x, chunk_dt, A, chunk_B, state)
+            state = ssd_state(chunk_x, chunk_dt, A, chunk_B, state)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    y = torch.addcmul(y, at_least_float32(D)[:, None], x).to(dtype)
+    y = torch.addcmul(y, D[:, None], x).to(dtype)
     return ScanOutput(
         y, state if return_state else None, torch.stack(chunk_states, dim=1) if return_chunk_states else None
     )
@@ -87,7 +85,7 @@ def ssd_state(
     ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The state after each row's first few tokens, without outputs.
+    The state after each row's first few tokens, without outputs: the sum above.
 
     Args:
         x: (B, T, H, P) inputs.
@@ -100,19 +98,12 @@ def ssd_state(
     Returns:
         (B, H, P, N) float32, as is all arithmetic (float64 for float64).
     """
-    x, dt, A, B = map(at_least_float32, (x, dt, A, B))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B = x.to(wide), dt.to(wide), A.to(wide), B.to(wide)
+    batch, tokens, heads, head_dim = x.shape
+    state = x.new_zeros(batch, heads, head_dim, B.shape[-1]) if state is None else state.to(wide)
     if ends is not None:
-        dt = dt * (torch.arange(dt.shape[1], device=dt.device) < ends[:, None])[..., None]
-    if state is None:
-        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
-    return ssd_state_reference(x, dt, A, B, at_least_float32(state))
-
-
-def ssd_state_reference(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
-    """The sum above in float32: (B, H, P, N)."""
-    batch, tokens, heads, _ = x.shape
+        dt = dt * (torch.arange(tokens, device=dt.device) < ends[:, None])[..., None]
     log_decay = (dt * A).cumsum(1)
     total = log_decay[:, -1:]  # (B, 1, H)
     weighted = x * (dt * (total - log_decay).exp())[..., None]
