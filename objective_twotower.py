@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .kernels.precision import at_least_float32
-from .sampling_twotower import content_seeds, derived_seeds, uniform_noise
+from .decoding.sampling import content_seeds, derived_seeds, uniform_noise
 
 MIN_TIMESTEP = 1e-3
 LossWeighting = Literal["mean", "inverse_timestep"]
