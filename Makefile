@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 # What test-newest runs: forward, labels, every mode, continuation, export and remote loading, pipeline, NVIDIA's numbers.
 NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat modeling objective generation unmasking \
-	continuation cache contract inspection export pipeline)) tests/mixins
+	continuation cache contract pipeline)) $(addprefix tests/checkpoints/test_,inspection.py export.py) tests/mixins
 
 .PHONY: demo test test-tools test-newest lint eval clean
 .DELETE_ON_ERROR:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .arguments_twotower import check_arguments, check_position_ids
 from .cache_twotower import (
     Counts,
     KeyValues,
@@ -31,6 +30,16 @@ from .cache_twotower import (
     TwoTowerCache,
     listed,
     uploaded,
+)
+from .checkpoints.loading import (
+    check_complete,
+    check_parts,
+    check_safetensors,
+    config_of_backbone,
+    load_backbone,
+    merge_expert_matrices,
+    register_checkpoint_layout,
+    spare_modules,
 )
 from .compat_twotower import (
     CacheOutput,
@@ -54,20 +63,17 @@ from .compat_twotower import (
 from .configuration_twotower import TwoTowerConfig
 from .decoding.released import ReleasedInterface
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
+from .inputs_twotower import (
+    check_arguments,
+    check_attention_mask,
+    check_ids,
+    check_position_ids,
+    pack_tokens,
+)
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.ssd import ssd_scan
-from .loading_twotower import (
-    check_complete,
-    check_parts,
-    check_safetensors,
-    config_of_backbone,
-    load_backbone,
-    merge_expert_matrices,
-    register_checkpoint_layout,
-    spare_modules,
-)
 from .objective_twotower import (
     LossWeighting,
     check_objective,
@@ -76,7 +82,6 @@ from .objective_twotower import (
     masked_cross_entropy,
     sample_masked,
 )
-from .padding_twotower import check_attention_mask, check_ids, pack_tokens
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from .kernels.precision import at_least_float32
 from .decoding.sampling import content_seeds, derived_seeds, uniform_noise
+from .kernels.precision import at_least_float32
 
 MIN_TIMESTEP = 1e-3
 LossWeighting = Literal["mean", "inverse_timestep"]

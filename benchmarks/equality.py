@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import twotower
-from twotower.evaluation import MAX_NEW_TOKENS, cut_after_end, end_ids, environment, tokenized_batches
+from twotower.demo.evaluation import MAX_NEW_TOKENS, cut_after_end, end_ids, environment, tokenized_batches
+from twotower.demo.problems import held_out_problems
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.train.problems import held_out_problems
 
 PROBLEMS = 200
 DRAFT_STEPS, BLOCK_SIZES, BATCH_SIZES = (1, 2, 4), (4, 8, 16, 32), (1, 8)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, QuantoConfig, TorchA
 from transformers import logging as transformers_logging
 
 import twotower
-from twotower.evaluation import (
+from twotower.demo.evaluation import (
     MAX_NEW_TOKENS,
     accuracy_figures,
     are_correct,
@@ -25,8 +25,8 @@ from twotower.evaluation import (
     environment,
     tokenized_batches,
 )
+from twotower.demo.problems import held_out_problems
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.train.problems import held_out_problems
 
 PROBLEMS, SEED, BATCH_SIZE = 400, 1, 16
 # "mock_ar" is left out: this checkpoint answers nothing in it, in float32 neither.

@@ -24,7 +24,7 @@ from ..compat_twotower import (
     accepts_past_key_values,
     tqdm,
 )
-from ..padding_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
+from ..inputs_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
 from .asking import asked_by_mode, made_for, serves_all_rows
 from .config import (
     REFUSED_ARGUMENTS,

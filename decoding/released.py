@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..compat_twotower import BaseStreamer, is_accelerate_available, requires_backends
-from ..padding_twotower import check_ids
+from ..inputs_twotower import check_ids
 from .state import BlockStep
 
 # Without the condition, transformers would ask everybody who loads an exported model to install accelerate.

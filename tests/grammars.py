@@ -1,6 +1,6 @@
 """What the tests of grammar tools share."""
 
-from twotower.train.problems import held_out_problems
+from twotower.demo.problems import held_out_problems
 
 PROMPTS = [problem.prompt for problem in held_out_problems(3, seed=0)]
 REGEX = r"[0-9]{2,3} [+*-] [0-9]{1,2} = [0-9]{2,4}\."

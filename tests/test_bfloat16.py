@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 import twotower
+from twotower.demo.problems import held_out_problems
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.train.problems import held_out_problems
 
 NEW_TOKENS = 32
 

@@ -14,9 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 from twotower import Stateless
 from twotower.cache_twotower import TwoTowerCache
 from twotower.decoding.adapter import CALL_ARGUMENTS
+from twotower.demo.problems import training_problems
+from twotower.demo.tokenizer import train_tokenizer
 from twotower.generation_twotower import MODES, BlockStep
-from twotower.train.problems import training_problems
-from twotower.train.tokenizer import train_tokenizer
 
 MASK, SIZE = 3, 4
 BOTH = pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "temperature": 1.5, "seed": 5}])

@@ -11,8 +11,8 @@ from tiny import random_block, random_ids, tiny_config, tiny_model, without_spec
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from twotower.arguments_twotower import UNSUPPORTED
 from twotower.generation_twotower import MODES
+from twotower.inputs_twotower import UNSUPPORTED
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from twotower.export import export
+from twotower.checkpoints.export import export
 
 HERE = Path(__file__).resolve().parent
 TEXTS = ["a cab", "the quick brown fox", "", "zzz 123", "b"]

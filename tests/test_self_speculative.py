@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LogitsProcessor
 import twotower
 from twotower import Stateless
 from twotower.decoding.rules import UNMASKING_RULES
+from twotower.demo.problems import held_out_problems
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.train.problems import held_out_problems
 
 PAD, EOS, MASK = 0, 2, 3
 # No answer of the embedded checkpoint is longer.

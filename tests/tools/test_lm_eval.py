@@ -5,7 +5,7 @@ from grammars import PROMPTS
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from twotower.evaluation import context_tower_in_transformers
+from twotower.demo.evaluation import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 
 

@@ -15,10 +15,10 @@ from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightCon
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 import twotower
-from twotower.evaluation import are_correct, cut_after_end, end_ids, tokenized_batches
+from twotower.demo.evaluation import are_correct, cut_after_end, end_ids, tokenized_batches
+from twotower.demo.problems import held_out_problems
 from twotower.generation_twotower import MODES
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.train.problems import held_out_problems
 
 CONFIGS = {
     "torchao": TorchAoConfig(Int8WeightOnlyConfig()),

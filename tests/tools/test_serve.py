@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import twotower
-from twotower.export import export
+from twotower.checkpoints.export import export
 from twotower.generation_twotower import MODES
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 

@@ -10,8 +10,8 @@ from tiny import student_model
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from twotower.train.problems import training_problems
-from twotower.train.tokenizer import train_tokenizer
+from twotower.demo.problems import training_problems
+from twotower.demo.tokenizer import train_tokenizer
 
 
 class DenoiserSFTTrainer(SFTTrainer):

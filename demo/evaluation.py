@@ -22,9 +22,9 @@ import torch
 import transformers
 from transformers import BatchEncoding, NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerBase
 
-from .configuration_twotower import TwoTowerConfig
-from .modeling_twotower import TwoTowerForBlockDiffusion
-from .train.problems import Problem, extract_result, held_out_problems
+from ..configuration_twotower import TwoTowerConfig
+from ..modeling_twotower import TwoTowerForBlockDiffusion
+from .problems import Problem, extract_result, held_out_problems
 
 # The longest answer has under 70 tokens.
 MAX_NEW_TOKENS = 96

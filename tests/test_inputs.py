@@ -6,7 +6,7 @@ import torch
 from tiny import random_block, random_ids, tiny_model
 from transformers import BatchEncoding
 
-from twotower.padding_twotower import check_attention_mask
+from twotower.inputs_twotower import check_attention_mask
 
 IDS = random_ids(2, 5)
 MODES = ("mask_diffusion", "self_speculative", "mock_ar", "ar")

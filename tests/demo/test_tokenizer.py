@@ -6,8 +6,8 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
-from twotower.train.problems import training_problems
-from twotower.train.tokenizer import train_tokenizer
+from twotower.demo.problems import training_problems
+from twotower.demo.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

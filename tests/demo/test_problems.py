@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from twotower.train.problems import (
+from twotower.demo.problems import (
     TEMPLATES,
     Problem,
     extract_result,

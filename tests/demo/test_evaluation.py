@@ -11,7 +11,7 @@ from tolerances import assert_close
 from transformers import BatchEncoding
 
 from twotower import TwoTowerForBlockDiffusion, evaluation
-from twotower.evaluation import (
+from twotower.demo.evaluation import (
     BASELINE,
     Generated,
     Run,
@@ -30,9 +30,9 @@ from twotower.evaluation import (
     summarize,
     tokenized_batches,
 )
-from twotower.rules_evaluation import compare_rules, seeds_of_prompts
-from twotower.train.problems import held_out_problems, training_problems
-from twotower.train.tokenizer import train_tokenizer
+from twotower.demo.problems import held_out_problems, training_problems
+from twotower.demo.rules_evaluation import compare_rules, seeds_of_prompts
+from twotower.demo.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import NemotronHForCausalLM, PreTrainedModel
 
-from .compat_twotower import (
+from ..compat_twotower import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -29,7 +29,7 @@ from .compat_twotower import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from .configuration_twotower import TwoTowerConfig, check_auto_map
+from ..configuration_twotower import TwoTowerConfig, check_auto_map
 
 PICKLED_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 ADAPTER_CONFIG = "adapter_config.json"

@@ -8,7 +8,8 @@ from zlib import crc32
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from .decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
+from ..decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
+from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .evaluation import (
     accuracy_figures,
     answer,
@@ -21,8 +22,7 @@ from .evaluation import (
     tokenized_batches,
     variant_of,
 )
-from .modeling_twotower import TwoTowerForBlockDiffusion
-from .train.problems import held_out_problems
+from .problems import held_out_problems
 
 # Per line of the chart: its rule, and the values that trade passes for accuracy along it.
 Setting = dict[str, Any]

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from transformers import BatchEncoding
 
-    from .modeling_twotower import TwoTowerForBlockDiffusion
+    from ..modeling_twotower import TwoTowerForBlockDiffusion
 
 
 class OneLineErrors(TyperGroup):
@@ -101,7 +101,7 @@ def generate(
     ] = False,
 ) -> None:
     """Answer PROMPT: the text on standard output, a line about its cost on standard error."""
-    from .generation_twotower import TwoTowerGenerationConfig
+    from ..generation_twotower import TwoTowerGenerationConfig
     from .terminal import DraftStreamer, output_console
 
     options: dict[str, Any] = {
@@ -149,8 +149,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a self-contained Hub folder, which loads with trust_remote_code=True where twotower is not installed."""
-    from . import demo_checkpoint
-    from .export import export as export_model
+    from .. import demo_checkpoint
+    from ..checkpoints.export import export as export_model
 
     _quiet_unless_watched(model)
     typer.echo(export_model(model or demo_checkpoint(), folder, push_to_hub, private, overwrite=overwrite))
@@ -164,8 +164,8 @@ def info(
     dtype: Annotated[str | None, typer.Option(help="For the bytes, e.g. bfloat16; default the config's.")] = None,
 ) -> None:
     """Show a model's geometry, parameters and memory; its config is enough."""
-    from . import inspection
-    from .configuration_twotower import TwoTowerConfig
+    from ..checkpoints import inspection
+    from ..configuration_twotower import TwoTowerConfig
     from .terminal import output_console, show_table
 
     _quiet_unless_watched(model)
@@ -189,7 +189,7 @@ def train(
     """Train the demonstration model, the context tower first, then the denoiser; resumable."""
     import torch
 
-    from .train.loop import CONTEXT, DENOISER, train_demo
+    from ..demo.training import CONTEXT, DENOISER, train_demo
 
     torch.set_num_threads(threads)
     stages = (
@@ -220,7 +220,7 @@ def evaluate(
     import torch
     from transformers.utils import logging
 
-    from . import evaluation, rules_evaluation
+    from ..demo import evaluation, rules_evaluation
     from .terminal import output_console, show_table, track
 
     sizes = _whole_numbers(batch_sizes, "--batch-sizes")
@@ -261,7 +261,7 @@ def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":
     import torch
     from transformers import AutoTokenizer
 
-    from .modeling_twotower import TwoTowerForBlockDiffusion
+    from ..modeling_twotower import TwoTowerForBlockDiffusion
 
     _quiet_unless_watched(model)
     origin = _origin(model)
@@ -277,7 +277,7 @@ def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":
 
 def _origin(model: str | None) -> str:
     """What to load from; a path that is not there is not taken for a repository's name."""
-    from . import demo_checkpoint
+    from .. import demo_checkpoint
 
     if model is None:
         return str(demo_checkpoint())
@@ -351,7 +351,7 @@ def _trace(two_towers: Any, tokenizer: Any, inputs: "BatchEncoding", options: di
 
 
 def _new_tokens(two_towers: Any, inputs: "BatchEncoding", output: Any) -> list[int]:
-    from .evaluation import cut_after_end, end_ids
+    from ..demo.evaluation import cut_after_end, end_ids
 
     return cut_after_end(output.sequences[0, inputs.input_ids.shape[1] :].tolist(), end_ids(two_towers))
 

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import twotower
 from twotower import TwoTowerForBlockDiffusion, cli, evaluation, rules_evaluation
-from twotower.cli import app
+from twotower.cli.commands import app
 from twotower.decoding.rules import UNMASKING_RULES
-from twotower.rules_evaluation import draw_rules
-from twotower.train import loop
-from twotower.train.problems import training_problems
-from twotower.train.tokenizer import train_tokenizer
+from twotower.demo import training
+from twotower.demo.problems import training_problems
+from twotower.demo.rules_evaluation import draw_rules
+from twotower.demo.tokenizer import train_tokenizer
 
 QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 
@@ -229,11 +229,11 @@ def test_eval_batch_sizes(checkpoint, sizes):
 
 def test_train_hands_its_options_on(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(loop, "train_demo", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(training, "train_demo", lambda *arguments: calls.append(arguments))
     run("train", tmp_path, "--seed", 4, "--context-steps", 5)
     ((folder, stages, seed),) = calls
     assert (folder, seed) == (tmp_path, 4)
-    assert [(stage.name, stage.steps) for stage in stages] == [("context", 5), ("denoiser", loop.DENOISER.steps)]
+    assert [(stage.name, stage.steps) for stage in stages] == [("context", 5), ("denoiser", training.DENOISER.steps)]
     assert run("train", tmp_path, "--denoiser-steps", 0, code=2)
 
 

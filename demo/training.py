@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_twotower import TwoTowerConfig
 from ..generation_twotower import TwoTowerGenerationConfig
+from ..inputs_twotower import pack_tokens
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from ..padding_twotower import pack_tokens
 from .batches import IGNORED, Batch, training_batches
 from .optimizer import ExpertBalancer, MatrixOptimizer
 from .problems import training_problems

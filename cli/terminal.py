@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .compat_twotower import BaseStreamer
+from ..compat_twotower import BaseStreamer
 
 MASK_SYMBOL, END_SYMBOL = "░", "■"
 # A file has no width; tables there are as wide as their content.

@@ -5,9 +5,9 @@ from itertools import islice
 import pytest
 import torch
 
-from twotower.train.batches import IGNORED, collate, training_batches
-from twotower.train.problems import training_problems
-from twotower.train.tokenizer import train_tokenizer
+from twotower.demo.batches import IGNORED, collate, training_batches
+from twotower.demo.problems import training_problems
+from twotower.demo.tokenizer import train_tokenizer
 
 PAD, EOS, SIZE = 0, 2, 8
 

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from twotower import export as export_module
-from twotower.export import AUTO_MAP, export
+from twotower.checkpoints import export as export_module
+from twotower.checkpoints.export import AUTO_MAP, export
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
 PROMPT = torch.tensor([[1, 20, 30, 40, 50, 60, 70]])
 
 
@@ -358,13 +358,13 @@ def load(work, auto_class, source, save_to, *other_source, **environment):
     if "HF_ENDPOINT" not in environment:
         environment["HF_HUB_OFFLINE"] = "1"
     arguments = [auto_class, source, save_to, *other_source]
-    output = run_python(work, "-I", HERE / "load_remote.py", *arguments, **environment)
+    output = run_python(work, "-I", TESTS / "load_remote.py", *arguments, **environment)
     return json.loads(output.splitlines()[-1])
 
 
 def push(checkpoint, folder, hub, max_shard_sizes):
     code = (
-        "from twotower.export import export\n"
+        "from twotower.checkpoints.export import export\n"
         f"for size in {max_shard_sizes!r}:\n"
         f"    export({str(checkpoint)!r}, {str(folder)!r}, push_to_hub='lab/tiny.model-1', private=True,\n"
         "           overwrite=True, max_shard_size=size)\n"
@@ -408,7 +408,7 @@ class Hub:
     def __init__(self, root):
         self.root = root
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "fake_hub.py", root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, TESTS / "fake_hub.py", root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.url = self.process.stdout.readline().strip()
 

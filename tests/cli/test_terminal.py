@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from twotower.terminal import (
+from twotower.cli.terminal import (
     MASK_SYMBOL,
     DraftStreamer,
     TraceStreamer,
@@ -16,8 +16,8 @@ from twotower.terminal import (
     show_table,
     track,
 )
-from twotower.train.problems import training_problems
-from twotower.train.tokenizer import train_tokenizer
+from twotower.demo.problems import training_problems
+from twotower.demo.tokenizer import train_tokenizer
 
 MASK = 3
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .configuration_twotower import TwoTowerConfig
-from .modeling_twotower import TwoTowerBackbone, TwoTowerForBlockDiffusion, TwoTowerMoE
+from ..configuration_twotower import TwoTowerConfig
+from ..modeling_twotower import TwoTowerBackbone, TwoTowerForBlockDiffusion, TwoTowerMoE
 
 # In the order of a table; the values are the keys of the counts below.
 PARTS = {

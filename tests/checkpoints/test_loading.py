@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.trainer_utils import load_sharded_checkpoint
 
+from twotower.checkpoints.loading import check_safetensors
 from twotower.configuration_twotower import TwoTowerConfig
-from twotower.loading_twotower import check_safetensors
 from twotower.modeling_twotower import TWOTOWER_PARTS, TwoTowerForBlockDiffusion
 
 

@@ -18,13 +18,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .compat_twotower import get_relative_imports
-from .configuration_twotower import LAYER_LETTERS, TwoTowerConfig
-from .modeling_twotower import TwoTowerForBlockDiffusion
+from ..compat_twotower import get_relative_imports
+from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
+from ..modeling_twotower import TwoTowerForBlockDiffusion
 
 logger = logging.get_logger(__name__)
 
-CODE_ROOT = Path(__file__).resolve().parent
+CODE_ROOT = Path(__file__).resolve().parents[1]
 MODELING_FILE = CODE_ROOT / f"{TwoTowerForBlockDiffusion.__module__.split('.')[-1]}.py"
 AUTO_MAP = {
     "AutoConfig": f"configuration_twotower.{TwoTowerConfig.__name__}",

@@ -8,9 +8,9 @@ from tiny import tiny_config
 from transformers import AutoTokenizer
 
 import twotower
+from twotower.demo import training
+from twotower.demo.training import Stage, train_demo
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.train import loop
-from twotower.train.loop import Stage, train_demo
 
 STAGES = (
     Stage("context", steps=4, batch_size=2, warmup=1),
@@ -45,7 +45,7 @@ def test_the_released_denoiser_predicts_the_same_less_surely(trained):
     block = torch.full((1, 16), 3)
     with torch.no_grad():
         cache = last(torch.arange(4, 20)[None]).past_key_values
-        expected = last.denoise(block, cache) / loop.CONFIDENCE_TEMPERATURE
+        expected = last.denoise(block, cache) / training.CONFIDENCE_TEMPERATURE
         # The head is divided in bfloat16, which rounds it by up to 2 ** -9.
         torch.testing.assert_close(
             released.denoise(block, cache), expected, rtol=0, atol=2**-8 * float(expected.abs().max())
@@ -84,7 +84,7 @@ def test_a_save_interrupted_half_way_loses_nothing(trained):
 
 
 def test_an_interrupted_run_goes_on_from_its_last_save(tmp_path, monkeypatch):
-    real, calls = loop._train_step, []
+    real, calls = training._train_step, []
 
     def interrupted(*args):
         calls.append(args[3])
@@ -92,21 +92,21 @@ def test_an_interrupted_run_goes_on_from_its_last_save(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(loop, "_train_step", interrupted)
+    monkeypatch.setattr(training, "_train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_demo(tmp_path, STAGES, seed=1, save_every=2)
     train_demo(tmp_path, STAGES, seed=1, save_every=2)
     assert calls == [0, 1, 2, 3, 2, 3, 0, 1, 2, 3]
-    assert torch.load(tmp_path / "last" / loop.STATE_FILE, weights_only=True) == {"done": ["context", "denoiser"]}
+    assert torch.load(tmp_path / "last" / training.STATE_FILE, weights_only=True) == {"done": ["context", "denoiser"]}
     assert not (tmp_path / "last.old").exists() and not (tmp_path / "last.new").exists()
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     """Weights, moments of the optimiser, batches and masks all go on where they were, in both stages."""
-    monkeypatch.setattr(loop, "TOKENIZER_PROBLEMS", 100)
-    monkeypatch.setattr(loop, "demo_config", lambda: tiny_config(vocab_size=512, block_size=16))
+    monkeypatch.setattr(training, "TOKENIZER_PROBLEMS", 100)
+    monkeypatch.setattr(training, "demo_config", lambda: tiny_config(vocab_size=512, block_size=16))
     train_demo(tmp_path / "whole", STAGES, seed=1, save_every=2)
-    real, stops = loop._train_step, ["context", "denoiser"]
+    real, stops = training._train_step, ["context", "denoiser"]
 
     def interrupted(model, batch, stage, step, *args):
         if step == 3 and stage.name in stops:  # one step after a save
@@ -114,7 +114,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(model, batch, stage, step, *args)
 
-    monkeypatch.setattr(loop, "_train_step", interrupted)
+    monkeypatch.setattr(training, "_train_step", interrupted)
     for _ in ("context", "denoiser"):
         with pytest.raises(KeyboardInterrupt):
             train_demo(tmp_path / "parts", STAGES, seed=1, save_every=2)
@@ -135,14 +135,14 @@ def test_the_learning_rate_warms_up_stays_and_decays():
 
 
 def test_context_loss_ignores_padding_and_prompts():
-    from twotower.train.batches import Batch
+    from twotower.demo.batches import Batch
 
     torch.manual_seed(0)
-    model = TwoTowerForBlockDiffusion(loop.demo_config())
+    model = TwoTowerForBlockDiffusion(training.demo_config())
     ids = torch.randint(4, 500, (1, 24))
     labels = ids.clone()
     labels[:, :16] = -100
-    alone = loop.context_loss(model, Batch(ids, torch.ones_like(ids), labels), None)
+    alone = training.context_loss(model, Batch(ids, torch.ones_like(ids), labels), None)
     logits = model(ids, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits[0, 15:23], ids[0, 16:])
     torch.testing.assert_close(alone, expected)
@@ -150,4 +150,4 @@ def test_context_loss_ignores_padding_and_prompts():
     padded = Batch(
         torch.cat([pad, ids], 1), torch.cat([pad, torch.ones_like(ids)], 1), torch.cat([pad - 100, labels], 1)
     )
-    torch.testing.assert_close(loop.context_loss(model, padded, None), expected)
+    torch.testing.assert_close(training.context_loss(model, padded, None), expected)

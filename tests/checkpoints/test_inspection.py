@@ -9,7 +9,15 @@ import torch
 from tiny import tiny_config
 
 from twotower import TwoTowerConfig, TwoTowerForBlockDiffusion
-from twotower.inspection import cache_size, dtype_named, geometry, human, memory_table, model_size, parameter_table
+from twotower.checkpoints.inspection import (
+    cache_size,
+    dtype_named,
+    geometry,
+    human,
+    memory_table,
+    model_size,
+    parameter_table,
+)
 
 # The fields of NVIDIA's config that decide sizes.
 NVIDIA_30B = {
