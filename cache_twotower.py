@@ -12,9 +12,9 @@ Shapes: B batch rows, L most tokens of any row, T tokens of a chunk, S tokens re
 head dim, K kernel width, C channels, H Mamba heads, P their dim, G groups, N state, V vocabulary, E hidden size.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import ref
@@ -594,8 +594,8 @@ class TwoTowerCache(Cache):
         if self.whole is not None:
             self._check_settled()
             return self.whole.copy_rows([self.indices[row] for row in listed(rows)])
-        copied = copy(self)
-        copied.layers, copied.tokens = [copy(layer) for layer in self.layers], copy(self.tokens)
+        copied = copy.copy(self)
+        copied.layers, copied.tokens = [copy.copy(layer) for layer in self.layers], copy.copy(self.tokens)
         copied.select_rows(rows)
         return copied
 

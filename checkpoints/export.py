@@ -1,12 +1,9 @@
 """Exporting a model: a folder for the Hugging Face Hub that loads with `trust_remote_code=True`, without this package.
 
-transformers downloads the files a modelling file imports by name, one folder deep. So the code is written flat
-(`kernels/ssd.py` becomes `kernels_ssd.py`), next to weights, tokenizer, configs and a model card.
+It holds the package's code in three files (see bundling.py), weights, tokenizer, configs and a model card.
 """
 
-import ast
 import json
-import re
 import shutil
 import tempfile
 from fnmatch import fnmatch
@@ -18,18 +15,16 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..compat_twotower import get_relative_imports
 from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
+from .bundling import CODE_ROOT, write_code
 
 logger = logging.get_logger(__name__)
 
-CODE_ROOT = Path(__file__).resolve().parents[1]
-MODELING_FILE = CODE_ROOT / f"{TwoTowerForBlockDiffusion.__module__.split('.')[-1]}.py"
 AUTO_MAP = {
     "AutoConfig": f"configuration_twotower.{TwoTowerConfig.__name__}",
-    "AutoModel": f"{MODELING_FILE.stem}.{TwoTowerForBlockDiffusion.__name__}",
-    "AutoModelForCausalLM": f"{MODELING_FILE.stem}.{TwoTowerForBlockDiffusion.__name__}",
+    "AutoModel": f"modeling_twotower.{TwoTowerForBlockDiffusion.__name__}",
+    "AutoModelForCausalLM": f"modeling_twotower.{TwoTowerForBlockDiffusion.__name__}",
 }
 WEIGHT_FILES = "model*.safetensors*"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -96,48 +91,6 @@ def export(
             repo_id=repo_id, folder_path=folder, delete_patterns=WEIGHT_FILES, commit_message="Upload TwoTower model"
         )
     return folder
-
-
-def write_code(folder: Path) -> None:
-    """Write the modelling file and every file it imports, directly or not, flat into `folder`."""
-    pending, written = [MODELING_FILE], set()
-    while pending:
-        source = pending.pop()
-        if source in written:
-            continue
-        written.add(source)
-        target = folder / f"{_flat_name(source)}.py"
-        imported = _relative_imports(source)
-        target.write_text(_with_flat_imports(source, imported), encoding="utf-8")
-        # transformers copies and downloads what its regular expression finds, comments and docstrings included.
-        found, expected = set(get_relative_imports(target)), {_flat_name(path) for path in imported.values()}
-        assert found == expected, f"transformers reads the imports of {source} as {found}, but they are {expected}"
-        pending.extend(imported.values())
-
-
-def _relative_imports(source: Path) -> dict[int, Path]:
-    """Line of each relative import -> the file it imports from."""
-    imports = {}
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level > 0:
-            where = f"{source}, line {node.lineno}"
-            assert node.module is not None, f"{where}: transformers cannot follow `from . import`; name the module"
-            imported = source.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
-            assert imported.is_file(), f"{where}: {imported} is not a file, and only files can be exported"
-            imports[node.lineno] = imported
-    return imports
-
-
-def _with_flat_imports(source: Path, imports: dict[int, Path]) -> str:
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-    for line_number, imported in imports.items():
-        line = lines[line_number - 1]
-        lines[line_number - 1] = re.sub(r"from\s+\.[\w.]+", f"from .{_flat_name(imported)}", line, count=1)
-    return "".join(lines)
-
-
-def _flat_name(source: Path) -> str:
-    return "_".join(source.relative_to(CODE_ROOT).with_suffix("").parts)
 
 
 def _check_source(source: str | Path | PreTrainedModel, origin: Path | None) -> None:

@@ -9,8 +9,8 @@ Nothing is read from the device during a pass: what a processor holds becomes nu
 Shapes: R rows, S positions, V vocabulary, W columns of texts with their guess, K sequences, P tokens of a prefix.
 """
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
-from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -229,7 +229,7 @@ def _of_encoder_no_repeat_ngram(processor: Any, vocab_size: int, longest: int) -
 def _of_sequence_bias(processor: Any, vocab_size: int, longest: int) -> dict[str, Any]:
     # About no text it answers with the bias of single tokens, or that a token is beyond the vocabulary. It would keep
     # what it prepares for that, on this device, so a copy is asked.
-    alone = copy(processor)(torch.empty(1, 0, dtype=torch.long), torch.zeros(1, vocab_size))[0]
+    alone = copy.copy(processor)(torch.empty(1, 0, dtype=torch.long), torch.zeros(1, vocab_size))[0]
     # Those of a length follow each other, as they are added.
     lengths = list(dict.fromkeys(len(sequence) for sequence in processor.sequence_bias if len(sequence) > 1))
     longer = [one for length in lengths for one in processor.sequence_bias if len(one) == length]
