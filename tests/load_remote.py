@@ -4,6 +4,7 @@
 """
 
 import json
+import pickle
 import sys
 
 sys.modules["twotower"] = None  # importing it is now an ImportError
@@ -12,6 +13,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 PROMPT = [[1, 20, 30, 40, 50, 60, 70]]
+MODES = ("mask_diffusion", "self_speculative", "mock_ar", "ar")
 
 
 def main(auto_class, source, save_to, other_source=None):
@@ -19,11 +21,20 @@ def main(auto_class, source, save_to, other_source=None):
     auto = getattr(transformers, auto_class)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=True)
     model = auto.from_pretrained(source, trust_remote_code=True)
+    prompt, knobs = torch.tensor(PROMPT), {"max_new_tokens": 10}
+    output = model.generate(prompt, return_dict_in_generate=True, **knobs)
     seen = {
         "module": type(model).__module__,
         "config_module": type(transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)).__module__,
-        "logits": model(torch.tensor(PROMPT)).logits.tolist(),
-        "generated": model.generate(torch.tensor(PROMPT), max_new_tokens=10).tolist(),
+        "modules": sorted(
+            {type(part).__module__.rsplit(".")[-1] for part in (model, model.config, output, output.cache)}
+        ),
+        "logits": model(prompt).logits.tolist(),
+        "generated": output.sequences.tolist(),
+        "by_mode": {mode: model.generate(prompt, mode=mode, **knobs).tolist() for mode in MODES},
+        "pickled": pickle.loads(pickle.dumps((model.config, model.generation_config, model)))[2](
+            prompt
+        ).logits.tolist(),
         "mode": model.generation_config.mode,
         "token_ids": tokenizer("a cab")["input_ids"],
     }
