@@ -12,10 +12,11 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import twotower
-from twotower import TwoTowerForBlockDiffusion, cli, evaluation, rules_evaluation
+from twotower import TwoTowerForBlockDiffusion
+from twotower.cli import commands
 from twotower.cli.commands import app
 from twotower.decoding.rules import UNMASKING_RULES
-from twotower.demo import training
+from twotower.demo import evaluation, rules_evaluation, training
 from twotower.demo.problems import training_problems
 from twotower.demo.rules_evaluation import draw_rules
 from twotower.demo.tokenizer import train_tokenizer
@@ -97,7 +98,7 @@ def test_generate_samples_reproducibly(checkpoint):
 
 def test_generate_on_a_terminal_streams(checkpoint, monkeypatch):
     monkeypatch.setattr("sys.stdout", screen := Terminal())
-    cli.generate("ab", model=str(checkpoint), raw=True, max_new_tokens=8)
+    commands.generate("ab", model=str(checkpoint), raw=True, max_new_tokens=8)
     assert "░" in screen.getvalue()
     assert answer(checkpoint, "ab", max_new_tokens=8)[0] in screen.getvalue()
 
@@ -271,13 +272,13 @@ def test_generate_refuses_what_is_no_text():
 
 
 def test_version(monkeypatch):
-    monkeypatch.setattr(cli.metadata, "version", lambda name: {"twotower": "1.2.3"}[name])
+    monkeypatch.setattr(commands.metadata, "version", lambda name: {"twotower": "1.2.3"}[name])
     assert run("--version").stdout == "twotower 1.2.3\n"
 
     def absent(name):
-        raise cli.metadata.PackageNotFoundError(name)
+        raise commands.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(cli.metadata, "version", absent)
+    monkeypatch.setattr(commands.metadata, "version", absent)
     assert run("--version").stdout == "twotower (not installed)\n"
 
 
@@ -351,14 +352,14 @@ def test_figures_go_through_a_link_and_into_what_is_no_file(tmp_path):
     target, link = tmp_path / "target.json", tmp_path / "link.json"
     target.write_text("old")
     link.symlink_to(target)
-    cli._check_writable(link)
-    cli._write_whole(link, lambda file: file.write_text("new"))
+    commands._check_writable(link)
+    commands._write_whole(link, lambda file: file.write_text("new"))
     assert link.is_symlink() and target.read_text() == "new"
-    cli._check_writable(Path("/dev/null"))
-    cli._write_whole(Path("/dev/null"), lambda file: file.write_text("new"))
+    commands._check_writable(Path("/dev/null"))
+    commands._write_whole(Path("/dev/null"), lambda file: file.write_text("new"))
     assert not Path("/dev/null").is_file()
     with pytest.raises(IsADirectoryError, match="is a folder; give a file"):
-        cli._check_writable(tmp_path)
+        commands._check_writable(tmp_path)
 
 
 class Terminal(io.StringIO):
