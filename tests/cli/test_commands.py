@@ -259,7 +259,7 @@ def test_generate_reads_standard_input(checkpoint):
 
 @pytest.mark.parametrize(("prompt", "given"), [("", None), (" \n\t", None), ("-", ""), ("-", " \n")])
 def test_generate_refuses_an_empty_prompt_before_any_work(prompt, given, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(commands, "_load", lambda *_: pytest.fail("the model was loaded"))
     name = "standard input" if prompt == "-" else "the prompt"
     for raw in ((), ("--raw",)):
         result = run("generate", prompt, *raw, code=2, input=given)

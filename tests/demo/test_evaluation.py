@@ -10,7 +10,8 @@ from tiny import tiny_config, tiny_model
 from tolerances import assert_close
 from transformers import BatchEncoding
 
-from twotower import TwoTowerForBlockDiffusion, evaluation
+from twotower import TwoTowerForBlockDiffusion
+from twotower.demo import evaluation
 from twotower.demo.evaluation import (
     BASELINE,
     Generated,
