@@ -10,7 +10,7 @@ Shapes: R rows, S positions, V vocabulary, W columns of texts with their guess, 
 """
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -469,7 +469,7 @@ class TextProcessors:
             self._selected[chosen] = selected
         return self._selected[chosen]
 
-    def _groups_of(self, rows: tuple[int, ...]) -> Any:
+    def _groups_of(self, rows: tuple[int, ...]) -> Iterator[tuple[list[int], list[_Step]]]:
         for group in self.groups:
             members = {row: member for member, row in enumerate(group.places)}
             places = [place for place, row in enumerate(rows) if row in members]

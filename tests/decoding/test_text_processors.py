@@ -30,7 +30,8 @@ def tokens(draw, least=1, most=6):
 
 
 def sequences(draw):
-    return list({tuple(tokens(draw, most=draw.choice([1, 2, 3, 5]))) for _ in range(draw.randint(1, 12))})
+    drawn = [tokens(draw, most=draw.choice([1, 2, 3, 5])) for _ in range(draw.randint(1, 12))]
+    return list({tuple(token % draw.choice([2, VOCAB]) for token in one) for one in drawn})
 
 
 def eos(draw):
@@ -50,7 +51,7 @@ MAKERS = {
     lp.NoRepeatNGramLogitsProcessor: lambda draw: (draw.choice([1, 2, 3, 6]),),
     lp.EncoderNoRepeatNGramLogitsProcessor: lambda draw: (
         draw.choice([1, 2, 3, 6]),
-        torch.tensor([tokens(draw, most=20)]),
+        torch.tensor([tokens(draw, most=20)]) % draw.choice([2, VOCAB]),
     ),
     lp.SequenceBiasLogitsProcessor: lambda draw: (
         {one: draw.choice([draw.gauss(0, 3), math.inf, -math.inf]) for one in sequences(draw)},
@@ -91,8 +92,9 @@ class Pass:
         generator = torch.Generator().manual_seed(draw.randrange(2**32))
         self.lengths = [draw.randint(0, longest) for _ in range(rows)]
         width = max(self.lengths) + draw.randint(0, 2)
-        self.text = torch.randint(VOCAB, (rows, width), generator=generator)
-        self.guess = torch.randint(VOCAB, (rows, positions - draw.randint(0, 1)), generator=generator)
+        used = draw.choice([2, VOCAB])  # of two tokens, long sequences come back
+        self.text = torch.randint(used, (rows, width), generator=generator)
+        self.guess = torch.randint(used, (rows, positions - draw.randint(0, 1)), generator=generator)
         self.scores = torch.randn(rows, positions, VOCAB, generator=generator) * 3
         if special:
             chosen = torch.rand(self.scores.shape, generator=generator) < 0.2
@@ -185,6 +187,22 @@ def test_an_ngram_across_text_and_guess(size):
     assert [set(row.nonzero().flatten().tolist()) for row in forbidden] == expected
 
 
+def test_a_token_repeated_more_often_than_a_byte_counts():
+    one = Pass(random.Random(0), 1, 3, special=False)
+    one.text, one.lengths = torch.zeros(1, 256, dtype=torch.long), [256]
+    lists = [[lp.NoRepeatNGramLogitsProcessor(1)]]
+    assert same_bits(one.found(lists), one.expected(lists))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
+def test_biases_of_one_token_are_added_in_the_processors_order(order):
+    one = Pass(random.Random(0), 1, 2, special=False)
+    one.text, one.lengths = torch.ones(1, 5, dtype=torch.long), [5]
+    biases = [((1, 2), 1e8), ((1, 1, 2), -1e8), ((1, 1, 1, 2), 1.0)]
+    lists = [[lp.SequenceBiasLogitsProcessor(dict(biases[place] for place in order))]]
+    assert same_bits(one.found(lists), one.expected(lists))
+
+
 # What is read from the device.
 
 
@@ -201,6 +219,22 @@ def test_a_pass_reads_nothing_from_the_device(kind):
         lengths = torch.empty(3, dtype=torch.long, device="meta")
         scores = torch.empty(3, 4, VOCAB, device="meta")
         assert processors(scores, Texts.with_guess(text, lengths, text[:, :4])).shape == scores.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", VECTORISED, ids=lambda kind: kind.__name__)
+def test_answers_on_a_gpu(kind):
+    draw = random.Random(1)
+    one = Pass(draw, 4, 5, special=False)
+    lists = [[make(kind, draw)] for _ in range(4)]
+    processors = TextProcessors([PreparedProcessors(each, VOCAB, LONGEST) for each in lists], "cuda")
+    scores, texts = one.scores.cuda(), Texts(*(part.cuda() for part in one.texts()))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = processors(scores, texts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), one.expected(lists))
 
 
 # What `generate` can build.
@@ -333,6 +367,7 @@ def test_tokens_beyond_the_vocabulary():
     at_once = lp.ForcedEOSTokenLogitsProcessor(one.lengths[0] + 1, 99)
     with pytest.raises(IndexError):
         one.found([[at_once]])
+    one.text.zero_(), one.guess.zero_()
     one.text[0, 0], one.guess[0, 0] = 99, 99  # an embedding may be larger than the scores
     for kind, arguments in ((lp.RepetitionPenaltyLogitsProcessor, 1.5), (lp.NoRepeatNGramLogitsProcessor, 1)):
         processor = kind(arguments)
