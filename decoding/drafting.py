@@ -1,126 +1,248 @@
-"""How long the next draft of mode "self_speculative" is to be, learnt from how much of the last ones was accepted.
+"""How long the next draft of mode "self_speculative" is to be, learnt from what became of the last ones.
 
 A draft of length S is the newest token, which is known, and S - 1 drafted ones; S = 1 is no draft, one token in a step
-of mode "ar". The text is the same whatever is chosen here.
+of mode "ar". The text is the same whatever is chosen here. Times are in steps: one is what a step of mode "ar" takes
+for the rows at hand.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-# Estimates of acceptance forget by this factor per draft.
-MEMORY = 0.75
-# The weight of what the other rows showed, in drafts, in the estimate of a row.
-PRIOR_WEIGHT = 1.5
-# What a controller believes before its first draft.
-OPTIMISM = 0.9
-# Of the time that mode "ar" would have taken, so much may be lost to drafts,
+# Chosen on recorded acceptances of the embedded checkpoint, on and off its templates, and on made-up ones.
+
+# What is believed before anything is known: that this share of drafted tokens is accepted where the context tower is
+# sure of them, and how sure it is. Weights say how many drafts, and tokens, outweigh that.
+SKILL, SKILL_WEIGHT = 0.97, 1.5
+SURENESS, SURENESS_WEIGHT = 0.97, 3.0
+# Of that belief about sureness, the others' tokens, a cycle of all rows counting 1 + its accepted tokens, outweigh it at
+# once: rows at the same time are often of one kind.
+POOL_SURENESS_WEIGHT = 0.3
+# What has been seen fades by these factors, per draft and per token.
+DRAFT_MEMORY, TOKEN_MEMORY = 0.8, 0.9
+# A token as unlikely as a name among many is unlike the text around it: it counts as no less sure.
+LEAST_SURE = 0.4
+# A token is drafted without knowing the drafted ones before it, so unsure text is drafted worse than it is continued.
+SURENESS_POWER = 3
+# Of the steps that mode "ar" would have taken so many may be lost to drafts;
 LOSS_RATE = 0.025
-# and beyond that so many full drafts of which nothing is accepted: at first, and where drafts have gained time.
-FIRST_DRAFTS, EARNED_DRAFTS = 1.0, 3.0
+# beyond that so many steps at first, but a whole draft in any case; and where drafts gain, so many whole drafts.
+FIRST_STEPS, EARNED_DRAFTS = 6.5, 2.0
+
+# Rates of acceptance are told apart by so much.
+RATES = 256
 
 
-@dataclass
-class Acceptance:
-    """Of drafted tokens up to the first one refused: how many were accepted, and how often one was refused."""
+@dataclass(slots=True)
+class Evidence:
+    """
+    What was seen of a row, or of all, fading with time.
+
+    Args:
+        accepted: drafted tokens that were accepted.
+        refused: drafts that were cut short, each weighed by how sure the context tower was of its token instead.
+        sure: the context tower's probability of the tokens it chose, summed.
+        tokens: how many these are.
+    """
 
     accepted: float = 0.0
     refused: float = 0.0
+    sure: float = 0.0
+    tokens: float = 0.0
 
-    def learn(self, accepted: float, refused: float, memory: float) -> None:
-        self.accepted, self.refused = memory * self.accepted + accepted, memory * self.refused + refused
+    def skill(self, prior: float) -> float:
+        return (self.accepted + prior * SKILL_WEIGHT) / (self.accepted + self.refused + SKILL_WEIGHT)
 
-    def rate(self, prior: float, weight: float) -> float:
-        return (self.accepted + prior * weight) / (self.accepted + self.refused + weight)
+    def sureness(self, prior: float, weight: float) -> float:
+        return (self.sure + prior * weight) / (self.tokens + weight)
+
+    def see_draft(self, accepted: float, refused: float) -> None:
+        self.accepted = DRAFT_MEMORY * self.accepted + accepted
+        self.refused = DRAFT_MEMORY * self.refused + refused
+
+    def see_tokens(self, sure: float, tokens: float, memory: float) -> None:
+        self.sure, self.tokens = memory * self.sure + sure, memory * self.tokens + tokens
+
+
+UNSEEN = Evidence()
 
 
 class DraftController:
     """
-    Chooses one draft length for all rows that are decoded together, cycle by cycle.
+    Chooses one draft length for all rows that are decoded together, cycle by cycle: that which promises most tokens a
+    second.
 
-    Each choice promises most tokens per second, by a running estimate per row of how likely a drafted token is
-    accepted. A wrong one is paid from an allowance of time: a draft may be tried while the allowance covers it even if
-    nothing of it is accepted. It grows with the time that mode "ar" would have taken, and by what drafts gain, up to a
-    few drafts. So never is more lost than `LOSS_RATE` of that time and `FIRST_DRAFTS` full drafts, and what drafts have
-    gained before. While no draft promises anything, one is tried as soon as the allowance covers it.
+    A drafted token is expected to be accepted as often as those of its row lately were (the drafter's skill), times a
+    power of how sure the context tower lately was of its own choices: where it is not, nobody can foresee them, and a
+    refusal there says little against the drafter. What is not known of a row is taken from the others.
+
+    A draft may be tried only while an allowance of steps covers its loss if nothing of it is accepted. The allowance
+    begins with `FIRST_STEPS` (a whole draft at least), grows by `LOSS_RATE` of the steps that mode "ar" would have
+    taken, and by what drafts gain up to `EARNED_DRAFTS` whole drafts. So, counted from its last peak, never more is
+    lost than that. Where no length promises anything by the skill that was seen, one that would by `SKILL` is tried
+    once the allowance has recovered to what it was at first: after ever longer intervals if it is never so.
 
     Deterministic: equal calls in equal order choose equally.
 
     Args:
-        lengths: to choose among, ascending, 1 first; see `draft_lengths`.
+        lengths: to choose among, ascending, 1 first, see `draft_lengths`; the last is a whole draft.
         cycle_seconds: (length, rows) -> seconds of a cycle, as `PassCosts.cycle`.
     """
 
     def __init__(self, lengths: Sequence[int], cycle_seconds: Callable[[int, int], float]):
-        if list(lengths) != sorted(set(lengths)) or lengths[0] != 1:
-            raise ValueError(f"draft lengths are {list(lengths)}; give them ascending, from 1 on")
+        if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] != 1:
+            raise ValueError(f"draft lengths are {list(lengths)}; give them ascending, the first of them 1")
         self.lengths = tuple(lengths)
         self.cycle_seconds = cycle_seconds
-        self.by_row: dict[Hashable, Acceptance] = {}
-        self.all_rows = Acceptance(OPTIMISM, 1 - OPTIMISM)
-        self.allowance: float | None = None  # in steps of mode "ar"
+        self.by_row: dict[Hashable, Evidence] = {}
+        self.pool = Evidence()
+        self.allowance: float | None = None
+        self.costs_by_rows: dict[int, dict[int, float]] = {}
 
-    def choose(self, rows: Sequence[Hashable]) -> int:
+    def start(self, row: Hashable, confidence: float = 1.0) -> None:
         """
-        The draft length for the next cycle of these rows.
+        A row joins; one that was never started begins without a token.
 
         Args:
-            rows: what the engine knows the active rows by; new ones are taken to be like the others.
+            row: any key that is the row's alone until `forget`.
+            confidence: the context tower's probability of the row's first new token, which it chose from the prompt.
         """
-        costs = self._costs(len(rows))
-        tokens = self._expected_tokens(rows)
-        promised = max(self.lengths, key=lambda length: tokens[length] / costs[length])
-        if promised == 1:
-            # Nothing is promised, so what is tried is what would find out most: a whole block.
-            promised = self.lengths[-1]
-        return promised if costs[promised] - 1 <= self._allowance(costs) else 1
+        evidence = self.by_row[row] = Evidence()
+        evidence.see_tokens(max(confidence, LEAST_SURE), 1, TOKEN_MEMORY)
+        # So that together they are told of a token of each but one.
+        share = (len(self.by_row) - 1) / len(self.by_row) ** 2
+        self.pool.see_tokens(share * max(confidence, LEAST_SURE), share, 1 - share)
 
-    def learn(self, rows: Sequence[Hashable], length: int, accepted: Sequence[int]) -> None:
+    def choose(self, rows: Sequence[Hashable]) -> int:
+        """The draft length for the next cycle of these rows."""
+        _check_rows(rows)
+        costs = self._costs(len(rows))
+        skill, sureness = self.pool.skill(SKILL), self.pool.sureness(SURENESS, POOL_SURENESS_WEIGHT)
+        evidence = [self.by_row.get(row, UNSEEN) for row in rows]
+        sure = [seen.sureness(sureness, SURENESS_WEIGHT) ** SURENESS_POWER for seen in evidence]
+        length = self._most_promising(
+            costs, [each * seen.skill(skill) for each, seen in zip(sure, evidence, strict=True)]
+        )
+        least = costs[length] - 1
+        if length == 1:
+            length = self._most_promising(costs, [each * SKILL for each in sure])
+            least = max(costs[length] - 1, self._first_allowance(costs))
+        return length if least <= self._allowance(costs) else 1
+
+    def learn(
+        self,
+        rows: Sequence[Hashable],
+        length: int,
+        accepted: Sequence[int],
+        confidences: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         """
-        What came of a cycle.
+        What became of a cycle.
 
         Args:
             rows: as given to `choose`.
             length: that was drafted.
-            accepted: per row, how many of `length` - 1 drafted tokens were accepted.
+            accepted: per row, how many of the `length` - 1 drafted tokens were accepted.
+            confidences: per row, the context tower's probability of each token the row got, of which the last is its
+                own choice; what follows these 1 + accepted is not looked at. Default: it was sure of all.
         """
-        costs = self._costs(len(rows))
-        gained = sum(accepted) / len(rows) + 1 - costs[length]
-        most = EARNED_DRAFTS * (costs[self.lengths[-1]] - 1)
-        allowance = self._allowance(costs) + gained + LOSS_RATE * (sum(accepted) / len(rows) + 1)
-        self.allowance = min(allowance, max(most, 0))
-        if length == 1:
-            return
-        for row, count in zip(rows, accepted, strict=True):
-            refused = float(count < length - 1)
-            self.by_row.setdefault(row, Acceptance()).learn(count, refused, MEMORY)
-        share = sum(accepted) / len(rows)
-        self.all_rows.learn(share, sum(count < length - 1 for count in accepted) / len(rows), MEMORY)
+        _check_rows(rows)
+        self._check_outcome(rows, length, accepted, confidences)
+        count, refused, sure = len(rows), 0.0, 0.0
+        for idx, (row, kept) in enumerate(zip(rows, accepted, strict=True)):
+            of_row = [1.0] * (kept + 1) if confidences is None else confidences[idx][: kept + 1]
+            seen = self.by_row.setdefault(row, Evidence())
+            if length > 1:
+                cut_short = of_row[-1] if kept < length - 1 else 0.0
+                seen.see_draft(kept, cut_short)
+                refused += cut_short
+            # As if the tokens had been equally sure; which of them came first matters little.
+            total = sum([each if each > LEAST_SURE else LEAST_SURE for each in of_row])
+            memory, weight = _fading(kept + 1)
+            seen.see_tokens(total / (kept + 1) * weight, weight, memory)
+            sure += total
+        tokens = sum(accepted) / count + 1
+        # What a row is told of the others is not to be what it has seen itself.
+        others = (count - 1) / count
+        if length > 1:
+            self.pool.see_draft(others * (tokens - 1), others * refused / count)
+        self.pool.see_tokens(others * sure / count, others * tokens, DRAFT_MEMORY)
+        self._pay(count, length, tokens)
 
     def forget(self, row: Hashable) -> None:
-        """A row that has left, or whose key another text gets."""
-        self.by_row.pop(row, None)
+        """A row has left, which those that come know it by; its key may be another's from now on."""
+        seen = self.by_row.pop(row, UNSEEN)
+        self.pool.see_draft(seen.accepted, seen.refused)
+        self.pool.see_tokens(seen.sure, seen.tokens, DRAFT_MEMORY)
 
-    def _costs(self, rows: int) -> dict[int, float]:
-        """Of a cycle by length, in steps of mode "ar"."""
-        step = self.cycle_seconds(1, rows)
-        return {length: self.cycle_seconds(length, rows) / step for length in self.lengths}
+    def _pay(self, rows: int, length: int, tokens: float) -> None:
+        costs = self._costs(rows)
+        most = max(EARNED_DRAFTS * (costs[self.lengths[-1]] - 1), self._first_allowance(costs))
+        self.allowance = min(self._allowance(costs) + tokens - costs[length] + LOSS_RATE * tokens, most)
 
     def _allowance(self, costs: dict[int, float]) -> float:
-        return FIRST_DRAFTS * (costs[self.lengths[-1]] - 1) if self.allowance is None else self.allowance
+        return self._first_allowance(costs) if self.allowance is None else self.allowance
 
-    def _expected_tokens(self, rows: Sequence[Hashable]) -> dict[int, float]:
-        """Mean per row, by length."""
-        prior = self.all_rows.rate(OPTIMISM, 0.0)
-        rates = [self.by_row.get(row, NOTHING_KNOWN).rate(prior, PRIOR_WEIGHT) for row in rows]
-        return {length: sum(_run(rate, length) for rate in rates) / len(rates) for length in self.lengths}
+    def _first_allowance(self, costs: dict[int, float]) -> float:
+        return max(FIRST_STEPS, costs[self.lengths[-1]] - 1)
+
+    def _most_promising(self, costs: dict[int, float], rates: list[float]) -> int:
+        """The length of most tokens per step."""
+        table = _expected_tokens(self.lengths)
+        tokens = map(sum, zip(*[table[int(rate * RATES)] for rate in rates], strict=True))
+        promises = [each / costs[length] for each, length in zip(tokens, self.lengths, strict=True)]
+        return self.lengths[promises.index(max(promises))]
+
+    def _costs(self, rows: int) -> dict[int, float]:
+        """Steps of a cycle by length."""
+        costs = self.costs_by_rows.get(rows)
+        if costs is None:
+            step = self.cycle_seconds(1, rows)
+            costs = {length: self.cycle_seconds(length, rows) / step for length in self.lengths}
+            self.costs_by_rows[rows] = costs
+        return costs
+
+    def _check_outcome(
+        self, rows: Sequence[Hashable], length: int, accepted: Sequence[int], confidences: object
+    ) -> None:
+        if length not in self.lengths:
+            raise ValueError(f"the draft's length was {length}; it can only be one of {self.lengths}")
+        if len(accepted) != len(rows) or not all(0 <= count < length for count in accepted):
+            raise ValueError(
+                f"accepted is {list(accepted)}; give one number from 0 to {length - 1} for each of {len(rows)} rows"
+            )
+        if confidences is not None:
+            _check_confidences(confidences, accepted)
 
 
-NOTHING_KNOWN = Acceptance()
+def _check_rows(rows: Sequence[Hashable]) -> None:
+    if not rows:
+        raise ValueError("no rows were given; a cycle has at least one")
 
 
-def _run(rate: float, length: int) -> float:
-    """Expected tokens of a cycle: the sum of rate ** k over k < length."""
-    return (1 - rate**length) / (1 - rate) if rate < 1 else length
+def _check_confidences(confidences: object, accepted: Sequence[int]) -> None:
+    lengths = [len(each) for each in confidences]  # type: ignore[attr-defined]
+    if len(lengths) != len(accepted) or any(have <= kept for have, kept in zip(lengths, accepted, strict=True)):
+        raise ValueError(
+            f"confidences are of {lengths} tokens, but the rows got {[kept + 1 for kept in accepted]}; give each its own"
+        )
+
+
+@cache
+def _expected_tokens(lengths: tuple[int, ...]) -> list[tuple[float, ...]]:
+    """Per rate of acceptance in steps of 1 / RATES, the tokens of a cycle by length: the sum of rate ** k, k < length."""
+    rates = [idx / RATES for idx in range(RATES)]
+    return [
+        *[tuple((1 - rate**length) / (1 - rate) for length in lengths) for rate in rates],
+        tuple(map(float, lengths)),
+    ]
+
+
+@cache
+def _fading(tokens: int) -> tuple[float, float]:
+    """What remains of what was seen before so many tokens, and what they weigh afterwards."""
+    remains = TOKEN_MEMORY**tokens
+    return remains, (1 - remains) / (1 - TOKEN_MEMORY)
 
 
 __all__ = ["DraftController"]
