@@ -5,7 +5,7 @@ of mode "ar". The text is the same whatever is chosen here. Times are in steps: 
 for the rows at hand.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,17 +13,18 @@ from functools import cache
 
 # What is believed before anything is known: that this share of drafted tokens is accepted where the context tower is
 # sure of them, and how sure it is. Weights say how many drafts, and tokens, outweigh that.
-SKILL, SKILL_WEIGHT = 0.97, 1.5
-SURENESS, SURENESS_WEIGHT = 0.97, 3.0
-# Of that belief about sureness, the others' tokens, a cycle of all rows counting 1 + its accepted tokens, outweigh it at
-# once: rows at the same time are often of one kind.
+SKILL, SKILL_WEIGHT = 0.97, 2.5
+# Of the drafter that is looked for where what was seen promises nothing.
+BEST_SKILL = 0.985
+SURENESS, SURENESS_WEIGHT = 0.98, 3.0
+# Tokens of the other rows soon outweigh the belief about sureness: rows decoded together are often of one kind.
 POOL_SURENESS_WEIGHT = 0.3
 # What has been seen fades by these factors, per draft and per token.
 DRAFT_MEMORY, TOKEN_MEMORY = 0.8, 0.9
 # A token as unlikely as a name among many is unlike the text around it: it counts as no less sure.
-LEAST_SURE = 0.4
+LEAST_SURE = 0.5
 # A token is drafted without knowing the drafted ones before it, so unsure text is drafted worse than it is continued.
-SURENESS_POWER = 3
+SURENESS_POWER = 4.5
 # Of the steps that mode "ar" would have taken so many may be lost to drafts;
 LOSS_RATE = 0.025
 # beyond that so many steps at first, but a whole draft in any case; and where drafts gain, so many whole drafts.
@@ -65,6 +66,7 @@ class Evidence:
 
 
 UNSEEN = Evidence()
+SURE = [1.0]
 
 
 class DraftController:
@@ -77,10 +79,11 @@ class DraftController:
     refusal there says little against the drafter. What is not known of a row is taken from the others.
 
     A draft may be tried only while an allowance of steps covers its loss if nothing of it is accepted. The allowance
-    begins with `FIRST_STEPS` (a whole draft at least), grows by `LOSS_RATE` of the steps that mode "ar" would have
-    taken, and by what drafts gain up to `EARNED_DRAFTS` whole drafts. So, counted from its last peak, never more is
-    lost than that. Where no length promises anything by the skill that was seen, one that would by `SKILL` is tried
-    once the allowance has recovered to what it was at first: after ever longer intervals if it is never so.
+    begins with `FIRST_STEPS`, or a whole draft's loss, and grows by `LOSS_RATE` of the steps that mode "ar" would have
+    taken, and by what drafts gain; beyond its beginning up to the loss of `EARNED_DRAFTS` whole drafts. So at any
+    time, counted from any earlier one, no more is lost than `LOSS_RATE` and an allowance. Where the skill that was
+    seen promises nothing, a length that `BEST_SKILL` would promise is tried while the allowance is what it was at
+    first: at once, and again as seldom as `LOSS_RATE` pays for what failed.
 
     Deterministic: equal calls in equal order choose equally.
 
@@ -108,26 +111,27 @@ class DraftController:
             confidence: the context tower's probability of the row's first new token, which it chose from the prompt.
         """
         evidence = self.by_row[row] = Evidence()
-        evidence.see_tokens(max(confidence, LEAST_SURE), 1, TOKEN_MEMORY)
+        sure = _clipped(confidence)
+        evidence.see_tokens(sure, 1, TOKEN_MEMORY)
         # So that together they are told of a token of each but one.
         share = (len(self.by_row) - 1) / len(self.by_row) ** 2
-        self.pool.see_tokens(share * max(confidence, LEAST_SURE), share, 1 - share)
+        self.pool.see_tokens(share * sure, share, 1 - share)
 
     def choose(self, rows: Sequence[Hashable]) -> int:
         """The draft length for the next cycle of these rows."""
         _check_rows(rows)
         costs = self._costs(len(rows))
+        allowance = self._allowance(costs)
         skill, sureness = self.pool.skill(SKILL), self.pool.sureness(SURENESS, POOL_SURENESS_WEIGHT)
         evidence = [self.by_row.get(row, UNSEEN) for row in rows]
         sure = [seen.sureness(sureness, SURENESS_WEIGHT) ** SURENESS_POWER for seen in evidence]
-        length = self._most_promising(
-            costs, [each * seen.skill(skill) for each, seen in zip(sure, evidence, strict=True)]
-        )
-        least = costs[length] - 1
-        if length == 1:
-            length = self._most_promising(costs, [each * SKILL for each in sure])
-            least = max(costs[length] - 1, self._first_allowance(costs))
-        return length if least <= self._allowance(costs) else 1
+        rates = [each * seen.skill(skill) for each, seen in zip(sure, evidence, strict=True)]
+        length = self._most_promising(costs, rates)
+        if length > 1:
+            return length if costs[length] - 1 <= allowance else 1
+        if allowance < self._first_allowance(costs):
+            return 1
+        return self._most_promising(costs, [each * BEST_SKILL for each in sure])
 
     def learn(
         self,
@@ -150,17 +154,17 @@ class DraftController:
         self._check_outcome(rows, length, accepted, confidences)
         count, refused, sure = len(rows), 0.0, 0.0
         for idx, (row, kept) in enumerate(zip(rows, accepted, strict=True)):
-            of_row = [1.0] * (kept + 1) if confidences is None else confidences[idx][: kept + 1]
             seen = self.by_row.setdefault(row, Evidence())
+            of_row = SURE * (kept + 1) if confidences is None else confidences[idx][: kept + 1]
             if length > 1:
-                cut_short = of_row[-1] if kept < length - 1 else 0.0
+                cut_short = of_row[-1] if kept < length - 1 and of_row[-1] > 0 else 0.0  # nor where it is no number
                 seen.see_draft(kept, cut_short)
                 refused += cut_short
-            # As if the tokens had been equally sure; which of them came first matters little.
-            total = sum([each if each > LEAST_SURE else LEAST_SURE for each in of_row])
-            memory, weight = _fading(kept + 1)
-            seen.see_tokens(total / (kept + 1) * weight, weight, memory)
+            total = sum(map(_clipped, of_row))
             sure += total
+            # As if the tokens had been equally sure; which of them came first matters little.
+            remains, weight = _fading(kept + 1)
+            seen.see_tokens(total / (kept + 1) * weight, weight, remains)
         tokens = sum(accepted) / count + 1
         # What a row is told of the others is not to be what it has seen itself.
         others = (count - 1) / count
@@ -215,6 +219,10 @@ class DraftController:
             _check_confidences(confidences, accepted)
 
 
+def _clipped(confidence: float) -> float:
+    return confidence if confidence > LEAST_SURE else LEAST_SURE  # nor is it more where it is no number
+
+
 def _check_rows(rows: Sequence[Hashable]) -> None:
     if not rows:
         raise ValueError("no rows were given; a cycle has at least one")
@@ -224,13 +232,13 @@ def _check_confidences(confidences: object, accepted: Sequence[int]) -> None:
     lengths = [len(each) for each in confidences]  # type: ignore[attr-defined]
     if len(lengths) != len(accepted) or any(have <= kept for have, kept in zip(lengths, accepted, strict=True)):
         raise ValueError(
-            f"confidences are of {lengths} tokens, but the rows got {[kept + 1 for kept in accepted]}; give each its own"
+            f"confidences are of {lengths} tokens, but the rows got {[kept + 1 for kept in accepted]}; give each one"
         )
 
 
 @cache
 def _expected_tokens(lengths: tuple[int, ...]) -> list[tuple[float, ...]]:
-    """Per rate of acceptance in steps of 1 / RATES, the tokens of a cycle by length: the sum of rate ** k, k < length."""
+    """Per rate of acceptance, in steps of 1 / RATES, a cycle's tokens by length: the sum of rate ** k, k < length."""
     rates = [idx / RATES for idx in range(RATES)]
     return [
         *[tuple((1 - rate**length) / (1 - rate) for length in lengths) for rate in rates],
