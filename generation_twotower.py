@@ -27,11 +27,8 @@ class Strategy:
     """What the modes share. Phases that methods return say what a row waits for next."""
 
     part = "denoise"  # of the model, its denoiser pass
-    chooses_after_reading = True  # whether the context tower's next token is wanted once a row has been read
-
-    def steps(self, request: Request) -> int:
-        """Most denoiser passes per block."""
-        return request.config.steps_per_block
+    chooses_after_reading = True  # whether the context tower's next token is wanted once a row has been read,
+    after_reading: str  # else what comes then
 
     def write_first_stop(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
         """Write what is chosen up to the first stop; rows that go on take `after_writing`'s phase."""
@@ -54,13 +51,10 @@ class MaskDiffusion(Strategy):
     3. read it, unless the text has ended.
     """
 
-    chooses_after_reading = False
+    chooses_after_reading, after_reading = False, OPEN
 
     def begin(self, row: Row) -> str:
         return READ if row.unread else OPEN
-
-    def has_read(self, row: Row) -> str:
-        return OPEN
 
     def open(self, engine: Engine, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -74,7 +68,7 @@ class MaskDiffusion(Strategy):
                 self._settle(engine, [row])
 
     def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return group.denoise_step(logits, timestep, self.steps(group.request))
+        return group.denoise_step(logits, timestep, group.request.steps)
 
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
         _commit(group, values)
@@ -108,9 +102,6 @@ class SelfSpeculative(Strategy):
     below 1, 3. also keeps drafted tokens that are so much as likely as the context tower's choice.
     """
 
-    def steps(self, request: Request) -> int:
-        return request.config.draft_steps
-
     def begin(self, row: Row) -> str:
         return READ
 
@@ -141,12 +132,12 @@ class SelfSpeculative(Strategy):
         return engine.drafting[size, steps]
 
     def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return group.denoise_step(logits, timestep, self.steps(group.request), known=1)
+        return group.denoise_step(logits, timestep, group.request.steps, known=1)
 
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
         _commit(group, values, known=1)
         for row in group.rows:
-            if True not in row.canvas.open or row.step == self.steps(row.request):
+            if True not in row.canvas.open or row.step == row.request.steps:
                 row.phase = VERIFY
 
     def read(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
@@ -204,14 +195,11 @@ class MockAr(Strategy):
     token behind, reads the former.
     """
 
-    part, chooses_after_reading = "predict_next", False
+    part, chooses_after_reading, after_reading = "predict_next", False, DENOISE
 
     def begin(self, row: Row) -> str:
         row.newest = row.unread.pop()
         return READ if row.unread else DENOISE
-
-    def has_read(self, row: Row) -> str:
-        return DENOISE
 
     def denoised(self, group: Group, logits: torch.Tensor, timestep: None) -> torch.Tensor:
         return group.report(group.predict(logits))

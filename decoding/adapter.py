@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
@@ -353,7 +354,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 input_ids_seq_length=len(prompt),
                 encoder_input_ids=prompt[None],
                 prefix_allowed_tokens_fn=None if allowed is None else lambda _, text: allowed(row, text),
-                logits_processor=LogitsProcessorList(made_for(row, len(prompt), given, made)),
+                logits_processor=LogitsProcessorList(made_for(row, len(prompt), given, made) if given else []),
                 device=device,
             )
 
@@ -371,7 +372,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """The decoding method transformers' `generate` calls: its rows run through an engine of their own."""
-        synced = self._is_synced(synced_gpus)
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        synced = ranks > 1 and self._is_synced(synced_gpus)
         request, cache = self._request(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
         )
@@ -390,8 +392,10 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 cache.select_rows(torch.tensor(order, device=request.device).argsort())
             if streamer is not None:
                 streamer.end()
-            output = request.output(input_ids.to(request.device), cache if request.keep_cache else None)
-        return output if generation_config.return_dict_in_generate else output.sequences
+            prompts = input_ids.to(request.device)
+            if not generation_config.return_dict_in_generate:
+                return request.sequences(prompts)
+            return request.output(prompts, cache)
 
     def _request(
         self,
@@ -434,9 +438,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             vocab_size=self.config.vocab_size,
             recorded=tuple(recorded),
             keep_cache=model_kwargs["keep_cache"],
-            in_step=step_callback is not None
-            or bool(stopping.shared)
-            or processors.first_stateful(shared=True) is not None,
+            steps=config.draft_steps if config.mode == "self_speculative" else config.steps_per_block,
+            in_step=step_callback is not None or bool(stopping.shared) or processors.shared_by_rows is not None,
             step_callback=step_callback,
             streamer=streamer,
         )
@@ -504,14 +507,14 @@ def _check_askable(
     processors: RowLogitsProcessors, config: GenerationConfig, rows: int, model_kwargs: dict[str, Any]
 ) -> None:
     """Refuse what cannot give a processor that may keep state its calls: each kept token once, in order."""
-    mode, name = config.mode, processors.first_stateful(shared=True)
+    mode, name = config.mode, processors.shared_by_rows
     if name is not None and rows > 1 and mode in ("mask_diffusion", "self_speculative"):
         raise ValueError(
             f"the logits processor {name} is one for {rows} rows, and in mode {mode!r} rows do not take one token "
             f"each at a time; give PerRow(lambda row: ...), which makes one for each row, or Stateless({name}) if it "
             'is a function of its arguments alone, or use mode "ar"'
         )
-    name = processors.first_stateful()
+    name = processors.keeps_state
     for argument in ("starting_block", "step_callback"):
         if name is not None and mode == "mask_diffusion" and model_kwargs.get(argument) is not None:
             raise ValueError(

@@ -62,7 +62,7 @@ class Group:
             mask_logits = mask_logits.clone()  # only a callback is shown what is overwritten here
         logits[..., request.mask_token_id] = -torch.inf
         # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.
-        in_order = processors.first_stateful() is not None
+        in_order = processors.keeps_state is not None
         is_draft = known > 0
         due = 1 if is_draft else max(-(-sum(row.canvas.open) // (steps - row.step)) for row in self.rows)
         prediction = self.predict(logits, (ids, masked), known, only_known=in_order, due=due)
@@ -144,9 +144,11 @@ class Group:
         """
         processors = self.request.processors
         if not (processors.known_sees_text if only_known else processors.sees_text):
-            scores = processors(logits, only_known=only_known)
-            if canvas is not None:
-                self._forbid_mask(scores)
+            scores = logits
+            if processors.lists[0]:
+                scores = processors(logits, only_known=only_known)
+                if canvas is not None:
+                    self._forbid_mask(scores)
             tokens = self._choose(scores, -known)
             if draft is not None:
                 tokens[:, :-1] = self._or_draft(tokens[:, :-1], draft, scores[:, :-1])
@@ -220,7 +222,7 @@ class Group:
             wanted, ids = canvas[1], ids.where(canvas[1], canvas[0])
         goes_on, kept = torch.ones_like(wanted[:, 0]), torch.zeros_like(ids[:, 0])
         # What is beyond a stop that only a criterion knows of must not be asked of a processor that may keep state.
-        watched = request.stopping.any and draft is not None and canvas is None and processors.first_stateful()
+        watched = request.stopping.any and draft is not None and canvas is None and processors.keeps_state
         for column in range(known, ids.shape[1]):
             asked = wanted[:, column] & goes_on
             before = [
@@ -307,8 +309,6 @@ class Group:
         Returns:
             (R, S) bool, whether another token is possible; where none is, there can be no text, but a draft.
         """
-        if not self.request.processors.lists[0]:
-            return torch.ones_like(scores[..., 0], dtype=torch.bool)
         scores[..., self.request.mask_token_id] = -torch.inf
         return (scores > -torch.inf).any(-1)
 

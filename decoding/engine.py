@@ -57,7 +57,8 @@ class Engine:
         self.rows += request.rows
         for row in request.rows:
             row.phase = request.strategy.begin(row)
-        self._number_slots()
+        for slot, row in enumerate(self.rows):
+            row.slot = slot
 
     # Step.
 
@@ -107,15 +108,15 @@ class Engine:
             width = max(len(row.canvas.ids) for row in rows)
             ids = torch.tensor([_padded(row.canvas.ids, width) for row in rows], device=self.device)
             even = all(len(row.canvas.ids) == width for row in rows)
-            mask = None
-            if not even:
-                mask = torch.tensor([_padded([1] * len(row.canvas.ids), width) for row in rows], device=self.device)
+            mask = [] if even else [[_padded([1] * len(row.canvas.ids), width) for row in rows]]
             times = torch.cat([self._timesteps(group) for group in groups])
             if len(groups) > 1:
                 order = [row for group in groups for row in group]
                 places = {row: idx for idx, row in enumerate(order)}
                 times = times[torch.tensor([places[row] for row in rows], device=self.device)]
-            logits = self._run("denoise", ids, part, times, mask).to(self.device)
+            logits = self._run(
+                "denoise", ids, part, times, *(torch.tensor(one, device=self.device) for one in mask)
+            ).to(self.device)
         reports = []
         for rows_of_group in groups:
             with self.guarded(rows_of_group):
@@ -132,7 +133,7 @@ class Engine:
     def _timesteps(self, rows: list[Row]) -> torch.Tensor:
         request = rows[0].request
         open_positions = torch.tensor([row.canvas.open for row in rows], device=self.device)
-        return request.rule.timestep(open_positions, [row.step for row in rows], request.strategy.steps(request))
+        return request.rule.timestep(open_positions, [row.step for row in rows], request.steps)
 
     def _readers(self) -> list[Row]:
         """
@@ -185,7 +186,7 @@ class Engine:
             strategy = rows_of_group[0].request.strategy
             if rows_of_group[0].phase == READ and not strategy.chooses_after_reading:
                 for row in rows_of_group:
-                    row.phase = strategy.has_read(row)
+                    row.phase = strategy.after_reading
                 continue
             with self.guarded(rows_of_group):
                 at = _places(rows_of_group, rows, self.device)
@@ -216,7 +217,8 @@ class Engine:
         return hidden_states[torch.arange(len(counts), device=last.device), last][:, None]
 
     def _run(self, part: str, *args: Any) -> torch.Tensor:
-        return self.model._pass(self.synced, part, *args)
+        """A pass; with other ranks, once it is its turn."""
+        return self.model._pass(part, *args) if self.synced else getattr(self.model, part)(*args)
 
     def _part(self, rows: list[Row]) -> TwoTowerCache:
         """The cache as far as it is about some rows; all of it, or its beginning, are views."""
@@ -228,6 +230,9 @@ class Engine:
 
     def _host(self, reports: list[tuple[Group, torch.Tensor]]) -> Iterator[tuple[Group, list[Any]]]:
         """What groups report, read back together."""
+        if len(reports) == 1:
+            yield reports[0][0], reports[0][1].tolist()
+            return
         flat = torch.cat([values.flatten() for _, values in reports]).tolist() if reports else []
         start = 0
         for group, values in reports:
@@ -272,10 +277,6 @@ class Engine:
         for request in {id(row.request): row.request for row in ended}.values():
             if request.on_end is not None and not request.going_on():
                 request.on_end(request)
-
-    def _number_slots(self) -> None:
-        for slot, row in enumerate(self.rows):
-            row.slot = slot
 
     @contextmanager
     def guarded(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -21,6 +21,8 @@ from typing import Any, Literal, get_args
 import torch
 from huggingface_hub import constants
 
+from ..cache_twotower import TwoTowerCache
+
 Pass = Literal["denoise", "verify", "step"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
@@ -277,9 +279,6 @@ def _measure_rows(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass,
 
 
 def _passes(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], Callable[[], torch.Tensor]]:
-    # Modelling code imports this file.
-    from ..cache_twotower import TwoTowerCache
-
     generator, device = torch.Generator().manual_seed(0), model.device
     vocabulary = model.config.vocab_size
 

@@ -55,6 +55,11 @@ class RowLogitsProcessors:
             type(processor) not in ELEMENTWISE and not stateful
             for processor, stateful in zip(first, self.stateful, strict=True)
         )
+        # The classes of the first that may keep state, and of the first such that all rows share.
+        self.keeps_state = next((name_of(one) for one, kept in zip(first, self.stateful, strict=True) if kept), None)
+        self.shared_by_rows = next(
+            (name_of(one) for one, of_all in zip(first, self.shared, strict=True) if of_all), None
+        )
         self.repairs = any(type(processor) is logits_process.InfNanRemoveLogitsProcessor for processor in first)
 
     def likeness(self) -> str:
@@ -64,11 +69,6 @@ class RowLogitsProcessors:
     def text_readers(self) -> list[str]:
         """The classes of those that look at the text."""
         return [name_of(processor) for processor in self.lists[0] if type(processor) not in ELEMENTWISE]
-
-    def first_stateful(self, shared: bool = False) -> str | None:
-        """The class of the first processor that may keep state; with `shared`, of the first that all rows share."""
-        kinds = self.shared if shared else self.stateful
-        return next((name_of(one) for one, wanted in zip(self.lists[0], kinds, strict=True) if wanted), None)
 
     def __call__(
         self,

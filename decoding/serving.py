@@ -165,11 +165,12 @@ class TwoTowerEngine:
             try:
                 if request.streamer is not None:
                     request.streamer.end()
-                output = request.output(prompts, _caches(request))
+                with_dict = request.config.return_dict_in_generate
+                result = request.output(prompts, _caches(request)) if with_dict else request.sequences(prompts)
             except Exception as error:
                 handle.set_exception(error)
                 return
-            handle.set_result(output if request.config.return_dict_in_generate else output.sequences)
+            handle.set_result(result)
 
         def on_error(failed: Request, error: Exception) -> None:
             self._running.pop(handle.request_id, None)

@@ -238,6 +238,7 @@ class Request:
     vocab_size: int
     recorded: tuple[str, ...]
     keep_cache: bool
+    steps: int = 1  # most denoiser passes per block or draft
     in_step: bool = False
     step_callback: Callable[[BlockStep], None] | None = None
     streamer: BaseStreamer | None = None
@@ -248,10 +249,10 @@ class Request:
     streamed: int = 0  # columns of new tokens
     text_processors: Any = None  # [`TextProcessors`] of its rows, once wanted
     key: Any = None  # of what may share a pass's operations
+    device: torch.device = field(init=False)
 
-    @property
-    def device(self) -> torch.device:
-        return self.prompts.device
+    def __post_init__(self) -> None:
+        self.device = self.prompts.device
 
     def going_on(self) -> list[Row]:
         return [row for row in self.rows if row.phase != ENDED]
@@ -284,6 +285,11 @@ class Request:
             self.streamer.put(self.new_columns(self.streamed, settled))
             self.streamed = settled
 
+    def sequences(self, prompts: torch.Tensor) -> torch.Tensor:
+        """(B, P + N) the new tokens after (B, P) prompts as they were given."""
+        width = max(len(row.tokens) for row in self.rows)
+        return torch.cat([prompts, self.new_columns(0, width).to(prompts)], dim=1)
+
     def output(self, prompts: torch.Tensor, cache: TwoTowerCache | None) -> TwoTowerGenerateOutput:
         """The result after (B, P) prompts as they were given."""
         device, rows = self.device, self.rows
@@ -292,7 +298,7 @@ class Request:
         denoiser = torch.tensor([row.denoiser_forwards for row in rows], device=device)
         context = torch.tensor([row.context_forwards for row in rows], device=device)
         output = TwoTowerGenerateOutput(
-            sequences=torch.cat([prompts, self.new_columns(0, width).to(prompts)], dim=1),
+            sequences=self.sequences(prompts),
             denoiser_forwards=denoiser,
             context_forwards=context,
             tokens_per_forward=per_pass(new, denoiser + context),

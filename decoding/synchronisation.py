@@ -21,15 +21,14 @@ DONE = -1
 class SynchronisedPasses:
     """Mixin of the model: every pass of a tower or a head during generation goes through `_pass`."""
 
-    def _pass(self, synced: bool, part: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What `part` returns; with `synced`, once it is its turn on all ranks."""
-        if synced:
-            self._join_until(PARTS.index(part))
-        return self._run_part(part, *args, **kwargs)
+    def _pass(self, part: str, *args: Any) -> torch.Tensor:
+        """What `part` returns, once it is its turn on all ranks."""
+        self._join_until(PARTS.index(part))
+        return self._run_part(part, *args)
 
-    def _run_part(self, part: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _run_part(self, part: str, *args: Any) -> torch.Tensor:
         # Not inlined: to FSDP2, this is another forward of the whole model.
-        return getattr(self, part)(*args, **kwargs)
+        return getattr(self, part)(*args)
 
     def _join_until(self: Any, wanted: int) -> None:
         """Take part in what other ranks need until it is the turn of `PARTS[wanted]`; if `DONE`, until all are."""
@@ -48,9 +47,7 @@ class SynchronisedPasses:
         return (ids,) if part == "context_tower" else (ids, TwoTowerCache(self.config))
 
     def _is_synced(self: Any, synced_gpus: bool) -> bool:
-        """Whether ranks must keep in step: if asked for, or with FSDP2, of which transformers does not know."""
-        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-            return False
+        """Whether several ranks must keep in step: if asked for, or with FSDP2, of which transformers does not know."""
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
         if "_run_part" not in vars(self):
