@@ -237,7 +237,7 @@ def test_neighbours_do_not_matter_to_real_towers_in_any_mode(real, mode, call):
 @given(call=calls())
 def test_every_mode_ends_within_its_budget(real, mode, call):
     size, drafts = call.knobs["block_size"] + 1, call.knobs["steps_per_block"]
-    output, width = generate(real, call, mode=mode, block_size=size, draft_steps=drafts)
+    output, width = generate(real, call, mode=mode, block_size=size, draft_length=size, draft_steps=drafts)
     stops = set(call.knobs["eos_token_id"] or ())
     for idx, length in enumerate(new_lengths(output).tolist()):
         text = output.sequences[idx, width : width + length].tolist()

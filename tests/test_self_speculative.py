@@ -64,8 +64,9 @@ def padded(rows, side="left"):
 
 
 def answers(model, rows, batch=8, side="left", seed=None, **knobs: Any) -> list[Answer]:
-    """Every row's answer, in ragged batches; `seed` lists one per row."""
+    """Every row's answer, in ragged batches, by drafts of whole blocks; `seed` lists one per row."""
     knobs = {"mode": "self_speculative", "max_new_tokens": MOST, "pad_token_id": PAD, **knobs}
+    knobs.setdefault("draft_length", knobs.get("block_size", model.config.block_size))
     found = []
     for start in range(0, len(rows), batch):
         ids, mask = padded(rows[start : start + batch], side)
