@@ -139,11 +139,6 @@ class MambaLayer:
     state: MambaState | None = None
     shared = False
 
-    def held(self, rows: Rows) -> MambaState | None:
-        if self.state is not None and torch.is_grad_enabled() and self.state.ssm.is_inference():
-            self.state, self.shared = MambaState(*(part.clone() for part in self.state)), False
-        return None if self.state is None else rows_of(self.state, rows)
-
     def reserve(self, like: MambaState, rows: int) -> MambaState:
         """States of so many rows at least, zeros where there were none, that can be written to in place."""
         held = self.state
@@ -163,7 +158,9 @@ class MambaLayer:
 def rows_of(held: Held, rows: Rows) -> Held:
     """Views of a slice of rows, copies of others."""
     if isinstance(rows, slice):
-        return type(held)(*(part[rows] for part in held))
+        # What was computed in inference mode, a pass with gradients could not save.
+        cloned = torch.is_grad_enabled() and held[0].is_inference()
+        return type(held)(*(part[rows].clone() if cloned else part[rows] for part in held))
     return type(held)(*(part.index_select(0, rows.to(part.device)) for part in held))
 
 
@@ -256,7 +253,7 @@ class TwoTowerCache(Cache):
         """Remember which context tower has read, and some of its embeddings in case it is no more."""
         if self.dtype is None:
             embeddings = tower.embeddings.weight
-            facts = {"dtype": _computing_dtype(embeddings), "embeddings": _some_of(embeddings), "reader": ref(tower)}
+            facts = dict(zip(("dtype", "embeddings"), _facts(embeddings), strict=True), reader=ref(tower))
             for cache in (self,) if self.whole is None else (self, self.whole):
                 cache.__dict__.update(facts)
 
@@ -275,7 +272,7 @@ class TwoTowerCache(Cache):
         """
         embeddings = tower.embeddings.weight
         remedy = "give a cache of this model, or leave past_key_values out"
-        dtype = _computing_dtype(embeddings)
+        dtype, some = _facts(embeddings)
         if self.dtype not in (None, dtype):
             raise ValueError(f"past_key_values was read in {self.dtype}, this model computes in {dtype}; {remedy}")
         reader = None if self.reader is None else self.reader()
@@ -287,12 +284,12 @@ class TwoTowerCache(Cache):
                 raise ValueError(
                     f"past_key_values is of another model: its {name} is {held!r}, this model's {expected!r}; {remedy}"
                 )
-        if _differ(self.embeddings, _some_of(embeddings)):
+        if _differ(self.embeddings, some):
             raise ValueError(f"past_key_values is of a model with other embeddings than this model's; {remedy}")
         if reader is not None:
             own = dict(tower.named_parameters())
             for name, read in reader.named_parameters():
-                if name in own and _differ(_some_of(read), _some_of(own[name])):
+                if name in own and _differ(_facts(read)[1], _facts(own[name])[1]):
                     raise ValueError(f"past_key_values is of a model with another {name} than this model's; {remedy}")
         if self.embeddings is not None:
             self.reader = ref(tower)
@@ -329,14 +326,16 @@ class TwoTowerCache(Cache):
 
     def views(self) -> list[KeyValues | MambaState | None]:
         """What each layer holds of the rows; of all or of the first rows views, no copies."""
-        self._check_current()
+        self._check(settled=False)
         columns = self.columns or self.width
         held: list[KeyValues | MambaState | None] = []
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer) and layer.buffers is not None and columns > 0:
                 held.append(rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers)), self.rows))
+            elif isinstance(layer, MambaLayer) and layer.state is not None:
+                held.append(rows_of(layer.state, self.rows))
             else:
-                held.append(layer.held(self.rows) if isinstance(layer, MambaLayer) else None)
+                held.append(None)
         return held
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:
@@ -345,34 +344,39 @@ class TwoTowerCache(Cache):
     # A pass of the context tower asks for `slots`, writes keys and values to them, and ends with `append`.
 
     def slots(self, input_ids: torch.Tensor) -> list[KeyValueSlot | MambaState | None]:
-        """What each layer reads a chunk (B, T) with: its states, or where its keys and values go."""
-        self._check_settled()
+        """
+        What each layer reads a chunk with: its states, or where its keys and values go.
+
+        The chunk's ids (B, T), -1 where a token is given as an embedding, are written at once.
+        """
+        self._check()
+        batch, tokens = input_ids.shape
+        rows, of, width, starts = self.rows, batch, self.width, None
         if self.host_lengths is None:
+            rows, self.device = slice(0, batch), input_ids.device
             # Nothing is held yet: buffers can only be those of a read that failed, maybe of other rows.
             for layer in (*self.layers, self.tokens):
                 layer.__dict__.pop("buffers", None)
-        place = self._place(input_ids)
+        else:
+            of = len((self if self.whole is None else self.whole).host_lengths or ())
+            starts = self.lengths if self.ragged or self.columns is not None else None
+        if self.columns is not None:
+            if width + tokens > self.columns:
+                raise ValueError(
+                    f"{tokens} tokens behind {width} do not fit in the {self.columns} columns of this part; take one "
+                    "with more room"
+                )
+            width = self.columns - tokens
+        ids = (input_ids.long() + 1)[:, None, :, None].to(self.device)
+        KeyValueSlot(self.tokens, rows, of, width, starts).update(KeyValues(ids, ids[..., :0]))
         slots: list[KeyValueSlot | MambaState | None] = []
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer):
-                slots.append(KeyValueSlot(layer, *place))
+                slots.append(KeyValueSlot(layer, rows, of, width, starts))
             else:
-                slots.append(layer.held(self.rows) if isinstance(layer, MambaLayer) else None)
+                stateful = isinstance(layer, MambaLayer) and layer.state is not None
+                slots.append(rows_of(layer.state, rows) if stateful else None)
         return slots
-
-    def _place(self, chunk: torch.Tensor) -> tuple[Rows, int, int, torch.Tensor | None]:
-        """Of a [`KeyValueSlot`]: the rows, of how many, their width, and where they differ their starts."""
-        if self.host_lengths is None:
-            return slice(0, len(chunk)), len(chunk), 0, None
-        of = len((self if self.whole is None else self.whole).host_lengths or ())
-        if self.columns is None:
-            return self.rows, of, self.width, self.lengths if self.ragged else None
-        if self.width + chunk.shape[1] > self.columns:
-            raise ValueError(
-                f"{chunk.shape[1]} tokens behind {self.width} do not fit in the {self.columns} columns of this part; "
-                "take one with more room"
-            )
-        return self.rows, of, self.columns - chunk.shape[1], self.lengths
 
     def append(
         self,
@@ -382,14 +386,11 @@ class TwoTowerCache(Cache):
         tentative: bool = False,
     ) -> None:
         """
-        Keep a chunk whose keys and values have been written: its ids (B, T), -1 where given as embeddings, and by
-        layer its states, or when it is `tentative` what takes them through it. Each row's first `counts` tokens count.
+        Keep a chunk (B, T) that has been written to its slots: all of it, or each row's first `counts` tokens.
+
+        `presents` are by layer its states after them, or if `tentative`, what takes its states through any number.
         """
         batch, tokens = input_ids.shape
-        if self.host_lengths is None:
-            self.device = input_ids.device
-        ids = (input_ids.long() + 1)[:, None, :, None].to(self.device)
-        KeyValueSlot(self.tokens, *self._place(input_ids)).update(KeyValues(ids, ids[..., :0]))
         if tentative:
             self.updates = {idx: each for idx, each in enumerate(presents) if isinstance(each, MambaUpdate)}
             self.tentative, self.limits = tokens, None if counts is None else list(counts)
@@ -426,8 +427,8 @@ class TwoTowerCache(Cache):
         """
         if self.tentative == 0:
             raise ValueError("accept was called, but no chunk has been read with tentative=True since the last call")
-        self._check_current()
-        accepted = listed(counts)
+        self._check(settled=False)
+        accepted = counts if isinstance(counts, list) else listed(counts)
         rows = len(accepted) if self.host_lengths is None else len(self.host_lengths)
         limits = [self.tentative] * rows if self.limits is None else self.limits
         if len(accepted) != rows or not all(
@@ -441,16 +442,16 @@ class TwoTowerCache(Cache):
         states = {}
         for idx, update in self.updates.items():
             ends = counts if isinstance(counts, torch.Tensor) else uploaded(accepted, update.dt.device)
-            states[idx] = update.apply(self.layers[idx].held(self.rows), ends.to(update.dt.device))
+            state = self.layers[idx].state
+            before = None if state is None else rows_of(state, self.rows)
+            states[idx] = update.apply(before, ends.to(update.dt.device))
         self._advance(states, accepted)
         self.tentative, self.limits, self.updates = 0, None, {}
 
-    def _check_settled(self) -> None:
-        if self.tentative:
+    def _check(self, settled: bool = True) -> None:
+        """Raise a ValueError where nothing may be done to the rows, or not unless what was read tentatively counts."""
+        if settled and self.tentative:
             raise ValueError(f"the cache holds {self.tentative} tokens read tentatively; call accept(counts) first")
-        self._check_current()
-
-    def _check_current(self) -> None:
         if self.whole is not None and self.version is not self.whole.version:
             raise ValueError("the rows of this part's cache have changed since it was taken; take a new part")
 
@@ -493,9 +494,10 @@ class TwoTowerCache(Cache):
         `width` is that of its own longest row. It is good for as long as nothing but itself changes this cache's rows.
 
         With `room`, for so many tokens more, all columns of the buffers are looked at behind a mask by length, and
-        states are written in place: then tensors have the same shapes at all widths of a bucket, ragged or not, so that a compiled pass serves them all. Something must have been read before.
+        states are written in place: then tensors have the same shapes at all widths of a bucket, ragged or not, so
+        that a compiled pass serves them all. Something must have been read before.
         """
-        self._check_settled()
+        self._check()
         if self.host_lengths is None or self.whole is not None:
             raise ValueError("only a cache with rows that is no part itself has parts; add_rows gives it some")
         batch = len(self.host_lengths)
@@ -586,13 +588,13 @@ class TwoTowerCache(Cache):
                     layer.buffers = held and rows_of(KeyValues(*(part[:, :, :width] for part in held)), place)
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
-                layer.state, layer.shared = layer.held(place), False
+                layer.state, layer.shared = layer.state and rows_of(layer.state, place), False
         self._set_lengths(lengths)
 
     def copy_rows(self, rows: Counts) -> "TwoTowerCache":
         """A cache of its own for copies of the rows of index `rows` (R,), which may repeat."""
         if self.whole is not None:
-            self._check_settled()
+            self._check()
             return self.whole.copy_rows([self.indices[row] for row in listed(rows)])
         copied = copy.copy(self)
         copied.layers, copied.tokens = [copy.copy(layer) for layer in self.layers], copy.copy(self.tokens)
@@ -603,7 +605,7 @@ class TwoTowerCache(Cache):
         """Hold the rows of `caches`, one cache after the other, instead of what was held."""
         self._check_whole()
         for cache in caches:
-            cache._check_settled()
+            cache._check()
         lengths = [cache.host_lengths for cache in caches if cache.host_lengths is not None]
         assert len(lengths) == len(caches) > 0, "a cache that has read nothing has rows once some were selected"
         counts, width = [len(each) for each in lengths], max(cache.width for cache in caches)
@@ -636,7 +638,7 @@ class TwoTowerCache(Cache):
     def _check_whole(self) -> None:
         if self.whole is not None:
             raise ValueError("a part's rows are those of another cache; change that one's")
-        self._check_settled()
+        self._check()
 
     def _set_lengths(self, lengths: list[int], write: bool = True) -> None:
         self.host_lengths, self.uploaded = lengths, None
@@ -693,25 +695,23 @@ def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[in
     return [zeros if parts is None else tuple(parts) for parts, zeros in zip(held, nothing, strict=True)]
 
 
-def _computing_dtype(embeddings: torch.Tensor) -> torch.dtype:
-    """Of the keys a model with such embeddings computes; they may be offloaded (device "meta")."""
-    device = embeddings.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return embeddings.dtype
-
-
 def _differ(some: torch.Tensor | None, others: torch.Tensor | None) -> bool:
     """Whether two samples of weights are known and not the same."""
     return some is not None and others is not None and not some.to(others.device).equal(others)
 
 
-def _some_of(weights: torch.Tensor) -> torch.Tensor | None:
-    """A few numbers to tell models apart by; None where they are offloaded, sharded or quantised."""
-    if weights.device.type == "meta" or type(weights) not in (torch.Tensor, torch.nn.Parameter):
-        return None
+def _facts(weights: torch.Tensor) -> tuple[torch.dtype, torch.Tensor | None]:
+    """
+    What models are told apart by: the dtype of the keys one with such embeddings computes, and a few of their numbers;
+    None where they are offloaded, sharded or quantised.
+    """
+    device, dtype = weights.device.type, weights.dtype
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device == "meta" or type(weights) not in (torch.Tensor, torch.nn.Parameter):
+        return dtype, None
     rows = weights.detach()[:: max(1, len(weights) // 16)]
-    return rows.flatten(1)[:, :8].clone() if rows.ndim > 1 else rows.clone()
+    return dtype, rows.flatten(1)[:, :8].clone() if rows.ndim > 1 else rows.clone()
 
 
 __all__ = [
