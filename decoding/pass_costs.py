@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -109,6 +110,17 @@ class PassCosts:
             for tokens, by_rows in sorted(self.seconds.get(kind, {}).items())
             for rows, seconds in sorted(by_rows.items())
         ]
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows: milliseconds by kind of pass and tokens, a column per number of rows."""
+        entries = self.entries()
+        columns = sorted({rows for _, _, rows, _ in entries})
+        cells = {(kind, tokens, rows): f"{1e3 * seconds:.2f}" for kind, tokens, rows, seconds in entries}
+        lines = dict.fromkeys((kind, tokens) for kind, tokens, *_ in entries)
+        rows = [
+            (kind, str(tokens), *(cells.get((kind, tokens, each), "") for each in columns)) for kind, tokens in lines
+        ]
+        return ("pass", "tokens", *(f"{each} row{'s' if each > 1 else ''}" for each in columns)), rows
 
     def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """For JSON, whose keys are text."""
@@ -304,8 +316,8 @@ def _passes(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int],
 
     passes: dict[tuple[Pass, int], Callable[[], torch.Tensor]] = {("step", 1): step}
     for length in lengths:
-        passes["denoise", length] = lambda length=length: model.denoise(ids[length], cache)
-        passes["verify", length] = lambda length=length: verify(length)
+        passes["denoise", length] = partial(model.denoise, ids[length], cache)
+        passes["verify", length] = partial(verify, length)
     return passes
 
 
