@@ -162,6 +162,9 @@ def info(
         str | None, typer.Argument(help="Folder, config.json or Hub repository; default the demonstration checkpoint.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="For the bytes, e.g. bfloat16; default the config's.")] = None,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Load the model, too, and show what its passes cost on this machine.")
+    ] = False,
 ) -> None:
     """Show a model's geometry, parameters and memory; its config is enough."""
     from ..checkpoints import inspection
@@ -176,6 +179,8 @@ def info(
     show_table(console, "Geometry", ("", ""), inspection.geometry(config), left_columns=2)
     show_table(console, "Parameters, and those active for one token", *inspection.parameter_table(size))
     show_table(console, f"Memory in {name}", *inspection.memory_table(config, size, memory_dtype))
+    if costs:
+        _show_costs(model, console)
 
 
 @app.command()
@@ -254,6 +259,20 @@ def evaluate(
         console.print(evaluation.footnote(report), soft_wrap=True)
     if png_file is not None:
         _write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
+
+
+def _show_costs(model: str | None, console: Any) -> None:
+    """Milliseconds per pass, by which drafts are chosen: those kept, measured now where there are none."""
+    from .decoding.pass_costs import costs_of, pass_costs_file
+    from .terminal import show_table
+
+    if model is not None and Path(model).expanduser().is_file():
+        raise ValueError(f"{model} is a config alone, whose passes can not be timed; give a folder with weights")
+    two_towers, _ = _load(model)
+    known = costs_of(two_towers, two_towers.config.block_size, rows=16)
+    assert known is not None
+    title = f"Milliseconds per pass in {str(two_towers.dtype).removeprefix('torch.')} (kept in {pass_costs_file()})"
+    show_table(console, title, *known.table(), left_columns=1)
 
 
 def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":

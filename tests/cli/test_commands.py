@@ -162,6 +162,18 @@ def test_info_needs_a_config_only(tmp_path, checkpoint):
     assert "dtype is 'float33'" in run("info", tmp_path, "--dtype", "float33", code=2).stderr
 
 
+def test_info_shows_costs_of_passes_and_keeps_them(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    first = run("info", checkpoint, "--costs").stdout
+    assert "Milliseconds per pass" in first
+    kinds = [line.split()[0] for line in first.split("Milliseconds per pass")[1].splitlines()[2:] if line.strip()]
+    assert kinds.count("verify") == kinds.count("denoise") > kinds.count("step") == 1
+    assert (tmp_path / "twotower" / "pass_costs.json").is_file()
+    assert run("info", checkpoint, "--costs").stdout == first
+    alone = run("info", checkpoint / "config.json", "--costs", code=2).stderr
+    assert "config alone" in alone and "give a folder with weights" in alone
+
+
 def test_info_on_nvidias_config(goldens):
     shown = run("info", goldens.parent / "nvidia_30b").stdout
     total = next(line for line in shown.splitlines() if line.startswith("total"))
