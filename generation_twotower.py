@@ -151,6 +151,10 @@ class SelfSpeculative(Strategy):
 
     def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
         if group.rows[0].phase == READ:
+            drafting = self._drafting(engine, group.request)
+            if isinstance(drafting, DraftController):
+                for row, reported in zip(group.rows, values, strict=True):
+                    drafting.start(row, reported[3][0])
             self.write_first_stop(engine, group.rows, _chosen(group, values))
             return {}
         canvases, drafted = [], []
@@ -178,7 +182,7 @@ class SelfSpeculative(Strategy):
         _write(engine, group.rows, canvases, stops)
         drafting = self._drafting(engine, group.request)
         if isinstance(drafting, DraftController):
-            drafting.learn(group.rows, len(canvases[0].ids), drafted)
+            drafting.learn(group.rows, len(canvases[0].ids), drafted, [reported[3] for reported in values])
             for row, (_, ended) in zip(group.rows, stops, strict=True):
                 if ended:
                     drafting.forget(row)

@@ -263,7 +263,7 @@ def evaluate(
 
 def _show_costs(model: str | None, console: Any) -> None:
     """Milliseconds per pass, by which drafts are chosen: those kept, measured now where there are none."""
-    from .decoding.pass_costs import costs_of, pass_costs_file
+    from ..decoding.pass_costs import costs_of, pass_costs_file
     from .terminal import show_table
 
     if model is not None and Path(model).expanduser().is_file():
@@ -272,7 +272,8 @@ def _show_costs(model: str | None, console: Any) -> None:
     known = costs_of(two_towers, two_towers.config.block_size, rows=16)
     assert known is not None
     title = f"Milliseconds per pass in {str(two_towers.dtype).removeprefix('torch.')} (kept in {pass_costs_file()})"
-    show_table(console, title, *known.table(), left_columns=1)
+    header, rows = known.table()
+    show_table(console, title, header, rows)
 
 
 def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":

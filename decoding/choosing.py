@@ -324,15 +324,15 @@ class Group:
 
     def report(self, prediction: Prediction, committed: torch.Tensor | None = None) -> torch.Tensor:
         """
-        All that the host wants to know of a pass in one tensor, (R, 3 or 5, S) float64: tokens, where they are
-        committed now (R, S) (default everywhere), problems; and confidences and log-probabilities if recorded.
+        All that the host wants to know of a pass in one tensor, (R, 4 or 5, S) float64: tokens, where they are
+        committed now (R, S) (default everywhere), problems, confidences; and log-probabilities if recorded.
         """
         assert prediction.problems is not None and prediction.scores is not None
         committed = torch.ones_like(prediction.tokens) if committed is None else committed
-        parts = [prediction.tokens, committed, prediction.problems]
+        parts = [prediction.tokens, committed, prediction.problems, prediction.confidence]
         if self.request.recorded:
             assert prediction.log_probs is not None
-            parts += [prediction.confidence, prediction.log_probs]
+            parts.append(prediction.log_probs)
             wide = {"scores": prediction.scores, "logits": prediction.logits}
             self.wide = {name: wide[name] for name in WIDE_RECORDS if name in self.request.recorded}
         return torch.stack([part.double() for part in parts], dim=1)
@@ -379,16 +379,17 @@ def commit(canvas: Canvas, reported: list[list[float]], steps: Sequence[int], wi
         steps: of the block, recorded of each token.
         wide: (S, V) scores and logits, as far as they are recorded.
     """
-    tokens, committed, problems, *floats = reported
+    tokens, committed, problems, confidences, *log_probs = reported
     records = canvas.records
     for column, now in enumerate(committed):
         if now:
             canvas.ids[column] = int(tokens[column])
             canvas.open[column] = False
             canvas.problems[column] = int(problems[column])
-            if floats:
+            if log_probs:
                 records["commit_steps"][column] = steps[column]
-                records["confidences"][column], records["log_probs"][column] = floats[0][column], floats[1][column]
+                records["confidences"][column] = confidences[column]
+                records["log_probs"][column] = log_probs[0][column]
                 for name, values in wide.items():
                     records[name][column] = values[column]
 

@@ -47,7 +47,7 @@ class SynchronisedPasses:
         return (ids,) if part == "context_tower" else (ids, TwoTowerCache(self.config))
 
     def _is_synced(self: Any, synced_gpus: bool) -> bool:
-        """Whether several ranks must keep in step: if asked for, or with FSDP2, of which transformers does not know."""
+        """Whether ranks must keep in step: if asked for, or with FSDP2, of which transformers does not know."""
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
         if "_run_part" not in vars(self):
