@@ -9,6 +9,7 @@ Shapes: B batch, P prompt columns, S block, V vocabulary.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..compat_twotower import (
     accepts_past_key_values,
     tqdm,
 )
-from ..inputs_twotower import PackedTokens, check_attention_mask, check_ids, pack_tokens
+from ..inputs_twotower import check_attention_mask, check_ids
 from .asking import asked_by_mode, made_for, serves_all_rows
 from .config import (
     REFUSED_ARGUMENTS,
@@ -345,7 +346,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             prompt = prompts[row] if mask is None else prompts[row][mask[row].bool()]
             config = copy.copy(generation_config)
             config.num_return_sequences = 1
-            config.max_length = _most_tokens(generation_config, len(prompt))
+            # `max_length` counts a row's own tokens, not its padding.
+            new_tokens = generation_config.max_new_tokens
+            config.max_length = generation_config.max_length if new_tokens is None else len(prompt) + new_tokens
             if generation_config.min_new_tokens is not None:
                 config.min_length = None  # transformers derives it from the padded width
             allowed = prefix_allowed_tokens_fn
@@ -383,7 +386,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         with cache.undone_on_error():
             try:
                 loop.admit(request)
-                loop.run()
+                while loop.rows:
+                    loop.step()
             finally:
                 if synced:
                     self._join_until(DONE)
@@ -410,19 +414,21 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         device = self.context_tower.embeddings.weight.device
         if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
             input_ids = input_ids.to(device)
-        prompt = pack_tokens(input_ids, model_kwargs.get("attention_mask"), holes=True)
-        lengths = prompt.lengths.tolist()
-        stopping = Stopping(stopping_criteria, lengths)
+        texts, mask = input_ids.tolist(), model_kwargs.get("attention_mask")
+        if mask is not None:
+            texts = [list(compress(*row)) for row in zip(texts, mask.tolist(), strict=True)]
+        stopping = Stopping(stopping_criteria, list(map(len, texts)))
         with_dict = config.return_dict_in_generate
         recorded = ["commit_steps", "confidences", "log_probs"] if with_dict else []
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
-        _check_askable(processors, config, len(input_ids), model_kwargs)
+        if processors.keeps_state is not None:
+            _check_askable(processors, config, len(input_ids), model_kwargs)
         cache = model_kwargs["cache"]
         if cache.batch_size not in (-1, len(input_ids)):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
         # The denoiser needs no token that the context tower has not read.
         least = 0 if config.mode == "mask_diffusion" else 1
-        read = _tokens_read(prompt, cache, least, config.num_return_sequences)
+        read = _tokens_read(texts, cache, least, config.num_return_sequences)
         step_callback = model_kwargs.get("step_callback")
         eos = [c.eos_token_id.tolist() for c in stopping_criteria if type(c) is EosTokenCriteria]
         request = Request(
@@ -444,35 +450,26 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             streamer=streamer,
         )
         request.key = id(request)
-        limits = self._limits(config, lengths, input_ids.shape[1], [*processors.given, *stopping_criteria])
-        seeds = _seeds(config, len(input_ids))
-        starting = self._check_starting_block(model_kwargs.get("starting_block"), config, len(input_ids))
-        for number, ids in enumerate(prompt.ids.tolist()):
-            own = ids[: lengths[number]]
-            row = Row(request, number, own, own[read[number] :], limits[number] - len(own), seeds[number])
+        # What is shown padded rows, as by transformers, may count on its `max_length`, which counts their padding.
+        padded = config.max_new_tokens is None and any(map(serves_all_rows, [*processors.given, *stopping_criteria]))
+        starting = model_kwargs.get("starting_block")
+        if starting is not None:
+            self._check_starting_block(starting, config, len(input_ids))
+        for number, (text, seed) in enumerate(zip(texts, _seeds(config, len(texts)), strict=True)):
+            prompt_length = input_ids.shape[1] if padded else len(text)
+            most = config.max_length - prompt_length if config.max_new_tokens is None else config.max_new_tokens
+            row = Row(request, number, text, text[read[number] :], most, seed)
             row.starting_block = None if starting is None else starting[number].tolist()
             request.rows.append(row)
         return request, cache
 
-    def _limits(self, config: GenerationConfig, lengths: list[int], width: int, asked: list[Any]) -> list[int]:
-        """Most tokens of each row, prompt included."""
-        if config.max_new_tokens is None and any(map(serves_all_rows, asked)):
-            # What is shown padded rows, as by transformers, may count on its `max_length`, which counts their padding.
-            return [length + config.max_length - width for length in lengths]
-        return [_most_tokens(config, length) for length in lengths]
-
-    def _check_starting_block(
-        self, block: torch.Tensor | None, config: GenerationConfig, rows: int
-    ) -> torch.Tensor | None:
-        if block is None:
-            return None
+    def _check_starting_block(self, block: torch.Tensor, config: GenerationConfig, rows: int) -> None:
         if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
             raise ValueError(
                 f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "
                 f"of at most block_size {config.block_size} tokens"
             )
         self._check_vocabulary("starting_block", block)
-        return block
 
 
 def _as_ids(name: str, value: Any) -> torch.Tensor:
@@ -523,11 +520,6 @@ def _check_askable(
             )
 
 
-def _most_tokens(config: GenerationConfig, prompt_length: int) -> int:
-    """Where a row's text ends at the latest: `max_length` counts its own tokens, not its padding."""
-    return config.max_length if config.max_new_tokens is None else prompt_length + config.max_new_tokens
-
-
 def _seeds(config: GenerationConfig, rows: int) -> list[int]:
     """A seed for each row; 0 where nothing is drawn."""
     if not config.do_sample and not UnmaskingRule(config).rule.draws:
@@ -554,38 +546,27 @@ def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache
     return cache.copy_rows(torch.arange(cache.batch_size, device=cache.lengths.device).repeat_interleave(copies))
 
 
-def _tokens_read(prompt: PackedTokens, cache: TwoTowerCache, least: int, copies: int) -> list[int]:
+def _tokens_read(texts: list[list[int]], cache: TwoTowerCache, least: int, copies: int) -> list[int]:
     """How many tokens of each row the cache holds, all but `least` at most; of `copies` rows of each of input_ids."""
-    lengths = prompt.lengths.tolist()
-    if cache.lengths is None:
-        return [0] * len(lengths)
-    _check_begins_as_read(prompt, cache, copies)
-    held = cache.lengths.tolist()
-    for row, (length, read) in enumerate(zip(lengths, held, strict=True)):
-        if length - read < least:
+    if cache.host_lengths is None:
+        return [0] * len(texts)
+    # Mamba states cannot go back to where a text parts from the one they are of, so such a text is refused.
+    ids = [[]] * len(texts) if cache.ids is None else cache.ids.tolist()
+    for row, (text, read, count) in enumerate(zip(texts, ids, cache.host_lengths, strict=True)):
+        for column, (given, held) in enumerate(zip(text, read[:count], strict=False)):
+            if given != held >= 0:
+                raise ValueError(
+                    f"past_key_values has read token {held} at position {column} of row {row // copies}, where its "
+                    f"text has {given}; give the text it has read and what follows, or a fresh cache, or leave "
+                    "past_key_values out"
+                )
+    for row, (text, count) in enumerate(zip(texts, cache.host_lengths, strict=True)):
+        if len(text) - count < least:
             raise ValueError(
-                f"past_key_values holds {read} tokens of row {row // copies}, whose text has {length}; give the whole "
-                f"text as input_ids{', at least one token longer' if least else ''}"
+                f"past_key_values holds {count} tokens of row {row // copies}, whose text has {len(text)}; give the "
+                f"whole text as input_ids{', at least one token longer' if least else ''}"
             )
-    return held
-
-
-def _check_begins_as_read(prompt: PackedTokens, cache: TwoTowerCache, copies: int) -> None:
-    """Mamba states cannot go back to where a text parts from the one they are of, so such a text is refused."""
-    if cache.ids is None or cache.lengths is None:
-        return
-    read = cache.ids[:, : prompt.ids.shape[1]].to(prompt.ids.device)
-    given = prompt.ids[:, : read.shape[1]]
-    columns = torch.arange(read.shape[1], device=given.device)
-    both = columns < torch.minimum(prompt.lengths, cache.lengths.to(given.device))[:, None]
-    differ = both & (read >= 0) & (read != given)
-    if differ.any():
-        row, column = differ.nonzero()[0].tolist()
-        raise ValueError(
-            f"past_key_values has read token {int(read[row, column])} at position {column} of row {row // copies}, "
-            f"where its text has {int(given[row, column])}; give the text it has read and what follows, or a fresh "
-            "cache, or leave past_key_values out"
-        )
+    return list(cache.host_lengths)
 
 
 def _inferred_mask(input_ids: torch.Tensor, pad_token_id: int, continued: bool) -> torch.Tensor | None:

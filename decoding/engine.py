@@ -62,10 +62,6 @@ class Engine:
 
     # Step.
 
-    def run(self) -> None:
-        while self.rows:
-            self.step()
-
     def step(self) -> None:
         """One iteration: open canvases, at most one pass of each tower, and let the rows that have ended leave."""
         for rows in _groups([row for row in self.rows if row.phase == OPEN]):
