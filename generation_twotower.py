@@ -8,7 +8,6 @@ Shapes: R rows of a pass, S block, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -127,7 +126,10 @@ class SelfSpeculative(Strategy):
             costs = costs_of(engine.model, size, engine.most_rows, missing)
             engine.drafting[size, steps] = size
             if costs is not None:
-                cycle = partial(costs.cycle, draft_steps=steps)
+
+                def cycle(length: int, rows: int) -> float:
+                    return costs.cycle(length, rows, min(steps, length - 1))  # each pass fills a position at least
+
                 engine.drafting[size, steps] = DraftController(draft_lengths(size), cycle)
         return engine.drafting[size, steps]
 

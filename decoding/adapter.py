@@ -493,6 +493,8 @@ def _bound_block(config: GenerationConfig, trained: int) -> None:
     most = max(tokens, MOST_TRAINED_SIZES * trained)
     if config.mode == "self_speculative":
         config.block_size = min(config.block_size, max(tokens, trained, 2))
+        if config.draft_length != "auto":
+            config.draft_length = min(config.draft_length, config.block_size)
     elif config.mode == "mask_diffusion" and config.block_size > most:
         raise ValueError(
             f"block_size is {config.block_size}, but no row may write more than {tokens} tokens, and the denoiser was "

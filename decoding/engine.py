@@ -194,6 +194,7 @@ class Engine:
                     own = self._last(own, [kept[row] for row in rows_of_group])
                 logits = self._run("context_lm_head", own)
                 logits = logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
+                logits = logits.unflatten(0, (len(rows_of_group), -1)) if logits.ndim == 2 else logits
                 group = Group(rows_of_group, self.device)
                 reports.append((group, strategy.read(group, logits)))
         for row in rows:
@@ -206,11 +207,11 @@ class Engine:
             part.accept([kept[row] for row in rows])
 
     def _last(self, hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """(R, T, H) -> (R, 1, H) of each row's last token."""
+        """(R, T, H) -> (R, H) of each row's last token."""
         if min(counts) == hidden_states.shape[1]:
-            return hidden_states[:, -1:]
+            return hidden_states[:, -1]
         last = torch.tensor(counts, device=hidden_states.device) - 1
-        return hidden_states[torch.arange(len(counts), device=last.device), last][:, None]
+        return hidden_states[torch.arange(len(counts), device=last.device), last]
 
     def _run(self, part: str, *args: Any) -> torch.Tensor:
         """A pass; with other ranks, once it is its turn."""

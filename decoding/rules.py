@@ -274,7 +274,7 @@ def commit_adaptive(
 ) -> torch.Tensor:
     """The surest one per step in the first 40 % of the steps, then even shares: Megatron-LM's adaptive unmasking."""
     size = masked.shape[-1]  # so many steps left ask for one position at most
-    left = [size if 5 * n < 2 * steps and n < steps - 1 else steps - n for n in _each_row(step, masked)]
+    left = [size if 5 * n < 2 * steps and n < steps - 1 else min(steps - n, size) for n in _each_row(step, masked)]
     one = torch.ones_like(masked[:, 0], dtype=torch.long)
     return _commit_first(confidence, masked, one, torch.tensor(left, device=masked.device))
 

@@ -757,7 +757,7 @@ def test_a_criterion_made_from_transformers_own_is_asked(model, mode):
 @BOTH
 def test_a_callback_changes_drafts_but_not_the_text(model, rows, sampled):
     ids, mask = padded(rows, "left")
-    flags = {"mode": "self_speculative", "attention_mask": mask, "draft_steps": 2, **sampled}
+    flags = {"mode": "self_speculative", "attention_mask": mask, "draft_length": SIZE, "draft_steps": 2, **sampled}
     expected = generate(model, ids, **flags)
     seen: list[BlockStep] = []
     assert torch.equal(generate(model, ids, step_callback=seen.append, **flags).sequences, expected.sequences)

@@ -137,11 +137,12 @@ def test_a_block_is_as_wide_as_it_was_asked_for(model, widths, size, most):
 @pytest.mark.parametrize(("most", "width"), [(6, 6), (30, 30), (1, TRAINED)])
 def test_a_draft_is_no_wider_than_any_text(model, widths, most, width):
     """Its text is that of "ar" at any width."""
-    output = generate(model, mode="self_speculative", block_size=4096, max_new_tokens=most)
+    drafts = {"mode": "self_speculative", "block_size": 4096, "draft_length": 4096}
+    output = generate(model, **drafts, max_new_tokens=most)
     assert torch.equal(output.sequences, generate(model, mode="ar", max_new_tokens=most).sequences)
     assert set(widths) <= {width}
     assert output.acceptance.shape == (2, width - 1)
-    limited = generate(model, mode="self_speculative", block_size=4096, max_new_tokens=None, max_length=5 + most)
+    limited = generate(model, **drafts, max_new_tokens=None, max_length=5 + most)
     assert torch.equal(limited.sequences, output.sequences)
 
 
