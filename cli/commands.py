@@ -69,8 +69,9 @@ Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; defau
 @app.command()
 def generate(
     prompt: Annotated[
-        str, typer.Argument(help="A question, or with --raw the beginning of a text; - reads it from standard input.")
-    ],
+        str | None,
+        typer.Argument(help="A question, or with --raw the beginning of a text; - reads it from standard input."),
+    ] = None,
     model: Model = None,
     mode: Annotated[
         str | None, typer.Option(help="mask_diffusion, self_speculative, mock_ar or ar; default the checkpoint's.")
@@ -80,6 +81,15 @@ def generate(
     steps_per_block: Annotated[int | None, typer.Option(help="Most denoiser passes per block; default 16.")] = None,
     draft_steps: Annotated[
         int | None, typer.Option(help="Most denoiser passes per draft of self_speculative; default 1.")
+    ] = None,
+    draft_length: Annotated[
+        str | None, typer.Option(help="Tokens per draft of self_speculative, or auto (default): what is fastest here.")
+    ] = None,
+    acceptance_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="self_speculative keeps drafts so much as likely as the context tower's choice; default 1, exact."
+        ),
     ] = None,
     unmasking_rule: Annotated[
         str | None, typer.Option(help="Which predictions a pass commits: confidence (default), fixed, entropy, ...")
@@ -99,8 +109,23 @@ def generate(
     trace: Annotated[
         bool, typer.Option("--trace", help="Print a line per denoiser pass, then what ar makes of the same prompt.")
     ] = False,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", help='JSON lines to answer instead of PROMPT: {"prompt": "...", "max_new_tokens": 64}.'
+        ),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="With --input: where a line goes for each; goes on where it ended.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="With --input: how many are answered at a time.")] = 16,
 ) -> None:
-    """Answer PROMPT: the text on standard output, a line about its cost on standard error."""
+    """
+    Answer PROMPT: the text on standard output, a line about its cost on standard error.
+
+    With --input and --output a file of JSON lines is answered into another, as lines finish. A line is an object with
+    "prompt" or "input_ids", and if it likes "id" and any of generate's knobs, which go before these options.
+    """
     from ..generation_twotower import TwoTowerGenerationConfig
     from .terminal import DraftStreamer, output_console
 
@@ -110,6 +135,8 @@ def generate(
         "block_size": block_size,
         "steps_per_block": steps_per_block,
         "draft_steps": draft_steps,
+        "draft_length": _draft_length(draft_length),
+        "acceptance_ratio": acceptance_ratio,
         "unmasking_rule": unmasking_rule,
         "seed": seed,
         "confidence_threshold": confidence_threshold,
@@ -119,9 +146,17 @@ def generate(
         "top_p": top_p,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    if (prompt is None) == (input_file is None):
+        raise ValueError("give either PROMPT or --input FILE")
+    if (input_file is None) != (output_file is None) or (input_file is not None and trace):
+        raise ValueError("--input and --output go together, and without --trace")
     # Loading may take minutes; what is wrong with the options is known before.
-    prompt = _prompt(prompt)
     TwoTowerGenerationConfig(**options).validate()
+    if input_file is not None and output_file is not None:
+        _generate_lines(input_file, output_file, model, options, raw, slots)
+        return
+    assert prompt is not None
+    prompt = _prompt(prompt)
     two_towers, tokenizer = _load(model)
     _check_sampling(options, two_towers.generation_config.do_sample)
     inputs = _encode(prompt, tokenizer, raw).to(two_towers.device)
@@ -214,13 +249,15 @@ def evaluate(
         str, typer.Option(help="Comma-separated; accuracy is that of the first, of --rules that of the last.")
     ] = "1,16",
     repeats: Annotated[int, typer.Option(help="Time everything so often, in turn; speeds are the median's.")] = 1,
-    rules: Annotated[bool, typer.Option("--rules", help="Compare the unmasking rules instead of the modes.")] = False,
+    rules: Annotated[
+        bool, typer.Option("--rules", help="Compare unmasking rules and verification instead of the modes.")
+    ] = False,
     png_file: Annotated[Path | None, typer.Option("--png", help="With --rules: draw the curves here.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """
     Measure accuracy, passes and speed of every mode on held-out problems, next to transformers' own NemotronH; with
-    --rules accuracy against passes of every unmasking rule.
+    --rules accuracy against passes of every unmasking rule, and of drafts verified exactly or not.
     """
     import torch
     from transformers.utils import logging
@@ -254,11 +291,87 @@ def evaluate(
         _write_whole(json_file, lambda file: file.write_text(figures))
     console = output_console()
     table = rules_evaluation.rules_table(report) if rules else evaluation.table(report)
-    show_table(console, evaluation.title(report), *table, left_columns=2 if rules else 1)
+    title = rules_evaluation.rules_title(report) if rules else evaluation.title(report)
+    show_table(console, title, *table, left_columns=2 if rules else 1)
     if not rules:
         console.print(evaluation.footnote(report), soft_wrap=True)
     if png_file is not None:
         _write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
+
+
+def _draft_length(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--draft-length is {text!r}; give auto or a whole number of at least 1") from None
+
+
+def _generate_lines(
+    input_file: Path, output_file: Path, model: str | None, options: dict[str, Any], raw: bool, slots: int
+) -> None:
+    """Answer a file of JSON lines, all of which are checked before the first is answered."""
+    import torch
+    from transformers.utils import logging
+
+    from ..generation_twotower import TwoTowerGenerationConfig
+    from . import jsonl
+    from .terminal import track
+
+    known = set(vars(TwoTowerGenerationConfig())) - set(jsonl.NOT_PLAIN)
+
+    def check(line: jsonl.Line) -> None:
+        if unknown := [name for name in line.knobs if name not in known or name.startswith("_")]:
+            raise ValueError(f"{unknown[0]} is no knob of a line; leave it out")
+        TwoTowerGenerationConfig(**options | line.knobs).validate()
+
+    if output_file.exists() and input_file.exists() and output_file.samefile(input_file):
+        raise ValueError(f"--output is the input, {input_file}; give another file")
+    lines = jsonl.read_lines(input_file, check)
+    written = jsonl.read_written(output_file, lines)
+    left = [line for line in lines if line.key not in written.errors]
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(output_file)
+    two_towers, tokenizer = _load(model)
+
+    def arguments(line: jsonl.Line) -> dict[str, Any]:
+        knobs = options | line.knobs
+        _check_sampling(knobs, two_towers.generation_config.do_sample)
+        ids = line.input_ids if line.prompt is None else _encode(line.prompt, tokenizer, raw).input_ids[0].tolist()
+        needs = {"tokenizer": tokenizer} if knobs.get("stop_strings") else {}
+        return {"input_ids": ids, "return_dict_in_generate": True, **knobs, **needs}
+
+    def answer(line: jsonl.Line, output: Any) -> dict[str, Any]:
+        tokens = output.sequences[0].tolist()[-output.commit_steps.shape[1] :]
+        return {
+            "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            "tokens": len(tokens),
+            "denoiser_forwards": int(output.denoiser_forwards),
+            "context_forwards": int(output.context_forwards),
+        } | ({} if line.input_ids is None else {"token_ids": tokens})
+
+    engine = two_towers.init_continuous_batching(slots=slots)
+
+    def check_by_model(line: jsonl.Line) -> None:
+        asked = arguments(line)
+        ids = torch.tensor([asked.pop("input_ids")], device=two_towers.device)
+        two_towers.generate(ids, engine=engine, **asked)  # makes the request, and no more
+
+    for line in left:
+        jsonl.at_line(input_file, line.number)(check_by_model, line)
+    logging.set_verbosity_error()  # warnings were shown just now
+    started, tokens, failed = time.perf_counter(), 0, sum(written.errors.values())
+    done = jsonl.write_answers(output_file, written, jsonl.answers(engine, left, arguments, answer))
+    for _, written_answer in track(done, "lines", total=len(left)):
+        tokens += written_answer.get("tokens", 0)
+        failed += "error" in written_answer
+    seconds = time.perf_counter() - started
+    skipped = f", {len(written.errors)} were there already" if written.errors else ""
+    typer.echo(f"{len(left)} lines{skipped}, {tokens} tokens, {tokens / seconds:.1f} tokens/s", err=True)
+    if failed:
+        typer.echo(f'error: {failed} lines failed; see "error" in {output_file}', err=True)
+        raise typer.Exit(1)
 
 
 def _show_costs(model: str | None, console: Any) -> None:

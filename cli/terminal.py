@@ -48,9 +48,10 @@ def show_table(
 Item = TypeVar("Item")
 
 
-def track(items: list[Item], description: str) -> Iterable[Item]:
-    """The items, with a progress bar on standard error if that is a terminal."""
-    return progress.track(items, description, console=Console(stderr=True), disable=not sys.stderr.isatty())
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+    """The items, `total` if they have no length, with a progress bar on standard error if that is a terminal."""
+    console = Console(stderr=True)
+    return progress.track(items, description, total, console=console, disable=not sys.stderr.isatty())
 
 
 def draft_text(token_ids: list[int], tokenizer: Any, mask_token_id: int) -> Text:

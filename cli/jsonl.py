@@ -1,0 +1,195 @@
+"""Many prompts from a file of JSON lines, answered into another as they finish, which a later run goes on with.
+
+A line of the input is an object: `prompt`, a text, or `input_ids`; perhaps an `id`; and knobs of its own. A line of
+the output names what it answers, by that id or by the number of the line, from 0. Of what a kill cuts off in its
+midst, nothing is kept.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+# Of generate's flags those that would change what a line of the output is.
+NOT_PLAIN = ("return_dict_in_generate", "output_scores", "output_logits", "num_return_sequences")
+OWN = ("id", "prompt", "input_ids")
+
+
+@dataclass(frozen=True)
+class Line:
+    """
+    What one line asks for.
+
+    Args:
+        number: of the line in its file, from 0.
+        key: ("id", its id), or ("index", its number).
+        prompt: a text, or None where it gives `input_ids`.
+        input_ids: or None.
+        knobs: its own.
+    """
+
+    number: int
+    key: tuple[str, str | int]
+    prompt: str | None
+    input_ids: list[int] | None
+    knobs: dict[str, Any]
+
+
+def read_lines(file: Path, check: Callable[[Line], None]) -> list[Line]:
+    """All lines but empty ones; a ValueError that names file and line for the first that can not be answered."""
+    lines: list[Line] = []
+    first_of: dict[tuple[str, str | int], int] = {}
+    for number, raw in enumerate(file.read_bytes().split(b"\n")):
+        if not raw.strip():
+            continue
+        with_place = at_line(file, number)
+        line = with_place(_parsed, raw, number)
+        if line.key in first_of:
+            name, value = line.key
+            raise ValueError(
+                f"{file}, line {number + 1}: {name} {value!r} is that of line {first_of[line.key] + 1}, too"
+            )
+        first_of[line.key] = number
+        with_place(check, line)
+        lines.append(line)
+    return lines
+
+
+def at_line(file: Path, number: int) -> Callable[..., Any]:
+    """A way to call a function so that what is wrong with its argument is said of that line."""
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}, line {number + 1}: {error}") from error
+
+    return call
+
+
+def _parsed(raw: bytes, number: int) -> Line:
+    try:
+        content = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'not JSON ({error}); give an object such as {{"prompt": "..."}}') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'a {type(content).__name__}; give an object such as {{"prompt": "..."}}')
+    prompt, input_ids, name = (content.get(key) for key in ("prompt", "input_ids", "id"))
+    if (prompt is None) == (input_ids is None):
+        raise ValueError('give either "prompt", a text, or "input_ids"')
+    if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
+        raise ValueError(f"prompt is {prompt!r}; give a text")
+    if input_ids is not None and not (isinstance(input_ids, list) and input_ids and all(map(_is_whole, input_ids))):
+        raise ValueError(f"input_ids is {input_ids!r}; give a list of token ids")
+    if name is not None and not (isinstance(name, str) or _is_whole(name)):
+        raise ValueError(f"id is {name!r}; give a text or a whole number")
+    for text in (name, prompt):
+        if isinstance(text, str):
+            text.encode()  # halves of surrogate pairs are no text
+    knobs = {key: value for key, value in content.items() if key not in OWN and value is not None}
+    key = ("index", number) if name is None else ("id", name)
+    return Line(number, key, prompt, input_ids, knobs)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Written:
+    """
+    What an output holds already.
+
+    Args:
+        errors: by key, whether that line was no more than an error.
+        size: bytes of its whole lines.
+    """
+
+    errors: dict[tuple[str, str | int], bool]
+    size: int
+
+
+def read_written(file: Path, lines: Iterable[Line]) -> Written:
+    """What a former run has written; a ValueError where it is not about these lines, so that nothing of it is lost."""
+    if not file.is_file():
+        return Written({}, 0)
+    content = file.read_bytes()
+    size = content.rfind(b"\n") + 1
+    expected = {line.key for line in lines}
+    errors: dict[tuple[str, str | int], bool] = {}
+    for number, raw in enumerate(content[:size].split(b"\n")[:-1]):
+        errors.update([at_line(file, number)(_written_line, raw, expected)])
+    # What was cut off in its midst begins as our lines do.
+    if not any(_begin_alike(content[size:], begin) for begin in (b'{"id": ', b'{"index": ')):
+        raise ValueError(f"{file} ends in what this command did not write; give another --output")
+    return Written(errors, size)
+
+
+def _begin_alike(one: bytes, other: bytes) -> bool:
+    return one.startswith(other) or other.startswith(one)
+
+
+def _written_line(raw: bytes, expected: set[tuple[str, str | int]]) -> tuple[tuple[str, str | int], bool]:
+    try:
+        content = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        content = None
+    name = next((name for name in ("id", "index") if isinstance(content, dict) and name in content), None)
+    if content is None or name is None:
+        raise ValueError("this command did not write it; give another --output")
+    value = content[name]
+    if not isinstance(value, str | int) or (name, value) not in expected:
+        raise ValueError(f"it answers {name} {value!r}, which the input does not hold; give another --output")
+    return (name, value), "error" in content
+
+
+def write_answers(
+    file: Path, written: Written, answers: Iterable[tuple[Line, dict[str, Any]]]
+) -> Iterator[tuple[Line, dict[str, Any]]]:
+    """Append a line for each answer as it comes, behind the whole lines; the answers, once they are written."""
+    if file.is_file() and file.stat().st_size > written.size:
+        with file.open("rb+") as cut:
+            cut.truncate(written.size)
+    with file.open("ab") as output:
+        for line, answer in answers:
+            name, value = line.key
+            output.write(json.dumps({name: value, **answer}, ensure_ascii=False).encode() + b"\n")
+            output.flush()
+            yield line, answer
+
+
+def answers(
+    engine: Any,
+    lines: Iterable[Line],
+    arguments: Callable[[Line], dict[str, Any]],
+    answer: Callable[[Line, Any], dict[str, Any]],
+) -> Iterator[tuple[Line, dict[str, Any]]]:
+    """
+    What the engine gives for each line, in the order in which they finish; what is wrong with one is its answer.
+
+    (`generate_many` would end at the first that fails, and not say which it was.)
+
+    Args:
+        engine: [`TwoTowerEngine`], driven here.
+        lines: taken as slots become free.
+        arguments: of `add_request`.
+        answer: what is to be written of a line, by generate's output.
+    """
+    coming = iter(lines)
+    waiting: dict[Any, Line] = {}
+    while True:
+        for line in islice(coming, 2 * engine.slots - len(waiting)):
+            waiting[engine.add_request(**arguments(line))] = line
+        if not waiting:
+            return
+        engine.step()
+        for handle in [handle for handle in waiting if handle.done()]:
+            line = waiting.pop(handle)
+            try:
+                output = handle.result()
+            except ValueError as error:
+                yield line, {"error": str(error)}
+            else:
+                yield line, answer(line, output)
