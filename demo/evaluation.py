@@ -166,15 +166,14 @@ def variant_of(
     options: dict[str, Any],
     seeds: Callable[[BatchEncoding], list[int]] | None = None,
 ) -> Variant:
-    """Greedy `generate` with some options; `seeds` are the rows', of an unmasking rule that draws."""
+    """`generate` with some options, greedy unless they say otherwise; `seeds` are the rows', of what draws."""
 
     def generate(inputs: BatchEncoding, max_new_tokens: int) -> Generated:
         output: Any = model.generate(
             **inputs,
-            **options,
+            **{"do_sample": False, **options},
             seed=None if seeds is None else seeds(inputs),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             return_dict_in_generate=True,
         )
         denoiser_forwards = None if options["mode"] == "ar" else output.denoiser_forwards

@@ -1,4 +1,7 @@
-"""Accuracy against denoiser passes of every unmasking rule on held-out word problems, as figures and as a curve."""
+"""
+Accuracy against passes on held-out word problems, as figures and as curves: of every unmasking rule, and of drafts
+that the context tower verifies, exactly or not.
+"""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,6 +14,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from ..decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .evaluation import (
+    Variant,
     accuracy_figures,
     answer,
     are_correct,
@@ -19,6 +23,7 @@ from .evaluation import (
     pass_figures,
     percent,
     ratio_text,
+    same_answers,
     tokenized_batches,
     variant_of,
 )
@@ -48,6 +53,15 @@ SETTINGS: dict[str, list[Setting]] = {
         for order in ("margin", "adaptive")
     },
 }
+# Drafts of mode "self_speculative": at 1 those stay that are the context tower's choice, below also plausible others.
+RATIOS = (1.0, 0.5, 0.1)
+SAMPLED: Setting = {"do_sample": True, "temperature": 1.0}
+AR_SAMPLED: Setting = {"mode": "ar", **SAMPLED}
+VERIFIED: dict[str, list[Setting]] = {
+    "verified, 1 draft pass": [{"draft_steps": 1, "acceptance_ratio": ratio} for ratio in RATIOS],
+    "verified, up to 16 draft passes": [{"draft_steps": 16, "acceptance_ratio": ratio} for ratio in RATIOS],
+    "verified, 1 draft pass, sampled": [{"draft_steps": 1, "acceptance_ratio": r, **SAMPLED} for r in RATIOS],
+}
 
 
 def compare_rules(
@@ -57,10 +71,11 @@ def compare_rules(
     seed: int = 0,
     batch_size: int = 16,
     settings: dict[str, list[Setting]] = SETTINGS,
+    verified: dict[str, list[Setting]] = VERIFIED,
     track: Callable[[list[BatchEncoding], str], Iterable[BatchEncoding]] = lambda batches, _: batches,
 ) -> dict[str, Any]:
     """
-    Answer held-out problems with every rule at every setting, greedily.
+    Answer held-out problems with every rule at every setting, greedily, and by drafts that are verified.
 
     Args:
         model: on its device and in its dtype.
@@ -68,34 +83,61 @@ def compare_rules(
         problems, seed: which problems.
         batch_size: rows at a time; a row's answer does not depend on it.
         settings: per line, named after its rule, the parameters to try.
+        verified: per line those of mode "self_speculative".
         track: as in [`evaluate`].
 
     Returns:
-        A report that json can write: settings, `rows`, one per line and setting, and where it ran.
+        A report that json can write: settings, `rows`, one per line and setting of rules, `verified_rows`, likewise,
+        and where it ran. Retention is against mode "ar", of what is sampled against its sampled answers.
     """
     for name, number in (("problems", problems), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} is {number}; give at least 1")
     asked = held_out_problems(problems, seed)
+    seeds = partial(seeds_of_prompts, seed=seed)
+    variants = _variants(model, settings, verified, seeds)
+    references = [variant_of(model, "ar", {"mode": "ar"}), variant_of(model, "ar, sampled", AR_SAMPLED, seeds)]
+    batches = tokenized_batches(asked, batch_size, tokenizer, model)
+    runs = answer([*references, *variants.values()], batches[0], track(batches, "rules"), end_ids(model))
+    correct = {name: are_correct(run.answers, asked, tokenizer) for name, run in runs.items()}
+
+    def row(line: str, number: int) -> dict[str, Any]:
+        variant = variants[line, number]
+        reference = references[variant.options.get("do_sample", False)].name
+        values = (settings if line in settings else verified)[line][number]
+        figures = accuracy_figures(correct[variant.name], correct[reference]) | pass_figures(runs[variant.name])
+        same = same_answers([runs[reference], runs[variant.name]])
+        return {"line": line, **values} | figures | {"same_answers_as_ar": same}
+
+    rows = [row(line, number) for line, number in variants]
+    settled: dict[str, Any] = {"problems": problems, "seed": seed, "batch_size": batch_size}
+    settled |= {"ar_accuracy": sum(correct["ar"]) / problems}
+    settled |= {"ar_sampled_accuracy": sum(correct["ar, sampled"]) / problems}
+    of_rules = sum(map(len, settings.values()))
+    return settled | {"rows": rows[:of_rules], "verified_rows": rows[of_rules:]} | environment(model)
+
+
+def _variants(
+    model: TwoTowerForBlockDiffusion,
+    settings: dict[str, list[Setting]],
+    verified: dict[str, list[Setting]],
+    seeds: Callable[[BatchEncoding], list[int]],
+) -> dict[tuple[str, int], Variant]:
+    """By line and number of the setting on it."""
     variants = {}
     for line, tried in settings.items():
         rule = line.split(",")[0].split()[0]
-        options = {"mode": "mask_diffusion", "unmasking_rule": rule}
-        seeds = partial(seeds_of_prompts, seed=seed) if rule == "posterior" else None
+        options: Setting = {"mode": "mask_diffusion", "unmasking_rule": rule}
         for number, values in enumerate(tried):
-            variants[line, number] = variant_of(model, f"{line} {number}", options | values, seeds)
-    reference = variant_of(model, "ar", {"mode": "ar"})
-    batches = tokenized_batches(asked, batch_size, tokenizer, model)
-    runs = answer([reference, *variants.values()], batches[0], track(batches, "rules"), end_ids(model))
-    base = are_correct(runs["ar"].answers, asked, tokenizer)
-    rows = [
-        {"line": line, **settings[line][number]}
-        | accuracy_figures(are_correct(runs[variant.name].answers, asked, tokenizer), base)
-        | pass_figures(runs[variant.name])
-        for (line, number), variant in variants.items()
-    ]
-    settled = {"problems": problems, "seed": seed, "batch_size": batch_size}
-    return settled | {"ar_accuracy": sum(base) / problems, "rows": rows} | environment(model)
+            drawn = seeds if rule == "posterior" else None
+            variants[line, number] = variant_of(model, f"{line} {number}", options | values, drawn)
+    # Whole blocks: what is fastest on this machine, as "auto" would choose, is not the question here.
+    options = {"mode": "self_speculative", "draft_length": model.config.block_size}
+    for line, tried in verified.items():
+        for number, values in enumerate(tried):
+            drawn = seeds if values.get("do_sample") else None
+            variants[line, number] = variant_of(model, f"{line} {number}", options | values, drawn)
+    return variants
 
 
 def seeds_of_prompts(inputs: BatchEncoding, seed: int) -> list[int]:
@@ -104,38 +146,45 @@ def seeds_of_prompts(inputs: BatchEncoding, seed: int) -> list[int]:
     return [crc32(str(ids[mask].tolist()).encode(), seed) for ids, mask in rows]
 
 
+def rules_title(report: dict[str, Any]) -> str:
+    asked = f"{report['problems']} held-out problems (seed {report['seed']})"
+    return f"{asked}, greedy where a line does not say sampled, {report['model']}"
+
+
 def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
-    parameters = {"steps_per_block", *UNMASKING_DEFAULTS}
-    header = ["rule", "parameters", "exact match", "tokens/denoiser pass", "tokens/pass of either tower"]
+    parameters = {"steps_per_block", "draft_steps", "acceptance_ratio", "temperature", *UNMASKING_DEFAULTS}
+    header = ["rule", "parameters", "exact match", "of AR's", "same text as AR"]
+    header += ["tokens/denoiser pass", "tokens/pass of either tower"]
     rows = [
         [
             row["line"],
             ", ".join(f"{name}={value}" for name, value in row.items() if name in parameters),
             percent(row["accuracy"], row["accuracy_stderr"]),
+            percent(row["retention"], row["retention_stderr"]),
+            str(row["same_answers_as_ar"]),
             ratio_text(row["tokens_per_denoiser_pass"]),
             ratio_text(row["tokens_per_pass"]),
         ]
-        for row in report["rows"]
+        for row in [*report["rows"], *report["verified_rows"]]
     ]
     return header, rows
 
 
 def draw_rules(report: dict[str, Any], file: Path) -> None:
-    """Write the curves as a PNG: accuracy, with one standard error, against tokens per denoiser pass."""
+    """Write the curves as a PNG: accuracy, with one standard error, against tokens per pass of either tower."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('drawing needs matplotlib; pip install "twotower[eval]"') from error
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    lines = list(dict.fromkeys(row["line"] for row in report["rows"]))
+    drawn = [*report["rows"], *report["verified_rows"]]
+    lines = list(dict.fromkeys(row["line"] for row in drawn))
     for number, line in enumerate(lines):
-        rows = sorted(
-            (row for row in report["rows"] if row["line"] == line), key=lambda row: row["tokens_per_denoiser_pass"]
-        )
+        rows = sorted((row for row in drawn if row["line"] == line), key=lambda row: row["tokens_per_pass"])
         axes.errorbar(
-            [row["tokens_per_denoiser_pass"] for row in rows],
+            [row["tokens_per_pass"] for row in rows],
             [100 * row["accuracy"] for row in rows],
             yerr=[100 * row["accuracy_stderr"] for row in rows],
             label=line,
@@ -145,10 +194,12 @@ def draw_rules(report: dict[str, Any], file: Path) -> None:
             linewidth=1,
             elinewidth=0.5,
         )
-    axes.axhline(100 * report["ar_accuracy"], color="black", linewidth=0.8, linestyle="-.", label="ar")
-    axes.set_xlabel("new tokens per denoiser pass")
+    axes.axhline(100 * report["ar_accuracy"], color="black", linewidth=0.8, linestyle="-.", label="ar, greedy")
+    axes.set_xlabel("new tokens per pass of either tower")
     axes.set_ylabel("exact match (%), bars: one standard error")
-    axes.set_title(f"Unmasking rules on {report['problems']} held-out problems (seed {report['seed']}), greedy")
+    axes.set_title(
+        f"Unmasking rules and verified drafts on {report['problems']} held-out problems (seed {report['seed']})"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(file, format="png")

@@ -210,6 +210,9 @@ def test_eval_compares_the_rules_and_draws_them(checkpoint, tmp_path, monkeypatc
     assert drawing.read_bytes().startswith(b"\x89PNG\r\n")
     fixed = {row["tokens_per_step"]: row["denoiser_passes"] for row in report["rows"] if row["line"] == "fixed"}
     assert fixed[1] > fixed[2] > fixed[8]
+    assert "greedy where a line does not say sampled" in result.stdout.splitlines()[0]
+    for row in report["verified_rows"]:
+        assert row["line"] in result.stdout and f"acceptance_ratio={row['acceptance_ratio']}" in result.stdout
     assert "--png draws the unmasking rules" in run(*arguments, "--png", drawing, code=2).stderr
     assert "--repeats is 2" in run(*arguments, "--rules", "--repeats", 2, code=2).stderr
 

@@ -32,7 +32,7 @@ from twotower.demo.evaluation import (
     tokenized_batches,
 )
 from twotower.demo.problems import held_out_problems, training_problems
-from twotower.demo.rules_evaluation import compare_rules, seeds_of_prompts
+from twotower.demo.rules_evaluation import SAMPLED, compare_rules, rules_table, seeds_of_prompts
 from twotower.demo.tokenizer import train_tokenizer
 
 
@@ -273,3 +273,24 @@ def test_rules_of_no_problems_or_rows(model, tokenizer):
     for name in ("problems", "batch_size"):
         with pytest.raises(ValueError, match=f"{name} is 0; give at least 1"):
             compare_rules(model, tokenizer, **{name: 0})
+
+
+def test_relaxed_verification_stands_beside_the_rules(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 24)
+    ratios = [{"draft_steps": 1, "acceptance_ratio": ratio} for ratio in (1.0, 0.001)]
+    verified = {"greedy": ratios, "sampled": [values | SAMPLED for values in ratios]}
+    settings = {"fixed": [{"tokens_per_step": 4}]}
+    reports = [
+        compare_rules(model, tokenizer, 5, batch_size=size, settings=settings, verified=verified) for size in (2, 5)
+    ]
+    report = reports[0]
+    assert [row["line"] for row in report["rows"]] == ["fixed"]
+    exact, relaxed, exact_sampled, relaxed_sampled = report["verified_rows"]
+    for one, other in ((exact, relaxed), (exact_sampled, relaxed_sampled)):
+        assert one["same_answers_as_ar"] == 5 and one["tokens_per_pass"] < other["tokens_per_pass"]
+        assert other["same_answers_as_ar"] < 5, "which keeps what is not the choice of ar"
+    assert exact["tokens"] / (exact["denoiser_passes"] + exact["context_passes"]) == exact["tokens_per_pass"]
+    assert reports[1]["verified_rows"] == report["verified_rows"], "whatever the batch"
+    header, rows = rules_table(report)
+    assert [len(row) for row in rows] == [len(header)] * 5
+    assert rows[-1][:2] == ["sampled", "draft_steps=1, acceptance_ratio=0.001, temperature=1.0"]
