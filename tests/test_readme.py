@@ -36,8 +36,10 @@ def test_the_blocks_run_in_order(capsys):
             exec(compiled, names)
             ran += 1
     without = sum(any(word in code for word in NEEDS) and not can_run(code) for code in BLOCKS)
-    assert (ran + without, len(BLOCKS)) == (7, 8), "one block alone loads the 60B checkpoint"
+    assert (ran + without, len(BLOCKS)) == (10, 11), "one block alone loads the 60B checkpoint"
     shown = capsys.readouterr().out
+    assert shown.count("#### 138") >= 3, "also as tokens of a request, and of many"
+    assert names["fast"].result().sequences[0, -1] == names["token"], "handed out to the end"
     assert "#### 143" in shown and "#### 138" in shown, "both questions are answered"
     width = names["text"].shape[1]
     assert names["output"].sequences.shape[1] > width, "the second turn wrote something"
@@ -46,11 +48,11 @@ def test_the_blocks_run_in_order(capsys):
 
 
 def test_the_blocks_that_begin_with_imports_run_alone():
-    """All but the second turn, the grammar and a map of devices, whose text says what they come after."""
+    """All but the second turn, the grammar, a map of devices and what goes on with the first block's model."""
     continued = [
         code for code in BLOCKS if "import" not in code or "output.sequences, next_turn" in code or "Grammar" in code
     ]
-    assert len(continued) == 3
+    assert len(continued) == 6
     for code in BLOCKS:
         if code not in continued and can_run(code):
             exec(code, {})
