@@ -16,6 +16,7 @@ import torch
 
 from ..cache_twotower import TwoTowerCache
 from .choosing import Group
+from .drafting import DraftController
 from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
 from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row
 
@@ -149,8 +150,11 @@ class Engine:
         short = [row for row in waiting if row not in prompts] if prompts else waiting
         if prompts and (self.prompts_wait or not short):
             self.prompts_wait = False
-            most = LONGER_TIMES * len(prompts[0].unread) + LONGER_BY
-            return [row for row in prompts if len(row.unread) <= most or row.request.in_step]
+            first = next((row for row in prompts if row.waited), prompts[0])
+            now = [row for row in prompts if _may_be_padded(row, first) or row.request.in_step]
+            for row in prompts:
+                row.waited = row not in now
+            return now
         self.prompts_wait = bool(prompts)
         few = 0 < len(short) < WORTH_READING * len(self.rows)
         if few and any(row.phase == DENOISE for row in self.rows) and not any(row.waited for row in short):
@@ -269,8 +273,12 @@ class Engine:
                 self.parked.append(row)
                 continue
             if row.request.keep_cache:
-                row.cache = self.cache.copy_rows(torch.tensor([last], device=self.device))
+                row.cache = self.cache.copy_rows([last])
             self.cache.drop_rows(1)
+        for drafting in self.drafting.values():
+            if isinstance(drafting, DraftController):
+                for row in ended:  # as their first token, or as failed or cancelled
+                    drafting.by_row.pop(row, None)
         for request in {id(row.request): row.request for row in ended}.values():
             if request.on_end is not None and not request.going_on():
                 request.on_end(request)
@@ -321,6 +329,12 @@ def _chunks_left(row: Row) -> int:
     if row.phase != READ:
         return 1
     return 1 if size is None else -(-len(row.unread) // size)
+
+
+def _may_be_padded(row: Row, other: Row) -> bool:
+    """Whether a prompt is not so much shorter or longer than another that they are better read apart."""
+    shorter, longer = sorted((len(_chunk(row)), len(_chunk(other))))
+    return longer <= LONGER_TIMES * shorter + LONGER_BY
 
 
 def _padded(values: list[int], width: int) -> list[int]:

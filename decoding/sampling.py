@@ -64,7 +64,13 @@ class RowLogitsProcessors:
 
     def likeness(self) -> str:
         """Equal for elementwise processors that do the same."""
-        return repr([(type(processor).__name__, sorted(vars(processor).items())) for processor in self.lists[0]])
+        # As lists, since of a long tensor only the ends are shown.
+        plain = [
+            {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(one).items()}
+            for one in self.lists[0]
+        ]
+        kinds = [type(one).__name__ for one in self.lists[0]]
+        return repr([(kind, sorted(own.items())) for kind, own in zip(kinds, plain, strict=True)])
 
     def text_readers(self) -> list[str]:
         """The classes of those that look at the text."""

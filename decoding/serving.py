@@ -6,12 +6,16 @@ with TwoTowerEngine(model, slots=16) as engine:
     output = handle.result()
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, InvalidStateError, wait
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
-from queue import Full, SimpleQueue
-from threading import Condition, Lock, Thread, current_thread
+from queue import Full
+from threading import Condition, Lock, RLock, Thread, current_thread, get_ident
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -22,32 +26,110 @@ from .config import STRATEGY_DEFAULTS
 from .engine import Engine
 from .state import ENDED, Request, Row, TwoTowerGenerateOutput
 
-_END = object()
+class _Turn:
+    """Of threads that want to make an engine step, one at a time may; it knows which."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._owner: int | None = None
+
+    def is_mine(self) -> bool:
+        return self._owner == get_ident()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        if self.is_mine():
+            raise RuntimeError("step was called within a step, as by a streamer or a callback; leave it to the outer one")
+        with self._lock:
+            self._owner = get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
 
 
 class RequestHandle(Future):
     """
     What will become of a request: a `concurrent.futures.Future` whose `result(timeout)` is what `generate` returns for
-    it alone, or raises what it raised.
+    it alone, or raises what it raised. Unlike others it can be cancelled while it is running, too.
 
-    Iterating gives the new tokens, ints, as they become final, and ends with the request; of several sequences
-    (`num_return_sequences`) those of the first. Then what went wrong is raised, `CancelledError` if it was cancelled.
+    Iterating gives the new tokens, ints, from the first one on, as they become final, and ends with the request; of
+    several sequences (`num_return_sequences`) those of the first. Then what went wrong is raised, `CancelledError` if
+    it was cancelled.
     """
 
-    def __init__(self, request_id: str):
+    def __init__(self, request_id: str, turn: _Turn):
         super().__init__()
         self.request_id = request_id
-        self._tokens: SimpleQueue = SimpleQueue()
-        self.add_done_callback(lambda _: self._tokens.put(_END))
+        self._turn = turn  # not the engine, whose memory a result must not keep
+        self._tokens: list[int] = []
+        self._news = Condition()
+        self._admitted = False
+        self._cancelling = RLock()
+        self.add_done_callback(RequestHandle._wake)
+
+    def running(self) -> bool:
+        return self._admitted and not self.done()
+
+    def cancel(self) -> bool:
+        with self._cancelling:
+            first = not self.cancelled()
+            if not super().cancel():
+                return False
+            if first:
+                # Else `concurrent.futures.wait` and `as_completed` would wait for it for ever.
+                self.set_running_or_notify_cancel()
+            return True
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._check_may_wait()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check_may_wait()
+        return super().exception(timeout)
+
+    def _check_may_wait(self) -> None:
+        if self._turn.is_mine() and not self.done():
+            raise RuntimeError(
+                f"{self.request_id} was waited for within a step of its engine, which could then never end; wait in "
+                "another thread, or use add_done_callback"
+            )
 
     def __iter__(self) -> Iterator[int]:
-        while (token := self._tokens.get()) is not _END:
-            yield token
-        self._tokens.put(_END)  # for whoever iterates again
+        self._check_may_wait()
+        given = 0
+        while True:
+            with self._news:
+                self._news.wait_for(lambda known=given: len(self._tokens) > known or self.done())
+                new = self._tokens[given:]
+            if not new:
+                break
+            yield from new
+            given += len(new)
         if self.cancelled():
             raise CancelledError
         if (error := self.exception()) is not None:
             raise error
+
+    def _give(self, tokens: list[int]) -> None:
+        with self._news:
+            self._tokens += tokens
+            self._news.notify_all()
+
+    def _wake(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    # The engine's; whoever cancels at the same moment is first.
+
+    def _succeed(self, result: Any) -> None:
+        with suppress(InvalidStateError):
+            self.set_result(result)
+
+    def _fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):
+            self.set_exception(error)
 
 
 class TwoTowerEngine:
@@ -80,8 +162,10 @@ class TwoTowerEngine:
         self._queue: deque[tuple[RequestHandle, Request]] = deque()
         self._running: dict[str, tuple[RequestHandle, Request]] = {}
         self._ids = count()
-        self._work = Condition()  # guards the queue; notified of new work
-        self._stepping = Lock()
+        # Guards the queue and what runs; notified when a request comes, begins or ends, and of a stop.
+        self._work = Condition()
+        self._turn = _Turn()
+        self._failures: list[BaseException] = []  # of the present step
         self._thread: Thread | None = None
         self._stopping = False
 
@@ -108,6 +192,8 @@ class TwoTowerEngine:
         Raises:
             queue.Full: when `max_queue` requests wait already.
             ValueError: for what `generate` refuses, a request id in use, more sequences than slots, a stopped engine.
+
+        `max_time` counts from when the request gets its slots.
         """
         for name in ("cache", "past_key_values"):
             if knobs.get(name) is not None:
@@ -117,19 +203,18 @@ class TwoTowerEngine:
         if ids.ndim != 2 or len(ids) != 1:
             raise ValueError(f"input_ids has shape {tuple(ids.shape)}; a request is one prompt, (n,) or (1, n)")
         with self._work:
-            self._check_room()
-        request = self.model.generate(
-            ids, generation_config=generation_config or self.generation_config, streamer=streamer, engine=self, **knobs
-        )
+            self._check_room(request_id)
+        config = self.generation_config if generation_config is None else generation_config
+        request = self.model.generate(ids, generation_config=config, streamer=streamer, engine=self, **knobs)
         if len(request.rows) > self.slots:
             raise ValueError(f"the request has {len(request.rows)} sequences, the engine {self.slots} slots")
         with self._work:
-            self._check_room()
-            request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-            if request_id in self._running or any(handle.request_id == request_id for handle, _ in self._queue):
-                raise ValueError(f"request_id {request_id!r} is in use; give another")
-            handle = RequestHandle(request_id)
-            self._connect(handle, request)
+            self._check_room(request_id)
+            if request_id is None:
+                request_id = next(name for name in map("request-{}".format, self._ids) if not self._holds(name))
+            handle = RequestHandle(request_id, self._turn)
+            # As they came, where `generate` has taken padding from them, or begun an empty one.
+            self._connect(handle, request, ids.repeat_interleave(len(request.rows), 0) if ids.shape[1] else None)
             self._queue.append((handle, request))
             self._work.notify_all()
         return handle
@@ -138,11 +223,22 @@ class TwoTowerEngine:
         """A request for each prompt, all with the same arguments of [`add_request`]."""
         return [self.add_request(prompt, **knobs) for prompt in prompts]
 
-    def _check_room(self) -> None:
+    def _check_room(self, request_id: str | None) -> None:
         if self._stopping:
             raise ValueError("the engine has been stopped; make a new one, or call start")
+        self._forget_cancelled()
         if self.max_queue is not None and len(self._queue) >= self.max_queue:
             raise Full(f"{len(self._queue)} requests wait already, max_queue of the engine; try again later")
+        if request_id is not None and self._holds(request_id):
+            raise ValueError(f"request_id {request_id!r} is in use; give another")
+
+    def _holds(self, request_id: str) -> bool:
+        return request_id in self._running or any(handle.request_id == request_id for handle, _ in self._queue)
+
+    def _forget_cancelled(self) -> None:
+        """Those that wait."""
+        if any(handle.cancelled() for handle, _ in self._queue):
+            self._queue = deque(item for item in self._queue if not item[0].cancelled())
 
     def cancel_request(self, request_id: str) -> bool:
         """Cancel a request, which leaves within one pass; False where there is none, or none any more."""
@@ -150,75 +246,113 @@ class TwoTowerEngine:
             held = [*self._running.values(), *self._queue]
         return any(handle.cancel() for handle, _ in held if handle.request_id == request_id)
 
-    def _connect(self, handle: RequestHandle, request: Request) -> None:
-        prompts = request.prompts
-
-        def on_tokens(row: Row, tokens: list[int]) -> None:
-            if row.number == 0:
-                for token in tokens:
-                    handle._tokens.put(token)
-
-        def on_end(ended: Request) -> None:
-            self._running.pop(handle.request_id, None)
-            if handle.done():
-                return
-            try:
-                if request.streamer is not None:
-                    request.streamer.end()
-                with_dict = request.config.return_dict_in_generate
-                result = request.output(prompts, _caches(request)) if with_dict else request.sequences(prompts)
-            except Exception as error:
-                handle.set_exception(error)
-                return
-            handle.set_result(result)
-
-        def on_error(failed: Request, error: Exception) -> None:
-            self._running.pop(handle.request_id, None)
-            if not handle.done():
-                handle.set_exception(error)
-
-        request.on_tokens, request.on_end, request.on_error = on_tokens, on_end, on_error
+    def _connect(self, handle: RequestHandle, request: Request, prompts: torch.Tensor | None) -> None:
+        request.on_tokens = partial(_give_tokens, handle)
+        request.on_end = partial(self._end, handle, prompts)
+        request.on_error = partial(self._on_error, handle)
         request.key = _key(request)
+
+    def _end(self, handle: RequestHandle, prompts: torch.Tensor | None, request: Request) -> None:
+        """All rows of a request have left, as it ended, failed or was cancelled."""
+        result, failure = None, None
+        if not handle.done():
+            try:
+                result = self._result(handle, request, request.prompts if prompts is None else prompts)
+            except Exception as error:
+                failure = error
+                self._failures.append(error)
+        self._leave(handle)
+        _break_cycles(request)
+        if failure is None:
+            handle._succeed(result)
+        else:
+            handle._fail(failure)
+
+    def _result(self, handle: RequestHandle, request: Request, prompts: torch.Tensor) -> Any:
+        if request.streamer is not None:
+            request.streamer.end()
+        handle._give(request.rows[0].tokens[len(handle._tokens) :])
+        prompts = prompts.to(request.device)
+        if not request.config.return_dict_in_generate:
+            return request.sequences(prompts)
+        return request.output(prompts, _caches(request))
+
+    def _on_error(self, handle: RequestHandle, request: Request, error: Exception) -> None:
+        self._failures.append(error)
+        request.keep_cache = False
+        self._leave(handle)
+        handle._fail(error)
+
+    def _leave(self, handle: RequestHandle) -> None:
+        with self._work:
+            if handle.request_id in self._running and self._running[handle.request_id][0] is handle:
+                del self._running[handle.request_id]
+            self._work.notify_all()
 
     # Work.
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Let requests join and leave, and run at most one pass of each tower; whether there is more to do."""
-        with self._stepping:
-            self._admit()
-            for handle, request in list(self._running.values()):
-                if handle.cancelled():
-                    self._running.pop(handle.request_id)
-                    for row in request.rows:
-                        row.phase = ENDED
+        """Let requests leave and join, and run at most one pass of each tower; whether there is more to do."""
+        with self._turn.taken():
             try:
+                self._drop_cancelled()
                 self._engine.release()
+                self._admit()
                 if self._engine.rows:
                     self._engine.step()
-            except Exception as error:  # of no request in particular, such as memory
-                self._fail_all(error)
+            except BaseException as error:  # of no request in particular, such as memory, or an interrupt
+                self._fail_running(error)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                # Tracebacks keep what was computed, of all rows of the pass, for as long as someone keeps an error.
+                for failure in self._failures:
+                    clear_frames(failure.__traceback__)
+                self._failures.clear()
         with self._work:
             return bool(self._engine.rows or self._queue)
+
+    def _drop_cancelled(self) -> None:
+        with self._work:
+            self._forget_cancelled()
+            cancelled = [(handle, request) for handle, request in self._running.values() if handle.cancelled()]
+        for handle, request in cancelled:
+            self._leave(handle)
+            request.keep_cache = False
+            for row in request.rows:
+                row.phase = ENDED
 
     def _admit(self) -> None:
         with self._work:
             while self._queue and len(self._engine.rows) + len(self._queue[0][1].rows) <= self.slots:
                 handle, request = self._queue.popleft()
-                if handle.cancelled():
-                    continue
                 self._running[handle.request_id] = (handle, request)
+                handle._admitted = True
+                for timer in request.stopping.timers:
+                    timer.initial_timestamp = time.time()
                 self._engine.admit(request)
+                self._work.notify_all()
 
     def _new_engine(self) -> Engine:
         return Engine(self.model, TwoTowerCache(self.model.config), self._device, most_rows=self.slots)
 
-    def _fail_all(self, error: Exception) -> None:
-        for handle, _ in self._running.values():
-            if not handle.done():
-                handle.set_exception(error)
-        self._running.clear()
+    def _fail_running(self, error: BaseException) -> None:
+        """A step has ended anywhere in it, so nothing of what it was about can be relied on."""
+        failure = error
+        if not isinstance(error, Exception):
+            failure = RuntimeError(f"the engine was interrupted by {type(error).__name__} in a step; ask again")
+        with self._work:
+            running = list(self._running.values())
+            self._running.clear()
+            self._work.notify_all()
+        counters = {name: getattr(self._engine, name) for name in ("passes", "row_passes", "row_chances")}
         self._engine = self._new_engine()
+        vars(self._engine).update(counters)
+        self._failures.append(error)
+        for handle, request in running:
+            _break_cycles(request)
+            handle._fail(failure)
 
     @property
     def useful_share(self) -> float:
@@ -226,14 +360,17 @@ class TwoTowerEngine:
         return self._engine.row_passes / self._engine.row_chances if self._engine.row_chances else 1.0
 
     def is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """Whether a thread of the engine's own does the work."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def start(self) -> "TwoTowerEngine":
-        """Begin to work in a thread of its own."""
-        if not self.is_running():
+        """Begin to work in a thread of its own, also again after a stop."""
+        with self._work:
             self._stopping = False
-            self._thread = Thread(target=self._run, name="TwoTowerEngine", daemon=True)
-            self._thread.start()
+            if not self.is_running():
+                self._thread = Thread(target=self._run, name="TwoTowerEngine", daemon=True)
+                self._thread.start()
         return self
 
     def stop(self, finish: bool = False, timeout: float | None = None) -> None:
@@ -246,27 +383,35 @@ class TwoTowerEngine:
         """
         with self._work:
             self._stopping = True
-            held = [*self._running.values(), *self._queue]
-            if not finish:
-                self._queue.clear()
+            thread = self._thread if self.is_running() else None
+            held = [] if finish else [*self._running.values(), *self._queue]
             self._work.notify_all()
-        if not finish:
-            for handle, _ in held:
-                handle.cancel()
-        elif not self.is_running():
-            while self.step():
-                pass
-        if self._thread is not None and self._thread is not current_thread():
-            self._thread.join(timeout)
+        for handle, _ in held:
+            handle.cancel()
+        if self._turn.is_mine():
+            return  # within a step, whose caller goes on
+        if thread is not None:
+            thread.join(timeout)
+            return
+        while self.step():
+            pass
 
     def _run(self) -> None:
-        while True:
-            busy = self.step()
+        try:
+            while True:
+                busy = self.step()
+                with self._work:
+                    self._work.wait_for(lambda: busy or self._queue or self._stopping)  # noqa: B023
+                    if self._stopping and not busy and not self._queue:
+                        self._thread = None
+                        return
+        except BaseException as error:
             with self._work:
-                if self._stopping and not busy:
-                    return
-                if not busy:
-                    self._work.wait()
+                waiting, self._queue = self._queue, deque()
+                self._thread = None
+            for handle, _ in waiting:
+                handle._fail(RuntimeError(f"the engine's thread was ended by {type(error).__name__}; ask again"))
+            raise
 
     def __enter__(self) -> "TwoTowerEngine":
         return self.start()
@@ -285,37 +430,60 @@ class TwoTowerEngine:
             knobs: of all.
         """
         coming = enumerate(prompts)
+        item = next(coming, None)
         waiting: dict[Future, int] = {}
-        more = True
         try:
-            while more or waiting:
-                while more and len(waiting) < 2 * self.slots:
-                    item = next(coming, None)
-                    if item is None:
-                        more = False
-                        break
+            while item is not None or waiting:
+                while item is not None and len(waiting) < 2 * self.slots:
                     number, prompt = item
                     own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
-                    waiting[self.add_request(**{**knobs, **own})] = number
-                if not waiting:
-                    break
-                if self.is_running():
-                    finished = wait(waiting, return_when=FIRST_COMPLETED).done
-                else:
-                    self.step()
-                    finished = {handle for handle in waiting if handle.done()}
-                for handle in sorted(finished, key=waiting.__getitem__):
+                    try:
+                        handle = self.add_request(**{**knobs, **own})
+                    except Full:
+                        break
+                    except Exception as error:
+                        error.add_note(f"It is about prompt {number}, counted from 0.")
+                        raise
+                    waiting[handle] = number
+                    item = next(coming, None)
+                for handle in sorted(self._some_done(waiting), key=waiting.__getitem__):
                     yield waiting.pop(handle), handle.result()
         finally:
             for handle in waiting:
                 handle.cancel()
+
+    def _some_done(self, waiting: Iterable[Future]) -> set[Future]:
+        """Those of the requests that are done, after work on them by whoever does it."""
+        if not self.is_running():
+            self.step()
+        elif waiting:
+            return wait(waiting, return_when=FIRST_COMPLETED).done
+        else:
+            with self._work:  # of others, with which the queue is full
+                self._work.wait(timeout=1.0)
+        return {handle for handle in waiting if handle.done()}
+
+
+def _give_tokens(handle: RequestHandle, row: Row, _: list[int]) -> None:
+    """Of the first row what is final: a criterion about all rows may take back what not all of them have yet."""
+    request = row.request
+    first = request.rows[0]
+    final = request.settled() if request.stopping.shared else len(first.tokens)
+    if not handle.done() and len(handle._tokens) < final:
+        handle._give(first.tokens[len(handle._tokens) : final])
+
+
+def _break_cycles(request: Request) -> None:
+    """What a request held, on the device, too, is not to wait for Python's collector of cycles."""
+    request.on_tokens = request.on_end = request.on_error = None
+    request.rows = []
 
 
 def _key(request: Request) -> Any:
     """Equal for requests whose rows may share operations: those that ask for the same, and run no code of the user."""
     config = request.config
     asks_user = request.stopping.any or request.step_callback is not None or callable(config.unmasking_rule)
-    if asks_user or request.processors.sees_text:
+    if asks_user or request.processors.sees_text or hasattr(request.streamer, "put_draft"):
         return id(request)
     knobs = tuple(str(getattr(config, name)) for name in STRATEGY_DEFAULTS if name != "seed")
     return (*knobs, config.do_sample, request.recorded, request.processors.likeness())
