@@ -15,7 +15,8 @@ from functools import partial
 from itertools import count
 from queue import Full
 from threading import Condition, Lock, RLock, Thread, current_thread, get_ident
-from traceback import clear_frames
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 import torch
@@ -308,7 +309,7 @@ class TwoTowerEngine:
             finally:
                 # Tracebacks keep what was computed, of all rows of the pass, for as long as someone keeps an error.
                 for failure in self._failures:
-                    clear_frames(failure.__traceback__)
+                    _forget_locals(failure)
                 self._failures.clear()
         with self._work:
             return bool(self._engine.rows or self._queue)
@@ -471,6 +472,18 @@ def _give_tokens(handle: RequestHandle, row: Row, _: list[int]) -> None:
     final = request.settled() if request.stopping.shared else len(first.tokens)
     if not handle.done() and len(handle._tokens) < final:
         handle._give(first.tokens[len(handle._tokens) : final])
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Of all calls that have ended in an error, and of those they came from."""
+    for frame, _ in walk_tb(error.__traceback__):
+        caller: FrameType | None = frame
+        while caller is not None:
+            try:
+                caller.clear()
+            except RuntimeError:  # it goes on
+                break
+            caller = caller.f_back
 
 
 def _break_cycles(request: Request) -> None:

@@ -34,7 +34,7 @@ class Request(NamedTuple):
         made: dict[str, Any] = dict(self.plain)
         for name in self.of_code:
             for argument, value in OF_CODE[name]().items():
-                made[argument] = made[argument] + value if argument in made else value
+                made[argument] = made[argument] + value if isinstance(made.get(argument), list) else value
         return made
 
 

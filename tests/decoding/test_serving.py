@@ -443,11 +443,12 @@ def test_stopped_an_engine_takes_nothing_and_can_be_started_again(model, engine)
 
 
 def test_a_stop_that_was_not_waited_for_can_be_taken_back(engine):
-    holding = threading.Event()
-    held = engine.add_request(IDS, max_new_tokens=4, step_callback=lambda step: holding.wait(WAIT))
+    entered, holding = threading.Event(), threading.Event()
+    held = engine.add_request(
+        IDS, max_new_tokens=4, step_callback=lambda step: entered.set() or holding.wait(WAIT)
+    )
     engine.start()
-    while not held.running():
-        time.sleep(0.001)
+    assert entered.wait(WAIT)
     engine.stop(timeout=0.01)
     assert engine.is_running()
     engine.start()

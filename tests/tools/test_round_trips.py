@@ -127,12 +127,12 @@ def test_a_plain_model_pushed_to_the_hub_comes_back(model, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_continuous_batching_is_refused_in_words(model):
-    prompts = [[4, 5, 6], [7, 8]]
-    for call in (
-        lambda: model.generate_batch(prompts, GenerationConfig(max_new_tokens=4)),
-        lambda: model.init_continuous_batching(),
-        lambda: model.continuous_batching_context_manager().__enter__(),
-    ):
-        with pytest.raises(NotImplementedError, match=r"no paged cache.*call generate with a batch"):
-            call()
+def test_continuous_batching_gives_what_generate_gives(model):
+    prompts, config = [[4, 5, 6], [7, 8]], GenerationConfig(max_new_tokens=4, eos_token_id=None)
+    expected = [model.generate(torch.tensor([prompt]), config)[0, len(prompt) :].tolist() for prompt in prompts]
+    outputs = model.generate_batch(prompts, config)
+    assert [output.generated_tokens for output in outputs.values()] == expected
+    with model.continuous_batching_context_manager(generation_config=config) as manager:
+        handles = manager.add_requests(prompts)
+        assert [list(handle) for handle in handles] == expected
+    assert model.init_continuous_batching().add_request(prompts[0]).cancel()
