@@ -58,7 +58,7 @@ def main(part: str, number: float | None) -> None:
 
 
 def equality(requests: float = 1000) -> tuple[dict[str, Any], Any]:
-    """Requests that come while others run, in 16 slots, a tenth of them cancelled; each other one is run alone, too."""
+    """Requests that come while others run, in 16 slots, a tenth of them cancelled; the others are run alone, too."""
     model, rng = mixed_model(), Random(SEED)
     engine = TwoTowerEngine(model, slots=16)
     asked, cancelled = [], 0

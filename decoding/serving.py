@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from queue import Full
-from threading import Condition, Lock, RLock, Thread, current_thread, get_ident
+from threading import Condition, Lock, RLock, Thread, get_ident
 from traceback import walk_tb
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ from ..cache_twotower import TwoTowerCache
 from .config import STRATEGY_DEFAULTS
 from .engine import Engine
 from .state import ENDED, Request, Row, TwoTowerGenerateOutput
+
 
 class _Turn:
     """Of threads that want to make an engine step, one at a time may; it knows which."""
@@ -40,7 +41,9 @@ class _Turn:
     @contextmanager
     def taken(self) -> Iterator[None]:
         if self.is_mine():
-            raise RuntimeError("step was called within a step, as by a streamer or a callback; leave it to the outer one")
+            raise RuntimeError(
+                "step was called within a step, as by a streamer or a callback; leave it to the outer one"
+            )
         with self._lock:
             self._owner = get_ident()
             try:
@@ -67,7 +70,7 @@ class RequestHandle(Future):
         self._news = Condition()
         self._admitted = False
         self._cancelling = RLock()
-        self.add_done_callback(RequestHandle._wake)
+        self.add_done_callback(_wake)
 
     def running(self) -> bool:
         return self._admitted and not self.done()
@@ -102,7 +105,8 @@ class RequestHandle(Future):
         given = 0
         while True:
             with self._news:
-                self._news.wait_for(lambda known=given: len(self._tokens) > known or self.done())
+                while len(self._tokens) == given and not self.done():
+                    self._news.wait()
                 new = self._tokens[given:]
             if not new:
                 break
@@ -116,10 +120,6 @@ class RequestHandle(Future):
     def _give(self, tokens: list[int]) -> None:
         with self._news:
             self._tokens += tokens
-            self._news.notify_all()
-
-    def _wake(self) -> None:
-        with self._news:
             self._news.notify_all()
 
     # The engine's; whoever cancels at the same moment is first.
@@ -447,11 +447,11 @@ class TwoTowerEngine:
                         raise
                     waiting[handle] = number
                     item = next(coming, None)
-                for handle in sorted(self._some_done(waiting), key=waiting.__getitem__):
-                    yield waiting.pop(handle), handle.result()
+                for done in sorted(self._some_done(waiting), key=waiting.__getitem__):
+                    yield waiting.pop(done), done.result()
         finally:
-            for handle in waiting:
-                handle.cancel()
+            for left in waiting:
+                left.cancel()
 
     def _some_done(self, waiting: Iterable[Future]) -> set[Future]:
         """Those of the requests that are done, after work on them by whoever does it."""
@@ -463,6 +463,12 @@ class TwoTowerEngine:
             with self._work:  # of others, with which the queue is full
                 self._work.wait(timeout=1.0)
         return {handle for handle in waiting if handle.done()}
+
+
+def _wake(handle: Any) -> None:
+    """Whoever iterates is to see that there is no more to come."""
+    with handle._news:
+        handle._news.notify_all()
 
 
 def _give_tokens(handle: RequestHandle, row: Row, _: list[int]) -> None:

@@ -372,7 +372,7 @@ def environment(model: TwoTowerForBlockDiffusion) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "commit": _git_commit(Path(__file__).resolve().parent),
+        "commit": _git_commit(Path(__file__).resolve().parents[1]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

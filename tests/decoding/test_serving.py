@@ -280,7 +280,9 @@ def test_a_result_that_comes_as_it_is_cancelled_harms_nobody(model, engine):
     """Between the engine's look at a handle and its result, another thread cancels."""
     racing = engine.add_request(IDS, max_new_tokens=4, mode="ar", streamer=(streamer := Streamer()))
     streamer.end = racing.cancel
-    failing = engine.add_request(IDS, mode="ar", logits_processor=[Stateless(lambda ids, scores: failing.cancel() and 1 / 0)])
+    failing = engine.add_request(
+        IDS, mode="ar", logits_processor=[Stateless(lambda ids, scores: failing.cancel() and 1 / 0)]
+    )
     other = engine.add_request(IDS, max_new_tokens=6, mode="ar")
     run(engine)
     assert racing.cancelled() and failing.cancelled() and not engine._running
@@ -353,7 +355,7 @@ def test_an_interrupt_in_a_step_leaves_no_broken_rows_behind(model, engine):
     engine.add_request(IDS, mode="ar", logits_processor=[Stateless(interrupt)])
     with pytest.raises(KeyboardInterrupt):
         run(engine)
-    with pytest.raises(RuntimeError, match="interrupted by KeyboardInterrupt.*ask again"):
+    with pytest.raises(RuntimeError, match=r"interrupted by KeyboardInterrupt.*ask again"):
         other.result(0)
     again = engine.add_request(IDS, max_new_tokens=6)
     run(engine)
@@ -369,7 +371,7 @@ def test_when_its_thread_ends_nobody_waits_for_ever(model):
     handles = [engine.add_request(IDS, mode="ar", logits_processor=[Stateless(leave)]), engine.add_request(IDS)]
     engine.start()
     for handle in handles:
-        with pytest.raises(RuntimeError, match="SystemExit.*ask again"):
+        with pytest.raises(RuntimeError, match=r"SystemExit.*ask again"):
             handle.result(WAIT)
     with engine.start():
         assert engine.add_request(IDS, max_new_tokens=3).result(WAIT).shape == (1, 9)
@@ -444,9 +446,7 @@ def test_stopped_an_engine_takes_nothing_and_can_be_started_again(model, engine)
 
 def test_a_stop_that_was_not_waited_for_can_be_taken_back(engine):
     entered, holding = threading.Event(), threading.Event()
-    held = engine.add_request(
-        IDS, max_new_tokens=4, step_callback=lambda step: entered.set() or holding.wait(WAIT)
-    )
+    held = engine.add_request(IDS, max_new_tokens=4, step_callback=lambda step: entered.set() or holding.wait(WAIT))
     engine.start()
     assert entered.wait(WAIT)
     engine.stop(timeout=0.01)
