@@ -18,7 +18,7 @@ from ..cache_twotower import TwoTowerCache
 from .choosing import Group
 from .drafting import DraftController
 from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
-from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row
+from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row, padded
 
 # Reading one row costs nearly what reading several does, so fewer rows than this share of all wait one denoiser pass.
 WORTH_READING = 1 / 8
@@ -103,9 +103,9 @@ class Engine:
             times = None
         else:
             width = max(len(row.canvas.ids) for row in rows)
-            ids = torch.tensor([_padded(row.canvas.ids, width) for row in rows], device=self.device)
+            ids = torch.tensor([padded(row.canvas.ids, width, 0) for row in rows], device=self.device)
             even = all(len(row.canvas.ids) == width for row in rows)
-            mask = [] if even else [[_padded([1] * len(row.canvas.ids), width) for row in rows]]
+            mask = [] if even else [[padded([1] * len(row.canvas.ids), width, 0) for row in rows]]
             times = torch.cat([self._timesteps(group) for group in groups])
             if len(groups) > 1:
                 order = [row for group in groups for row in group]
@@ -173,7 +173,7 @@ class Engine:
         for row in rows:
             row.context_forwards += 1
             row.waited = False
-        ids = torch.tensor([_padded(chunk, width) for chunk in chunks], device=self.device)
+        ids = torch.tensor([padded(chunk, width, 0) for chunk in chunks], device=self.device)
         even = min(counts) == width
         hidden_states = self._run("context_tower", ids, part, None if even else counts, tentative)
         kept = dict(zip(rows, counts, strict=True))
@@ -335,10 +335,6 @@ def _may_be_padded(row: Row, other: Row) -> bool:
     """Whether a prompt is not so much shorter or longer than another that they are better read apart."""
     shorter, longer = sorted((len(_chunk(row)), len(_chunk(other))))
     return longer <= LONGER_TIMES * shorter + LONGER_BY
-
-
-def _padded(values: list[int], width: int) -> list[int]:
-    return values + [0] * (width - len(values))
 
 
 def _nested(flat: list[float], shape: torch.Size) -> list[Any]:

@@ -198,7 +198,7 @@ def costs_of(
     key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
     costs = kept.get(key)
     if costs is None or costs.lacks(lengths, buckets):
-        costs = _merged(costs, _from_file(pass_costs_file(), key))
+        costs = _merged_costs(costs, _from_file(pass_costs_file(), key))
     if costs is None or costs.lacks(lengths, buckets):
         if missing == "none":
             return None
@@ -207,7 +207,7 @@ def costs_of(
                 f"passes over {rows} rows in blocks of {block_size} were never measured for this model, and can not "
                 "be while ranks keep in step; set model.pass_costs, or draft_length to a number"
             )
-        costs = _merged(costs, PassCosts.measure(model, lengths, buckets))
+        costs = _merged_costs(costs, PassCosts.measure(model, lengths, buckets))
         assert costs is not None
         _to_file(pass_costs_file(), key, description, costs)
     kept[key] = costs
@@ -261,7 +261,7 @@ def _on_line(points: list[tuple[int, float]], rows: int) -> float:
     return max(start + (end - start) * (rows - low) / (high - low), min(start, end) / 2)
 
 
-def _merged(old: PassCosts | None, new: PassCosts | None) -> PassCosts | None:
+def _merged_costs(old: PassCosts | None, new: PassCosts | None) -> PassCosts | None:
     if old is None or new is None:
         return old or new
     return old.merged(new)

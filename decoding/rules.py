@@ -1,6 +1,6 @@
 """Which masked positions of a block to commit after a denoiser pass: pure functions over rows, chosen by name.
 
-A rule is one [`Rule`] in `UNMASKING_RULES`, its parameters are in `PARAMETERS`; to add one, add a line to each.
+A rule is one record in `UNMASKING_RULES`: its function, its parameters and their ranges, and whether it draws.
 
 A rule ranks a row's masked positions and commits some of the first: the surest, the least uncertain, the leftmost. All
 but NVIDIA's two scheduled ones commit at least max(1, ceil(masked / steps left)), so that the last step commits all.
@@ -38,7 +38,6 @@ class Prediction(NamedTuple):
     certain: torch.Tensor | None = None
 
 
-NO_PROBLEM, NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = range(4)
 NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = 1, 2, 3
 NOISE_SCHEDULES = ("linear", "cosine", "exponential")
 NOISING_ORDERS = ("confidence", "margin", "adaptive")
@@ -61,23 +60,6 @@ def _number(requirement: str, default: float, holds: Callable[[float], bool]) ->
 
 def _one_of(names: Sequence[str]) -> Parameter:
     return Parameter(names[0], f"use one of {', '.join(names)}", lambda value: value in names)
-
-
-PARAMETERS: dict[str, Parameter] = {
-    "confidence_threshold": _number("lie in (0, 1]", 0.8, lambda value: 0 < value <= 1),
-    "tokens_per_step": Parameter(
-        2, "it must be a whole number of at least 1", lambda value: is_whole(value) and value >= 1
-    ),
-    "entropy_bound": _number("be a number of nats of at least 0", 0.1, lambda value: value >= 0),
-    "margin_threshold": _number("lie in [0, 1]", 0.6, lambda value: 0 <= value <= 1),
-    "factor": _number("be a number above 0", 1.0, lambda value: value > 0),
-    "noise_schedule": _one_of(NOISE_SCHEDULES),
-    "noising_order": _one_of(NOISING_ORDERS),
-}
-UNMASKING_DEFAULTS: dict[str, Any] = {
-    "unmasking_rule": "confidence",
-    **{name: parameter.default for name, parameter in PARAMETERS.items()},
-}
 
 
 def check_unmasking(config: Any) -> None:
@@ -109,7 +91,7 @@ class UnmaskingRule:
     def __init__(self, config: Any):
         self.config = config
         chosen = config.unmasking_rule
-        self.rule = Rule(_of_user, ()) if callable(chosen) else UNMASKING_RULES[chosen]
+        self.rule = Rule(_of_user, {}) if callable(chosen) else UNMASKING_RULES[chosen]
 
     def timestep(self, masked: torch.Tensor, step: int | Sequence[int], steps: int) -> torch.Tensor:
         """(R,) float32 the time the denoiser is told: the masked fraction, or what the noise schedule says."""
@@ -148,13 +130,13 @@ class Rule(NamedTuple):
 
     Args:
         commit: config, prediction, masked, step (one, or one per row), steps, noise -> what to commit.
-        parameters: names of those of [`PARAMETERS`] it goes by.
+        parameters: knobs of the generation config it goes by, with their defaults and ranges. Rules may share one.
         scheduled: whether the denoiser is told the noise schedule's time.
         draws: whether it draws, and so needs a seed.
     """
 
     commit: Callable[..., torch.Tensor]
-    parameters: tuple[str, ...]
+    parameters: dict[str, Parameter]
     scheduled: bool = False
     draws: bool = False
 
@@ -347,35 +329,51 @@ def _predict_and_noise(c: Any, p: Prediction, masked: torch.Tensor, step: Any, s
     return commit_scheduled(priority, masked, step, steps, c.noise_schedule)
 
 
+THRESHOLD = {"confidence_threshold": _number("lie in (0, 1]", 0.8, lambda value: 0 < value <= 1)}
+SCHEDULE = {"noise_schedule": _one_of(NOISE_SCHEDULES)}
 UNMASKING_RULES: dict[str, Rule] = {
     "confidence": Rule(
         lambda c, p, m, i, n, _: commit_confident(p.confidence, m, _left(i, n, m), c.confidence_threshold),
-        ("confidence_threshold",),
+        THRESHOLD,
     ),
     "fixed": Rule(
         lambda c, p, m, i, n, _: commit_fixed(p.confidence, m, _left(i, n, m), c.tokens_per_step),
-        ("tokens_per_step",),
+        {
+            "tokens_per_step": Parameter(
+                2, "it must be a whole number of at least 1", lambda value: is_whole(value) and value >= 1
+            )
+        },
     ),
     "entropy": Rule(
         lambda c, p, m, i, n, _: commit_low_entropy(entropy_of(p.logits), m, _left(i, n, m), c.entropy_bound),
-        ("entropy_bound",),
+        {"entropy_bound": _number("be a number of nats of at least 0", 0.1, lambda value: value >= 0)},
     ),
     "margin": Rule(
         lambda c, p, m, i, n, _: commit_by_margin(margin_of(p.logits), m, _left(i, n, m), c.margin_threshold),
-        ("margin_threshold",),
+        {"margin_threshold": _number("lie in [0, 1]", 0.6, lambda value: 0 <= value <= 1)},
     ),
-    "factor": Rule(lambda c, p, m, i, n, _: commit_by_factor(p.confidence, m, _left(i, n, m), c.factor), ("factor",)),
+    "factor": Rule(
+        lambda c, p, m, i, n, _: commit_by_factor(p.confidence, m, _left(i, n, m), c.factor),
+        {"factor": _number("be a number above 0", 1.0, lambda value: value > 0)},
+    ),
     "left_to_right": Rule(
         lambda c, p, m, i, n, _: commit_left_to_right(p.confidence, m, _left(i, n, m), c.confidence_threshold),
-        ("confidence_threshold",),
+        THRESHOLD,
     ),
     "posterior": Rule(
         lambda c, p, m, i, n, uniform: commit_posterior(m, i, n, c.noise_schedule, uniform()),
-        ("noise_schedule",),
+        SCHEDULE,
         scheduled=True,
         draws=True,
     ),
-    "predict_and_noise": Rule(_predict_and_noise, ("noise_schedule", "noising_order"), scheduled=True),
+    "predict_and_noise": Rule(
+        _predict_and_noise, {**SCHEDULE, "noising_order": _one_of(NOISING_ORDERS)}, scheduled=True
+    ),
+}
+PARAMETERS = {name: parameter for rule in UNMASKING_RULES.values() for name, parameter in rule.parameters.items()}
+UNMASKING_DEFAULTS: dict[str, Any] = {
+    "unmasking_rule": "confidence",
+    **{name: parameter.default for name, parameter in PARAMETERS.items()},
 }
 
 __all__ = [

@@ -264,7 +264,7 @@ class Request:
 
     def new_columns(self, start: int, stop: int) -> torch.Tensor:
         """(B, stop - start) new tokens, padded after a row's end."""
-        return torch.tensor([_padded(row.tokens[start:stop], stop - start, self.pad_token_id) for row in self.rows])
+        return torch.tensor([padded(row.tokens[start:stop], stop - start, self.pad_token_id) for row in self.rows])
 
     def padded(self, more: Iterable[tuple[Row, list[int]]] = ()) -> torch.Tensor:
         """(B, P + n) all rows as transformers would show them, some going on with more tokens."""
@@ -275,8 +275,8 @@ class Request:
             return self.prompts
         new = []
         for row in self.rows:
-            own = _padded(row.tokens, width, self.pad_token_id) + behind.get(row, [])
-            new.append(_padded(own, width + extra, self.pad_token_id))
+            own = padded(row.tokens, width, self.pad_token_id) + behind.get(row, [])
+            new.append(padded(own, width + extra, self.pad_token_id))
         return torch.cat([self.prompts, torch.tensor(new, device=self.device)], dim=1)
 
     def stream(self) -> None:
@@ -310,7 +310,7 @@ class Request:
             output.tokens_per_denoiser_forward = per_pass(new, denoiser)
         if mode == "self_speculative":
             cycles = torch.tensor([row.cycles for row in rows], device=device)
-            kept = [_padded(row.drafts_kept, self.config.block_size - 1, 0) for row in rows]
+            kept = [padded(row.drafts_kept, self.config.block_size - 1, 0) for row in rows]
             output.acceptance = per_pass(torch.tensor(kept, device=device), cycles[:, None])
             # The first token is the context tower's, before all cycles.
             output.accepted_lengths = per_pass(new - 1, cycles)
@@ -320,7 +320,7 @@ class Request:
         fill = RECORDS[name]
         if name not in WIDE_RECORDS:
             dtype = torch.long if name == "commit_steps" else torch.float32
-            values = [_padded(row.records.get(name, []), width, fill) for row in self.rows]
+            values = [padded(row.records.get(name, []), width, fill) for row in self.rows]
             return torch.tensor(values, dtype=dtype, device=self.device)
         nothing = torch.zeros(self.vocab_size, device=self.device)
         columns = []
@@ -330,7 +330,8 @@ class Request:
         return tuple(columns)
 
 
-def _padded(values: list[Any], width: int, fill: Any) -> list[Any]:
+def padded(values: list[Any], width: int, fill: Any) -> list[Any]:
+    """A list filled up to a width."""
     return values + [fill] * (width - len(values))
 
 
@@ -356,4 +357,5 @@ __all__ = [
     "Request",
     "Row",
     "TwoTowerGenerateOutput",
+    "padded",
 ]

@@ -16,6 +16,8 @@ def model():
 
 def generate(model, callback=None, mode="mask_diffusion", **flags):
     flags = {"max_new_tokens": 12, "confidence_threshold": 0.3, "return_dict_in_generate": True, **flags}
+    if mode == "self_speculative":
+        flags["draft_length"] = model.config.block_size  # "auto" might draft nothing, and call nothing
     return model.generate(PROMPTS, mode=mode, step_callback=callback, **flags)
 
 
