@@ -299,8 +299,8 @@ def test_version(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative", "mock_ar"])
 def test_trace_shows_every_pass_and_ar_beside_it(checkpoint, mode):
-    knobs = {"mode": mode, "max_new_tokens": 12}
-    arguments = ("--model", checkpoint, "--mode", mode, "--max-new-tokens", 12)
+    knobs = {"mode": mode, "max_new_tokens": 12, "draft_length": 4}
+    arguments = ("--model", checkpoint, "--mode", mode, "--max-new-tokens", 12, "--draft-length", 4)
     result = run("generate", QUESTION, *arguments, "--trace")
     assert result.stderr == "" and "\x1b" not in result.stdout
     text, tokens, output = answer(checkpoint, f"Question: {QUESTION}\nAnswer:", **knobs)
