@@ -212,6 +212,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         Returns:
             By request, "req_0" being that of the first input: its prompt and generated tokens.
         """
+        copies = knobs.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
+        if copies != 1:
+            raise ValueError(f"num_return_sequences is {copies}; generate_batch gives one text per prompt")
         prompts = [torch.as_tensor(one).flatten().tolist() for one in inputs]
         knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
         results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))
@@ -219,7 +222,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             f"req_{number}": GenerationOutput(
                 request_id=f"req_{number}",
                 prompt_ids=prompt,
-                generated_tokens=results[number][0, len(prompt) :].tolist(),
+                generated_tokens=results[number][0, max(len(prompt), 1) :].tolist(),  # an empty one begins with bos
                 status=RequestStatus.FINISHED,
             )
             for number, prompt in enumerate(prompts)

@@ -750,3 +750,8 @@ def test_prompts_of_very_different_lengths_read_in_chunks_or_whole(model, engine
     run(engine)
     for handle, request in zip(handles, requests, strict=True):
         assert torch.equal(handle.result(0), model.generate(request.ids, **request.arguments()))
+
+
+def test_generate_batch_gives_one_text_per_prompt(model):
+    with pytest.raises(ValueError, match="num_return_sequences is 2; generate_batch gives one"):
+        model.generate_batch([[5, 6]], num_return_sequences=2, do_sample=True)

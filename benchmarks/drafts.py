@@ -1,0 +1,150 @@
+"""
+What drafts gain and never lose, and what relaxed verification keeps, on the embedded checkpoint: goes to drafts.json
+beside this file, or where the one argument says. Takes ten minutes on one core.
+
+Speeds are tokens per second of one thread's own time, as ratios to `ar` of the same run, in turn, medians
+of REPEATS. "on" are held-out problems, "off" questions this checkpoint knows nothing of, 48 tokens each whatever
+comes, "wrong" the latter with a denoiser whose every draft is another token.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers import logging as transformers_logging
+
+import twotower
+from twotower.demo.evaluation import (
+    MAX_NEW_TOKENS,
+    accuracy_figures,
+    are_correct,
+    cut_after_end,
+    end_ids,
+    environment,
+    tokenized_batches,
+)
+from twotower.demo.problems import held_out_problems
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+
+REPEATS, OFF_TOKENS = 3, 48
+BATCHES = {1: 8, 16: 32, 64: 64}  # how many texts each batch size is timed on
+PROBLEMS, SEED = 400, 1
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    "self_speculative": {"mode": "self_speculative"},
+    "self_speculative, whole blocks": {"mode": "self_speculative", "draft_length": 16},
+    "self_speculative, acceptance_ratio 0.5": {"mode": "self_speculative", "acceptance_ratio": 0.5},
+    "mask_diffusion": {"mode": "mask_diffusion"},
+}
+RELAXED: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    "ratio 1.0, 1 draft pass": {"mode": "self_speculative", "draft_length": 16},
+    "ratio 0.5, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.5},
+    "ratio 0.1, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.1},
+    "ratio 0.5, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.5, "draft_steps": 16},
+    "ratio 0.1, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.1, "draft_steps": 16},
+    "ratio 0.02, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.02},
+    "mask_diffusion, 0.8": {"mode": "mask_diffusion"},
+}
+SUBJECTS = ["rain", "a violin", "the harbour", "old maps", "bees", "glaciers", "the stock market", "a broken clock"]
+ASKED = [
+    "Who first wrote about {}?",
+    "Tell a short story about {}.",
+    "Why do people care for {}?",
+    "Describe {} in French.",
+]
+
+
+def main(target: Path) -> None:
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    folder = twotower.demo_checkpoint()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = TwoTowerForBlockDiffusion.from_pretrained(folder, dtype=torch.float32).eval()
+    report: dict[str, Any] = {"relaxed": relaxed(model, tokenizer), "speed": {}}
+    report |= environment(model)
+    for kind in ("on", "off", "wrong"):
+        for size, count in BATCHES.items():
+            report["speed"][f"{kind}, batch {size}"] = speeds(model, tokenizer, kind, size, count)
+            target.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def texts(kind: str, count: int) -> list[str]:
+    if kind == "on":
+        return [problem.prompt for problem in held_out_problems(count, 7)]
+    asked = [question.format(subject) for question in ASKED for subject in SUBJECTS]
+    return [
+        f"Question: {asked[number % len(asked)]}{' ' * (number // len(asked))}\nAnswer:" for number in range(count)
+    ]
+
+
+def speeds(model: Any, tokenizer: Any, kind: str, size: int, count: int) -> dict[str, Any]:
+    """Tokens per second of each variant, as ratios to `ar`, with their spread."""
+    limits: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
+    if kind != "on":
+        limits = {"max_new_tokens": OFF_TOKENS, "eos_token_id": None, "pad_token_id": 0}
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
+    prompts = texts(kind, count)
+    batches = [tokenizer(prompts[start : start + size], **options) for start in range(0, count, size)]
+    variants = {name: VARIANTS[name] for name in list(VARIANTS)[: 3 if kind == "wrong" else None]}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    tokens: dict[str, int] = {}
+    for repeat in range(REPEATS + 1):
+        for name, knobs in variants.items():
+            if kind == "wrong" and name != "ar":
+                model.denoise = always_wrong(type(model).denoise.__get__(model))
+            started, tokens[name] = time.thread_time(), 0
+            for batch in batches:
+                output = model.generate(**batch, **limits, **knobs, return_dict_in_generate=True)
+                tokens[name] += int((~output.log_probs.isnan()).sum())
+            if repeat > 0:  # the first warms up, and measures costs
+                seconds[name].append(time.thread_time() - started)
+            vars(model).pop("denoise", None)
+    base = statistics.median(seconds["ar"]) / tokens["ar"]
+    found = {}
+    for name, own in seconds.items():
+        ratios = [base * tokens[name] / each for each in own]
+        found[name] = {"of ar": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
+        print(
+            f"{kind}, batch {size}: {name} {found[name]['of ar']:.2f} [{min(ratios):.2f}-{max(ratios):.2f}]",
+            flush=True,
+        )
+    return found
+
+
+def always_wrong(denoise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A denoiser that is as sure, of other tokens."""
+
+    def denoise_wrongly(*args: Any) -> torch.Tensor:
+        return denoise(*args).roll(7, -1)
+
+    return denoise_wrongly
+
+
+def relaxed(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Accuracy and passes of relaxed verification beside `ar`."""
+    problems, ends, found = held_out_problems(PROBLEMS, SEED), end_ids(model), {}
+    right_of_ar = None
+    for name, knobs in RELAXED.items():
+        answers, passes = [], 0
+        for batch in tokenized_batches(problems, 16, tokenizer, model):
+            output = model.generate(**batch, **knobs, max_new_tokens=MAX_NEW_TOKENS, return_dict_in_generate=True)
+            new = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
+            answers += [cut_after_end(row, ends) for row in new]
+            passes += int((output.denoiser_forwards + output.context_forwards).sum())
+        right = are_correct(answers, problems, tokenizer)
+        right_of_ar = right if right_of_ar is None else right_of_ar
+        tokens = sum(map(len, answers))
+        found[name] = {**accuracy_figures(right, right_of_ar), "tokens_per_pass": tokens / passes}
+        print(name, found[name], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("drafts.json"))
