@@ -755,3 +755,12 @@ def test_prompts_of_very_different_lengths_read_in_chunks_or_whole(model, engine
 def test_generate_batch_gives_one_text_per_prompt(model):
     with pytest.raises(ValueError, match="num_return_sequences is 2; generate_batch gives one"):
         model.generate_batch([[5, 6]], num_return_sequences=2, do_sample=True)
+
+
+def test_a_model_spread_over_ranks_is_refused(model, monkeypatch):
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    TwoTowerEngine(model)  # whole on every rank
+    monkeypatch.setattr(model, "_is_synced", lambda synced_gpus: True)
+    with pytest.raises(ValueError, match=r"spread over ranks.*call generate"):
+        TwoTowerEngine(model)
