@@ -56,6 +56,7 @@ class MaskDiffusion(Strategy):
         return READ if row.unread else OPEN
 
     def open(self, engine: Engine, rows: Sequence[Row]) -> None:
+        begun = [row for row in rows if row.starting_block is not None]
         for row in rows:
             row.phase = DENOISE
             given, row.starting_block = row.starting_block, None
@@ -64,7 +65,8 @@ class MaskDiffusion(Strategy):
                 mask = row.request.mask_token_id
                 row.canvas.ids[: len(given)] = given
                 row.canvas.open = [token == mask for token in row.canvas.ids]
-                self._settle(engine, [row])
+        if begun:
+            self._settle(engine, begun)
 
     def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return group.denoise_step(logits, timestep, group.request.steps)
@@ -77,7 +79,8 @@ class MaskDiffusion(Strategy):
         canvases = [row.canvas for row in rows]
         stops = _first_stops(rows, canvases, [canvas.prefix() for canvas in canvases])
         # A block is written as a whole, or up to where the text ends in it.
-        settled = [ended or True not in canvas.open for canvas, (_, ended) in zip(canvases, stops, strict=True)]
+        leaving = [row for row, (_, ended) in zip(rows, stops, strict=True) if ended]
+        settled = [row in leaving or not _is_open(row, leaving) for row in rows]
         for row, canvas, full in zip(rows, canvases, settled, strict=True):
             if full:
                 row.unread, row.phase = canvas.ids, READ
@@ -139,7 +142,7 @@ class SelfSpeculative(Strategy):
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
         _commit(group, values, known=1)
         for row in group.rows:
-            if True not in row.canvas.open or row.step == row.request.steps:
+            if not _is_open(row) or row.step == row.request.steps:
                 row.phase = VERIFY
 
     def read(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
@@ -234,6 +237,12 @@ class Ar(Strategy):
     def after_writing(self, row: Row, canvas: Canvas) -> str:
         row.unread = canvas.ids
         return READ
+
+
+def _is_open(row: Row, leaving: Sequence[Row] = ()) -> bool:
+    """Whether a position of its canvas is open, or if rows keep in step, of any row that does not leave."""
+    rows = row.request.going_on() if row.request.in_step else [row]
+    return any(True in one.canvas.open for one in rows if one not in leaving)
 
 
 def _commit(group: Group, values: list[Any], known: int = 0) -> None:

@@ -75,6 +75,7 @@ class Engine:
         if rows := self._readers():
             self._context_pass(rows)
             took_part.update(rows)
+        assert took_part or any(row.phase in (OPEN, ENDED) for row in self.rows), "rows wait for each other"
         self.row_passes += len(took_part)
         self.row_chances += len(self.rows)
         self.release()
@@ -83,7 +84,7 @@ class Engine:
         """Those that wait for the denoiser, of one kind of pass; where there are two, in turn."""
         rows = [row for row in self.rows if row.phase == DENOISE]
         for request in {id(row.request): row.request for row in rows if row.request.in_step}.values():
-            if any(row.phase != DENOISE for row in request.going_on()):
+            if any(map(_reads_prompt, request.going_on())):
                 rows = [row for row in rows if row.request is not request]
         parts = dict.fromkeys(row.request.strategy.part for row in rows)
         if len(parts) > 1:
@@ -96,7 +97,8 @@ class Engine:
         groups = _groups(rows)
         self.passes["denoiser"] += 1
         for row in rows:
-            row.denoiser_forwards += 1
+            # A row that keeps in step with others may have nothing open.
+            row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
         if strategy.part == "predict_next":
             newest = torch.tensor([[row.newest] for row in rows], device=self.device)
             logits = self._run("predict_next", newest, part)[:, None].to(self.device)
@@ -141,12 +143,14 @@ class Engine:
         """
         waiting = [row for row in self.rows if row.phase in (READ, VERIFY)]
         for request in {id(row.request): row.request for row in waiting if row.request.in_step}.values():
-            own = request.going_on()
-            chunks = max(_chunks_left(row) for row in own)
-            if any(row.phase == DENOISE for row in own):
-                chunks = -1
-            waiting = [row for row in waiting if row.request is not request or _chunks_left(row) == chunks]
-        prompts = [row for row in waiting if row.phase == READ and row.block < 0 and not row.tokens]
+            ready = own = request.going_on()
+            if prompts := [row for row in own if _reads_prompt(row)]:
+                most = max(map(_chunks_left, prompts))
+                ready = [row for row in prompts if _chunks_left(row) == most]
+            elif any(row.phase == DENOISE for row in own):
+                ready = []
+            waiting = [row for row in waiting if row.request is not request or row in ready]
+        prompts = [row for row in waiting if _reads_prompt(row)]
         short = [row for row in waiting if row not in prompts] if prompts else waiting
         if prompts and (self.prompts_wait or not short):
             self.prompts_wait = False
@@ -324,10 +328,12 @@ def _chunk(row: Row) -> list[int]:
     return row.unread if size is None else row.unread[:size]
 
 
+def _reads_prompt(row: Row) -> bool:
+    return row.phase == READ and row.block < 0 and not row.tokens
+
+
 def _chunks_left(row: Row) -> int:
     size = row.request.config.prefill_chunk_size
-    if row.phase != READ:
-        return 1
     return 1 if size is None else -(-len(row.unread) // size)
 
 
