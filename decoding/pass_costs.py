@@ -291,7 +291,9 @@ def _measure_rows(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass,
 
 
 def _passes(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], Callable[[], torch.Tensor]]:
-    generator, device = torch.Generator().manual_seed(0), model.device
+    generator = torch.Generator().manual_seed(0)
+    # Of an offloaded model accelerate moves what it is given to where it runs.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     vocabulary = model.config.vocab_size
 
     def tokens(count: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ def test_it_drafts_under_the_grammar(model, tokenizer, inputs):
     schema = {"type": "object", "properties": {"unit": {"const": "apples and pears"}}, "required": ["unit"]}
     grammar = Grammar.from_json_schema(schema | {"additionalProperties": False}, tokenizer)
     options = {"logits_processor": [grammar], "return_dict_in_generate": True, "max_new_tokens": 40}
-    output = model.generate(**inputs[1], mode="self_speculative", **options)
+    output = model.generate(**inputs[1], mode="self_speculative", draft_length=16, **options)
     new = output.sequences[0, inputs[1]["input_ids"].shape[1] :]
     assert json.loads(tokenizer.decode(new, skip_special_tokens=True)) == {"unit": "apples and pears"}
     # What can be written one way only is drafted so.
