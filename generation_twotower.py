@@ -26,8 +26,7 @@ class Strategy:
     """What the modes share. Phases that methods return say what a row waits for next."""
 
     part = "denoise"  # of the model, its denoiser pass
-    chooses_after_reading = True  # whether the context tower's next token is wanted once a row has been read,
-    after_reading: str  # else what comes then
+    after_reading: str | None = None  # what a row waits for once it has been read; by default its next token is chosen
 
     def write_first_stop(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
         """Write what is chosen up to the first stop; rows that go on take `after_writing`'s phase."""
@@ -40,6 +39,9 @@ class Strategy:
     def after_writing(self, row: Row, canvas: Canvas) -> str:
         raise NotImplementedError
 
+    def leave(self, engine: Engine, row: Row) -> None:
+        """A row has ended, also as failed or cancelled."""
+
 
 class MaskDiffusion(Strategy):
     """
@@ -50,7 +52,7 @@ class MaskDiffusion(Strategy):
     3. read it, unless the text has ended.
     """
 
-    chooses_after_reading, after_reading = False, OPEN
+    after_reading = OPEN
 
     def begin(self, row: Row) -> str:
         return READ if row.unread else OPEN
@@ -149,10 +151,8 @@ class SelfSpeculative(Strategy):
         """The context tower's own choices; of a draft also where it keeps the tokens drafted."""
         if group.rows[0].phase == READ:
             return group.report(group.predict(logits))
-        ids, _ = group.canvas()
-        draft = ids[:, 1:]
-        prediction = group.predict(logits, draft=draft, in_step=_all_keep_as_much(group.request))
-        return group.report(prediction)
+        draft = group.canvas[0][:, 1:]
+        return group.report(group.predict(logits, draft=draft, in_step=_all_keep_as_much(group.request)))
 
     def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
         if group.rows[0].phase == READ:
@@ -197,6 +197,11 @@ class SelfSpeculative(Strategy):
         row.newest = canvas.ids[0]
         return OPEN
 
+    def leave(self, engine: Engine, row: Row) -> None:
+        for drafting in engine.drafting.values():
+            if isinstance(drafting, DraftController):
+                drafting.by_row.pop(row, None)  # of a row that did not end with a draft, nothing was learnt
+
 
 class MockAr(Strategy):
     """
@@ -204,13 +209,13 @@ class MockAr(Strategy):
     token behind, reads the former.
     """
 
-    part, chooses_after_reading, after_reading = "predict_next", False, DENOISE
+    part, after_reading = "predict_next", DENOISE
 
     def begin(self, row: Row) -> str:
         row.newest = row.unread.pop()
         return READ if row.unread else DENOISE
 
-    def denoised(self, group: Group, logits: torch.Tensor, timestep: None) -> torch.Tensor:
+    def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return group.report(group.predict(logits))
 
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
@@ -249,7 +254,7 @@ def _commit(group: Group, values: list[Any], known: int = 0) -> None:
     """What a denoiser pass committed goes to the canvases, which are shown."""
     for idx, (row, reported) in enumerate(zip(group.rows, values, strict=True)):
         wide = {name: record[idx] for name, record in group.wide.items()}
-        commit(row.canvas, reported, [row.step] * len(row.canvas.ids), wide)
+        commit(row.canvas, reported, row.step, wide)
         row.step += 1
     for request, rows in _by_request(group.rows):
         if request.streamer is not None and hasattr(request.streamer, "put_draft"):
@@ -262,7 +267,7 @@ def _chosen(group: Group, values: list[Any], step: int = -1) -> list[Canvas]:
     for idx, reported in enumerate(values):
         canvas = Canvas.given([], len(reported[0]), -1, group.request.recorded)
         wide = {name: record[idx] for name, record in group.wide.items()}
-        commit(canvas, reported, [step] * len(canvas.ids), wide)
+        commit(canvas, reported, step, wide)
         canvases.append(canvas)
     return canvases
 

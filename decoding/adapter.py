@@ -13,7 +13,6 @@ from itertools import compress
 from typing import Any
 
 import torch
-from torch import distributed
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
@@ -378,8 +377,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """The decoding method transformers' `generate` calls: its rows run through an engine of their own."""
-        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-        synced = ranks > 1 and self._is_synced(synced_gpus)
+        synced = self._is_synced(synced_gpus)
         request, cache = self._request(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
         )

@@ -5,6 +5,7 @@ Shapes: R rows of a group, S positions, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Group:
         self.wide: dict[str, torch.Tensor] = {}  # of the pass reported last, (R, S, V)
         self.request: Request = rows[0].request
 
+    @cached_property
     def canvas(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, S) ids, and bool where they are open."""
         canvases = [row.canvas for row in self.rows]
@@ -55,7 +57,7 @@ class Group:
             What [`commit`] takes for each row, see [`report`].
         """
         request, rule, processors = self.request, self.request.rule, self.request.processors
-        ids, masked = self.canvas()
+        ids, masked = self.canvas
         numbers = [row.step for row in self.rows]
         mask_logits = logits[..., request.mask_token_id]
         if request.step_callback is not None:
@@ -370,13 +372,13 @@ class Group:
         return self._prediction(prediction.logits, prediction.scores, tokens), commit
 
 
-def commit(canvas: Canvas, reported: list[list[float]], steps: Sequence[int], wide: dict[str, torch.Tensor]) -> None:
+def commit(canvas: Canvas, reported: list[list[float]], step: int, wide: dict[str, torch.Tensor]) -> None:
     """
     Fix what a pass committed.
 
     Args:
         reported: a row of [`Group.report`].
-        steps: of the block, recorded of each token.
+        step: of the block, recorded of each token.
         wide: (S, V) scores and logits, as far as they are recorded.
     """
     tokens, committed, problems, confidences, *log_probs = reported
@@ -387,7 +389,7 @@ def commit(canvas: Canvas, reported: list[list[float]], steps: Sequence[int], wi
             canvas.open[column] = False
             canvas.problems[column] = int(problems[column])
             if log_probs:
-                records["commit_steps"][column] = steps[column]
+                records["commit_steps"][column] = step
                 records["confidences"][column] = confidences[column]
                 records["log_probs"][column] = log_probs[0][column]
                 for name, values in wide.items():

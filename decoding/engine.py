@@ -16,7 +16,6 @@ import torch
 
 from ..cache_twotower import TwoTowerCache
 from .choosing import Group
-from .drafting import DraftController
 from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
 from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row, padded
 
@@ -94,45 +93,46 @@ class Engine:
 
     def _denoiser_pass(self, rows: list[Row]) -> None:
         strategy, part = rows[0].request.strategy, self._part(rows)
-        groups = _groups(rows)
+        groups = [Group(own, self.device) for own in _groups(rows)]
+        places = [_places(group.rows, rows, self.device) for group in groups]
         self.passes["denoiser"] += 1
         for row in rows:
             # A row that keeps in step with others may have nothing open.
             row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
+        times = torch.zeros(len(rows), device=self.device)
         if strategy.part == "predict_next":
             newest = torch.tensor([[row.newest] for row in rows], device=self.device)
             logits = self._run("predict_next", newest, part)[:, None].to(self.device)
-            times = None
         else:
-            width = max(len(row.canvas.ids) for row in rows)
-            ids = torch.tensor([padded(row.canvas.ids, width, 0) for row in rows], device=self.device)
-            even = all(len(row.canvas.ids) == width for row in rows)
-            mask = [] if even else [[padded([1] * len(row.canvas.ids), width, 0) for row in rows]]
-            times = torch.cat([self._timesteps(group) for group in groups])
-            if len(groups) > 1:
-                order = [row for group in groups for row in group]
-                places = {row: idx for idx, row in enumerate(order)}
-                times = times[torch.tensor([places[row] for row in rows], device=self.device)]
-            logits = self._run(
-                "denoise", ids, part, times, *(torch.tensor(one, device=self.device) for one in mask)
-            ).to(self.device)
+            for group, at in zip(groups, places, strict=True):
+                times[slice(None) if at is None else at] = self._timesteps(group)
+            logits = self._run("denoise", *self._canvases(groups, rows, part, times)).to(self.device)
         reports = []
-        for rows_of_group in groups:
-            with self.guarded(rows_of_group):
-                group = Group(rows_of_group, self.device)
-                at = _places(rows_of_group, rows, self.device)
-                own = logits if at is None else logits[at]
-                size = own.shape[1] if times is None else len(rows_of_group[0].canvas.ids)
-                own_times = None if times is None else times if at is None else times[at]
-                reports.append((group, group.request.strategy.denoised(group, own[:, :size], own_times)))
+        for group, at in zip(groups, places, strict=True):
+            with self.guarded(group.rows):
+                own, own_times = (logits, times) if at is None else (logits[at], times[at])
+                if strategy.part == "denoise":
+                    own = own[:, : len(group.rows[0].canvas.ids)]
+                reports.append((group, group.request.strategy.denoised(group, own, own_times)))
         for group, values in self._host(reports):
             with self.guarded(group.rows):
                 group.request.strategy.after_denoise(self, group, values)
 
-    def _timesteps(self, rows: list[Row]) -> torch.Tensor:
-        request = rows[0].request
-        open_positions = torch.tensor([row.canvas.open for row in rows], device=self.device)
-        return request.rule.timestep(open_positions, [row.step for row in rows], request.steps)
+    def _timesteps(self, group: Group) -> torch.Tensor:
+        request = group.request
+        return request.rule.timestep(group.canvas[1], [row.step for row in group.rows], request.steps)
+
+    def _canvases(self, groups: list[Group], rows: list[Row], part: TwoTowerCache, times: torch.Tensor) -> list[Any]:
+        """What `denoise` is given: canvases of different sizes are padded, and only then masked."""
+        sizes = [len(row.canvas.ids) for row in rows]
+        width = max(sizes)
+        if len(groups) == 1:
+            return [groups[0].canvas[0], part, times]
+        ids = torch.tensor([padded(row.canvas.ids, width, 0) for row in rows], device=self.device)
+        if min(sizes) == width:
+            return [ids, part, times]
+        mask = torch.tensor([padded([1] * size, width, 0) for size in sizes], device=self.device)
+        return [ids, part, times, mask]
 
     def _readers(self) -> list[Row]:
         """
@@ -188,7 +188,7 @@ class Engine:
         reports = []
         for rows_of_group in _groups([row for row in rows if row.phase == VERIFY or not row.unread]):
             strategy = rows_of_group[0].request.strategy
-            if rows_of_group[0].phase == READ and not strategy.chooses_after_reading:
+            if rows_of_group[0].phase == READ and strategy.after_reading is not None:
                 for row in rows_of_group:
                     row.phase = strategy.after_reading
                 continue
@@ -273,16 +273,13 @@ class Engine:
                 self.rows[row.slot], self.rows[last] = self.rows[last], row
                 self.rows[row.slot].slot, row.slot = row.slot, last
             self.rows.pop()
+            row.request.strategy.leave(self, row)
             if row.request.keep_cache and row.request.on_end is None:
                 self.parked.append(row)
                 continue
             if row.request.keep_cache:
                 row.cache = self.cache.copy_rows([last])
             self.cache.drop_rows(1)
-        for drafting in self.drafting.values():
-            if isinstance(drafting, DraftController):
-                for row in ended:  # as their first token, or as failed or cancelled
-                    drafting.by_row.pop(row, None)
         for request in {id(row.request): row.request for row in ended}.values():
             if request.on_end is not None and not request.going_on():
                 request.on_end(request)
@@ -308,7 +305,7 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
         return [list(rows)]
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        size = len(row.canvas.ids) if row.canvas is not None and row.phase in (DENOISE, VERIFY) else 0
+        size = len(row.canvas.ids) if row.phase in (DENOISE, VERIFY) else 0
         groups.setdefault((row.request.key, row.phase, size), []).append(row)
     return list(groups.values())
 

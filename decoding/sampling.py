@@ -30,6 +30,7 @@ ELEMENTWISE = (
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
 )
+BY_ITSELF = "every row of a batch is processed by itself"  # why an answer of another shape is refused
 _GOLDEN_GAMMA = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed number
 _UNIFORM_STREAM = 0x5851F42D4C957F2D
 
@@ -105,8 +106,7 @@ class RowLogitsProcessors:
         scores = logits.clone()
         for idx, processor in enumerate(self.lists[0]):
             if type(processor) in ELEMENTWISE:
-                flat = scores.flatten(0, 1)
-                scores = processor(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
+                scores = elementwise(processor, scores)
             elif self.stateful[idx] and only_known:
                 continue
             elif self.shared[idx]:
@@ -116,18 +116,23 @@ class RowLogitsProcessors:
                     # Nothing was computed for rows that have ended, and nothing comes of what is answered.
                     whole = scores.new_zeros(len(ids), scores.shape[-1])
                     whole[list(rows)] = scores[:, 0]
-                    scores[:, 0] = _asked(processor, ids, whole, "all rows of a batch are processed together")[
+                    scores[:, 0] = asked_about(processor, ids, whole, "all rows of a batch are processed together")[
                         list(rows)
                     ]
             else:
                 for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
                     if text is not None:
-                        own, why = self.lists[row][idx], "every row of a batch is processed by itself"
-                        scores[place] = _asked(own, text[None], scores[place], why)
+                        scores[place] = asked_about(self.lists[row][idx], text[None], scores[place], BY_ITSELF)
         return scores
 
 
-def _asked(processor: Any, ids: torch.Tensor, scores: torch.Tensor, why: str) -> torch.Tensor:
+def elementwise(processor: Any, scores: torch.Tensor) -> torch.Tensor:
+    """(R, S, V) scores, all positions at once, as a processor makes them that does not look at the text."""
+    flat = scores.flatten(0, 1)
+    return processor(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
+
+
+def asked_about(processor: Any, ids: torch.Tensor, scores: torch.Tensor, why: str) -> torch.Tensor:
     """(n, V) scores as a processor makes them of what follows (n, T) ids."""
     processed = processor(ids, scores)
     if not isinstance(processed, torch.Tensor):
@@ -191,4 +196,14 @@ def _unit(hashed: torch.Tensor) -> torch.Tensor:
     return ((_shift_right(hashed, 11).float() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-24)
 
 
-__all__ = ["RowLogitsProcessors", "content_seeds", "derived_seeds", "gumbel_noise", "uniform_noise"]
+__all__ = [
+    "BY_ITSELF",
+    "ELEMENTWISE",
+    "RowLogitsProcessors",
+    "asked_about",
+    "content_seeds",
+    "derived_seeds",
+    "elementwise",
+    "gumbel_noise",
+    "uniform_noise",
+]

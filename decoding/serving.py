@@ -20,7 +20,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import distributed
 from transformers import GenerationConfig
 
 from ..cache_twotower import TwoTowerCache
@@ -157,8 +156,7 @@ class TwoTowerEngine:
         for name, value in (("slots", slots), ("max_queue", max_queue)):
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        spread = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        if spread and model._is_synced(False):
+        if model._is_synced(False):
             raise ValueError(
                 "the model's parameters are spread over ranks, whose engines would have to take the same passes; call "
                 "generate, which keeps ranks in step"

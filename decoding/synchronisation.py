@@ -48,6 +48,8 @@ class SynchronisedPasses:
 
     def _is_synced(self: Any, synced_gpus: bool) -> bool:
         """Whether ranks must keep in step: if asked for, or with FSDP2, of which transformers does not know."""
+        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return False
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
         if "_run_part" not in vars(self):

@@ -18,8 +18,8 @@ from torch.distributions import Categorical
 from torch.nn.functional import pad
 
 from ..compat_twotower import logits_process
-from .asking import keeps_no_state, name_of
-from .sampling import ELEMENTWISE
+from .asking import keeps_no_state
+from .sampling import BY_ITSELF, ELEMENTWISE, asked_about, elementwise
 
 Kind = Literal["elementwise", "vectorised", "asked", "stateful"]
 
@@ -506,7 +506,7 @@ class TextProcessors:
             part, seen = (scores, text) if on_device is None else (scores[on_device], text.select(on_device))
             for step in steps:
                 if step.kind == "elementwise":
-                    part = _elementwise(step.processors[0], part)
+                    part = elementwise(step.processors[0], part)
                 elif step.apply is not None:
                     tensors = {
                         name: value.expand(len(places), *value.shape[1:]) for name, value in step.tensors.items()
@@ -544,11 +544,6 @@ def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
     return stacked
 
 
-def _elementwise(processor: Any, scores: torch.Tensor) -> torch.Tensor:
-    flat = scores.flatten(0, 1)
-    return processor(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
-
-
 def _ask(
     processors: list[Any],
     scores: torch.Tensor,
@@ -562,17 +557,8 @@ def _ask(
         for position in range(scores.shape[1]):
             if wanted is None or wanted[row][position]:
                 here = scores[row, position][None]
-                answer = processor(ids[row, : length + position][None], here)
-                if not isinstance(answer, torch.Tensor):
-                    raise ValueError(
-                        f"{name_of(processor)} returned {answer!r}; a logits processor returns scores, a tensor"
-                    )
-                if answer.shape != here.shape:
-                    raise ValueError(
-                        f"{name_of(processor)} returned scores of shape {tuple(answer.shape)} for "
-                        f"{tuple(here.shape)}; every row of a batch is processed by itself"
-                    )
-                scores[row, position] = answer[0]
+                text = ids[row, : length + position][None]
+                scores[row, position] = asked_about(processor, text, here, BY_ITSELF)[0]
     return scores
 
 
