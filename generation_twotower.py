@@ -1,8 +1,8 @@
 """Decoding: blocks filled by the denoiser, drafts verified by the context tower, or one token at a time by either.
 
 One class per mode. Its methods advance rows by one pass and never loop: the engine runs the passes, and calls `begin`
-for a row that joins, `open` for rows that need a canvas, `denoised` and `after_denoise` around a denoiser pass, `read`
-and `after_read` around a context pass (first on the device, then with what was read back from it).
+for a row that joins, `open` for rows that need a canvas, `after_denoise` and `after_read` with what was read back from
+the device after a pass of the denoiser or the context tower; on the device before, `read` chooses tokens.
 
 Shapes: R rows of a pass, S block, H hidden size, V vocabulary.
 """
@@ -13,28 +13,30 @@ from typing import Any, Literal
 import torch
 
 from .decoding.adapter import TwoTowerGenerationAdapter
-from .decoding.choosing import Group, commit
+from .decoding.choosing import Group
 from .decoding.config import MODES, TwoTowerGenerationConfig
 from .decoding.drafting import DraftController
 from .decoding.engine import Engine
 from .decoding.pass_costs import costs_of, draft_lengths
-from .decoding.rules import DRAFT_NOT_A_NUMBER, NOT_A_NUMBER
+from .decoding.rules import DRAFT_NOT_A_NUMBER, NOT_A_NUMBER, Prediction
 from .decoding.state import DENOISE, OPEN, READ, VERIFY, BlockStep, Canvas, Request, Row, TwoTowerGenerateOutput
+from .decoding.stopping import first_stops
 
 
 class Strategy:
     """What the modes share. Phases that methods return say what a row waits for next."""
 
     part = "denoise"  # of the model, its denoiser pass
+    known = 0  # how many of a canvas's first tokens the text holds already
     after_reading: str | None = None  # what a row waits for once it has been read; by default its next token is chosen
 
     def write_first_stop(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
         """Write what is chosen up to the first stop; rows that go on take `after_writing`'s phase."""
-        stops = _first_stops(rows, canvases, [len(canvas.ids) for canvas in canvases])
+        stops = first_stops(rows, canvases, [len(canvas.ids) for canvas in canvases])
         for row, canvas, (_, ended) in zip(rows, canvases, stops, strict=True):
             if not ended:
                 row.phase = self.after_writing(row, canvas)
-        _write(engine, rows, canvases, stops)
+        engine.write(rows, canvases, stops)
 
     def after_writing(self, row: Row, canvas: Canvas) -> str:
         raise NotImplementedError
@@ -70,16 +72,14 @@ class MaskDiffusion(Strategy):
         if begun:
             self._settle(engine, begun)
 
-    def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return group.denoise_step(logits, timestep, group.request.steps)
-
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
-        _commit(group, values)
+        group.commit(values)
         self._settle(engine, group.rows)
 
     def _settle(self, engine: Engine, rows: Sequence[Row]) -> None:
         canvases = [row.canvas for row in rows]
-        stops = _first_stops(rows, canvases, [canvas.prefix() for canvas in canvases])
+        prefixes = [[*canvas.open, True].index(True) for canvas in canvases]
+        stops = first_stops(rows, canvases, prefixes)
         # A block is written as a whole, or up to where the text ends in it.
         leaving = [row for row, (_, ended) in zip(rows, stops, strict=True) if ended]
         settled = [row in leaving or not _is_open(row, leaving) for row in rows]
@@ -87,7 +87,7 @@ class MaskDiffusion(Strategy):
             if full:
                 row.unread, row.phase = canvas.ids, READ
         kept = [stop if full or stop[0] < 0 else (0, False) for stop, full in zip(stops, settled, strict=True)]
-        _write(engine, rows, canvases, kept)
+        engine.write(rows, canvases, kept)
 
 
 class SelfSpeculative(Strategy):
@@ -105,6 +105,8 @@ class SelfSpeculative(Strategy):
     Choices are those of mode "ar": the same logits, processors and noise, so the text is, too. With `acceptance_ratio`
     below 1, 3. also keeps drafted tokens that are so much as likely as the context tower's choice.
     """
+
+    known = 1
 
     def begin(self, row: Row) -> str:
         return READ
@@ -138,21 +140,18 @@ class SelfSpeculative(Strategy):
                 engine.drafting[size, steps] = DraftController(draft_lengths(size), cycle)
         return engine.drafting[size, steps]
 
-    def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return group.denoise_step(logits, timestep, group.request.steps, known=1)
-
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
-        _commit(group, values, known=1)
+        group.commit(values, self.known)
         for row in group.rows:
             if not _is_open(row) or row.step == row.request.steps:
                 row.phase = VERIFY
 
-    def read(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
+    def read(self, group: Group, logits: torch.Tensor) -> Prediction:
         """The context tower's own choices; of a draft also where it keeps the tokens drafted."""
         if group.rows[0].phase == READ:
-            return group.report(group.predict(logits))
+            return group.predict(logits)
         draft = group.canvas[0][:, 1:]
-        return group.report(group.predict(logits, draft=draft, in_step=_all_keep_as_much(group.request)))
+        return group.predict(logits, draft=draft, in_step=_all_keep_as_much(group.request))
 
     def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
         if group.rows[0].phase == READ:
@@ -160,10 +159,10 @@ class SelfSpeculative(Strategy):
             if isinstance(drafting, DraftController):
                 for row, reported in zip(group.rows, values, strict=True):
                     drafting.start(row, reported[3][0])
-            self.write_first_stop(engine, group.rows, _chosen(group, values))
+            self.write_first_stop(engine, group.rows, group.chosen(values))
             return {}
         canvases, drafted = [], []
-        for row, canvas in zip(group.rows, _chosen(group, values), strict=True):
+        for row, canvas in zip(group.rows, group.chosen(values), strict=True):
             draft = row.canvas
             agrees = [ours == theirs for ours, theirs in zip(canvas.ids, draft.ids[1:], strict=False)]
             drafted.append(agrees.index(False) if False in agrees else len(agrees))
@@ -174,7 +173,7 @@ class SelfSpeculative(Strategy):
                 canvas.problems = [problem or DRAFT_NOT_A_NUMBER for problem in canvas.problems]
             canvases.append(canvas)
         counts = [accepted + 1 for accepted in drafted]
-        stops = _first_stops(group.rows, canvases, counts, _all_keep_as_much(group.request))
+        stops = first_stops(group.rows, canvases, counts, _all_keep_as_much(group.request))
         kept = {}
         for row, canvas, accepted, (count, ended) in zip(group.rows, canvases, drafted, stops, strict=True):
             row.cycles += 1
@@ -184,7 +183,7 @@ class SelfSpeculative(Strategy):
             kept[row] = max(count, 0)
             if not ended:
                 row.newest, row.phase = canvas.ids[count - 1], OPEN
-        _write(engine, group.rows, canvases, stops)
+        engine.write(group.rows, canvases, stops)
         drafting = self._drafting(engine, group.request)
         if isinstance(drafting, DraftController):
             drafting.learn(group.rows, len(canvases[0].ids), drafted, [reported[3] for reported in values])
@@ -215,11 +214,8 @@ class MockAr(Strategy):
         row.newest = row.unread.pop()
         return READ if row.unread else DENOISE
 
-    def denoised(self, group: Group, logits: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return group.report(group.predict(logits))
-
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
-        self.write_first_stop(engine, group.rows, _chosen(group, values, step=0))
+        self.write_first_stop(engine, group.rows, group.chosen(values, step=0))
 
     def after_writing(self, row: Row, canvas: Canvas) -> str:
         row.unread, row.newest = [row.newest], canvas.ids[0]
@@ -232,11 +228,11 @@ class Ar(Strategy):
     def begin(self, row: Row) -> str:
         return READ
 
-    def read(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
-        return group.report(group.predict(logits))
+    def read(self, group: Group, logits: torch.Tensor) -> Prediction:
+        return group.predict(logits)
 
     def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
-        self.write_first_stop(engine, group.rows, _chosen(group, values))
+        self.write_first_stop(engine, group.rows, group.chosen(values))
         return {}
 
     def after_writing(self, row: Row, canvas: Canvas) -> str:
@@ -248,54 +244,6 @@ def _is_open(row: Row, leaving: Sequence[Row] = ()) -> bool:
     """Whether a position of its canvas is open, or if rows keep in step, of any row that does not leave."""
     rows = row.request.going_on() if row.request.in_step else [row]
     return any(True in one.canvas.open for one in rows if one not in leaving)
-
-
-def _commit(group: Group, values: list[Any], known: int = 0) -> None:
-    """What a denoiser pass committed goes to the canvases, which are shown."""
-    for idx, (row, reported) in enumerate(zip(group.rows, values, strict=True)):
-        wide = {name: record[idx] for name, record in group.wide.items()}
-        commit(row.canvas, reported, row.step, wide)
-        row.step += 1
-    for request, rows in _by_request(group.rows):
-        if request.streamer is not None and hasattr(request.streamer, "put_draft"):
-            request.streamer.put_draft(torch.tensor([row.canvas.ids[known:] for row in rows]))
-
-
-def _chosen(group: Group, values: list[Any], step: int = -1) -> list[Canvas]:
-    """Canvases whose every position is what was chosen."""
-    canvases = []
-    for idx, reported in enumerate(values):
-        canvas = Canvas.given([], len(reported[0]), -1, group.request.recorded)
-        wide = {name: record[idx] for name, record in group.wide.items()}
-        commit(canvas, reported, step, wide)
-        canvases.append(canvas)
-    return canvases
-
-
-def _by_request(rows: Sequence[Row]) -> list[tuple[Request, list[Row]]]:
-    grouped: dict[int, list[Row]] = {}
-    for row in rows:
-        grouped.setdefault(id(row.request), []).append(row)
-    return [(own[0].request, own) for own in grouped.values()]
-
-
-def _first_stops(
-    rows: Sequence[Row], canvases: Sequence[Canvas], counts: Sequence[int], in_step: bool = False
-) -> list[tuple[int, bool]]:
-    """Each row's first stop within so many tokens of its canvas, as its request's criteria say."""
-    if len(_by_request(rows)) == 1:
-        return rows[0].request.stopping.first_stops(rows, canvases, counts, in_step)
-    return [
-        row.request.stopping.first_stops([row], [canvas], [count], in_step)[0]
-        for row, canvas, count in zip(rows, canvases, counts, strict=True)
-    ]
-
-
-def _write(engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas], stops: Sequence[tuple[int, bool]]) -> None:
-    held = dict(zip(rows, zip(canvases, stops, strict=True), strict=True))
-    for _, own in _by_request(rows):
-        with engine.guarded(own):
-            engine.write(own, [held[row][0] for row in own], [held[row][1] for row in own])
 
 
 def _all_keep_as_much(request: Request) -> bool:

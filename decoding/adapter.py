@@ -31,10 +31,8 @@ from .config import (
     REFUSED_ARGUMENTS,
     STRATEGY_DEFAULTS,
     TwoTowerGenerationConfig,
-    check_strategy,
-    check_supported,
-    plain_counts,
-    plain_seed,
+    plain,
+    resolve,
 )
 from .engine import Engine
 from .rules import UnmaskingRule
@@ -49,10 +47,6 @@ logger = logging.get_logger(__name__)
 # Arguments of `generate` that are not of the generation config, and that transformers passes to the decoding method.
 CALL_ARGUMENTS = ("step_callback", "starting_block")
 ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "cache", "use_cache", "engine")
-
-
-# The 30B model's quality was measured on blocks of up to four times the size it was trained on.
-MOST_TRAINED_SIZES = 4
 
 
 class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
@@ -252,23 +246,14 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         for name in STRATEGY_DEFAULTS:
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, None)
-        kwargs = plain_counts(kwargs)
-        if "seed" in kwargs:
-            kwargs["seed"] = plain_seed(kwargs["seed"])
-        limits = [kwargs, {} if generation_config is None else plain_counts(generation_config.to_dict())]
+        kwargs = plain(kwargs)
+        limits = [kwargs, {} if generation_config is None else plain(generation_config.to_dict())]
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if all(limit.get("max_new_tokens") is None for limit in limits) and any(
             limit.get("max_length") is not None for limit in limits
         ):
             config.max_new_tokens = None  # the checkpoint's, which would go before the caller's max_length
-        for name, default in {**STRATEGY_DEFAULTS, "block_size": self.config.block_size}.items():
-            if getattr(config, name, None) is None:
-                setattr(config, name, default)
-        config.seed = plain_seed(config.seed)
-        for name, value in plain_counts(vars(config)).items():
-            setattr(config, name, value)
-        check_strategy(config)
-        check_supported(config)
+        resolve(config, self.config.block_size)
         for name, modes in (
             ("starting_block", ("mask_diffusion",)),
             ("step_callback", ("mask_diffusion", "self_speculative")),
@@ -278,12 +263,6 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         callback = model_kwargs.get("step_callback")
         if callback is not None and not callable(callback):
             raise ValueError(f"step_callback is {callback!r}, which cannot be called")
-        _bound_block(config, self.config.block_size)
-        if config.block_size > self.config.block_size and config.mode == "mask_diffusion":
-            logger.warning(
-                f"block_size {config.block_size} is larger than the {self.config.block_size} the denoiser was trained "
-                "on; the 30B model's HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
-            )
         if config.seed is not None and not config.do_sample and not UnmaskingRule(config).rule.draws:
             logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
         return config, model_kwargs
@@ -445,6 +424,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             vocab_size=self.config.vocab_size,
             recorded=tuple(recorded),
             keep_cache=model_kwargs["keep_cache"],
+            device=input_ids.device,
             steps=config.draft_steps if config.mode == "self_speculative" else config.steps_per_block,
             in_step=step_callback is not None or bool(stopping.shared) or processors.shared_by_rows is not None,
             step_callback=step_callback,
@@ -480,27 +460,6 @@ def _as_ids(name: str, value: Any) -> torch.Tensor:
         raise ValueError(
             f"{name} is a {type(value).__name__} that makes no tensor ({error}); give token ids"
         ) from error
-
-
-def _bound_block(config: GenerationConfig, trained: int) -> None:
-    """
-    Refuse or, where it changes no text, leave out columns of a block that no row may ever write.
-
-    What a block's other columns are changes what the denoiser makes of it, so up to the trained size, and in
-    `mask_diffusion` up to the largest multiple of it that was ever measured, a block is as wide as it was asked for.
-    The bound depends on nothing but the call's flags: a row's passes must not depend on its neighbours.
-    """
-    tokens = config.max_length if config.max_new_tokens is None else config.max_new_tokens
-    most = max(tokens, MOST_TRAINED_SIZES * trained)
-    if config.mode == "self_speculative":
-        config.block_size = min(config.block_size, max(tokens, trained, 2))
-        if config.draft_length != "auto":
-            config.draft_length = min(config.draft_length, config.block_size)
-    elif config.mode == "mask_diffusion" and config.block_size > most:
-        raise ValueError(
-            f"block_size is {config.block_size}, but no row may write more than {tokens} tokens, and the denoiser was "
-            f"trained on blocks of {trained}; give at most {most}, or more max_new_tokens"
-        )
 
 
 def _check_askable(

@@ -33,8 +33,9 @@ class Group:
 
     def __init__(self, rows: Sequence[Row], device: torch.device):
         self.rows, self.device = rows, device
-        self.wide: dict[str, torch.Tensor] = {}  # of the pass reported last, (R, S, V)
         self.request: Request = rows[0].request
+        self.timestep: torch.Tensor | None = None  # (R,) float32 that the denoiser is told
+        self.wide: dict[str, torch.Tensor] = {}  # of the pass reported last, (R, S, V)
 
     @cached_property
     def canvas(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,20 +44,18 @@ class Group:
         ids = torch.tensor([canvas.ids for canvas in canvases], device=self.device)
         return ids, torch.tensor([canvas.open for canvas in canvases], device=self.device)
 
-    def denoise_step(self, logits: torch.Tensor, timestep: torch.Tensor, steps: int, known: int = 0) -> torch.Tensor:
+    def denoise_step(self, logits: torch.Tensor, known: int = 0) -> torch.Tensor:
         """
         What one denoiser pass over the rows' canvases commits: what the rule and the user say.
 
         Args:
             logits: (R, S, V) float32, to be written to.
-            timestep: (R,) that the denoiser was told.
-            steps: most passes of the block.
             known: how many of the canvas's first tokens, a draft's, the text holds already.
 
         Returns:
-            What [`commit`] takes for each row, see [`report`].
+            What [`Group.commit`] takes, see [`Group.report`].
         """
-        request, rule, processors = self.request, self.request.rule, self.request.processors
+        request, rule, processors, steps = self.request, self.request.rule, self.request.processors, self.request.steps
         ids, masked = self.canvas
         numbers = [row.step for row in self.rows]
         mask_logits = logits[..., request.mask_token_id]
@@ -80,6 +79,7 @@ class Group:
         if in_order and not is_draft:
             prediction, commit = self._predict_in_order(logits, ids, prediction, commit, numbers[0] == steps - 1)
         if request.step_callback is not None:
+            assert self.timestep is not None
             state = BlockStep(
                 rows=torch.tensor([row.number for row in self.rows], device=self.device),
                 block=self.rows[0].block,
@@ -87,7 +87,7 @@ class Group:
                 steps=steps,
                 ids=ids.clone(),
                 committed=~masked,
-                timestep=timestep.clone(),
+                timestep=self.timestep.clone(),
                 logits=prediction.logits.clone(),
                 tokens=prediction.tokens.clone(),
                 confidence=prediction.confidence.clone(),
@@ -339,6 +339,43 @@ class Group:
             self.wide = {name: wide[name] for name in WIDE_RECORDS if name in self.request.recorded}
         return torch.stack([part.double() for part in parts], dim=1)
 
+    def commit(self, values: list[list[list[float]]], known: int = 0) -> None:
+        """
+        Fix on the rows' canvases what a denoiser pass committed, and show them.
+
+        Args:
+            values: what [`report`] became on the host.
+            known: as of [`denoise_step`].
+        """
+        request = self.request
+        for idx, (row, (tokens, committed, problems, *recorded)) in enumerate(zip(self.rows, values, strict=True)):
+            canvas = row.canvas
+            for column in (column for column, now in enumerate(committed) if now):
+                canvas.ids[column] = int(tokens[column])
+                canvas.open[column] = False
+                canvas.problems[column] = int(problems[column])
+                if request.recorded:
+                    canvas.records["commit_steps"][column] = row.step
+                    canvas.records["confidences"][column] = recorded[0][column]
+                    canvas.records["log_probs"][column] = recorded[1][column]
+                for name, record in self.wide.items():
+                    canvas.records[name][column] = record[idx, column]
+            row.step += 1
+        if request.streamer is not None and hasattr(request.streamer, "put_draft"):
+            request.streamer.put_draft(torch.tensor([row.canvas.ids[known:] for row in self.rows]))
+
+    def chosen(self, values: list[list[list[float]]], step: int = -1) -> list[Canvas]:
+        """Canvases of which every position is what was chosen, from what [`report`] became on the host."""
+        canvases = []
+        for idx, (tokens, _, problems, *recorded) in enumerate(values):
+            records: dict[str, list[Any]] = {}
+            if self.request.recorded:
+                steps = [step] * len(tokens)
+                records = {"commit_steps": steps, "confidences": recorded[0], "log_probs": recorded[1]}
+            records |= {name: list(record[idx]) for name, record in self.wide.items()}
+            canvases.append(Canvas(list(map(int, tokens)), [False] * len(tokens), list(map(int, problems)), records))
+        return canvases
+
     def _ask_callback(
         self, state: BlockStep, prediction: Prediction, masked: torch.Tensor, must_commit: bool
     ) -> tuple[Prediction, torch.Tensor]:
@@ -372,30 +409,6 @@ class Group:
         return self._prediction(prediction.logits, prediction.scores, tokens), commit
 
 
-def commit(canvas: Canvas, reported: list[list[float]], step: int, wide: dict[str, torch.Tensor]) -> None:
-    """
-    Fix what a pass committed.
-
-    Args:
-        reported: a row of [`Group.report`].
-        step: of the block, recorded of each token.
-        wide: (S, V) scores and logits, as far as they are recorded.
-    """
-    tokens, committed, problems, confidences, *log_probs = reported
-    records = canvas.records
-    for column, now in enumerate(committed):
-        if now:
-            canvas.ids[column] = int(tokens[column])
-            canvas.open[column] = False
-            canvas.problems[column] = int(problems[column])
-            if log_probs:
-                records["commit_steps"][column] = step
-                records["confidences"][column] = confidences[column]
-                records["log_probs"][column] = log_probs[0][column]
-                for name, values in wide.items():
-                    records[name][column] = values[column]
-
-
 def _check_answer(name: str, answer: Any, like: torch.Tensor) -> None:
     """Raise a ValueError for what a callback assigned that is not of the kind it was given."""
     if not isinstance(answer, torch.Tensor):
@@ -409,4 +422,4 @@ def _check_answer(name: str, answer: Any, like: torch.Tensor) -> None:
             raise ValueError(f"step_callback left {name} with {what} {given}; it needs {wanted}")
 
 
-__all__ = ["Group", "commit"]
+__all__ = ["Group"]

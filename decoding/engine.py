@@ -39,6 +39,8 @@ class Engine:
         self, model: Any, cache: TwoTowerCache, device: torch.device, synced: bool = False, most_rows: int = 1
     ):
         self.model, self.cache, self.device, self.synced = model, cache, device, synced
+        # A pass; with other ranks, once it is its turn.
+        self.run = model._pass if synced else lambda part, *args: getattr(model, part)(*args)
         self.rows: list[Row] = []  # that go on, in the order of the cache's rows
         self.parked: list[Row] = []  # behind them, those that have ended and whose cache is kept
         self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
@@ -94,45 +96,44 @@ class Engine:
     def _denoiser_pass(self, rows: list[Row]) -> None:
         strategy, part = rows[0].request.strategy, self._part(rows)
         groups = [Group(own, self.device) for own in _groups(rows)]
-        places = [_places(group.rows, rows, self.device) for group in groups]
+        # Where each group's rows are in the pass; a lone one has all.
+        places: list[Any] = [slice(None)]
+        if len(groups) > 1:
+            places = [_places(group.rows, rows, self.device) for group in groups]
         self.passes["denoiser"] += 1
         for row in rows:
             # A row that keeps in step with others may have nothing open.
             row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
-        times = torch.zeros(len(rows), device=self.device)
         if strategy.part == "predict_next":
             newest = torch.tensor([[row.newest] for row in rows], device=self.device)
-            logits = self._run("predict_next", newest, part)[:, None].to(self.device)
+            logits = self.run("predict_next", newest, part)[:, None].to(self.device)
         else:
+            times = torch.zeros(len(rows), device=self.device)
             for group, at in zip(groups, places, strict=True):
-                times[slice(None) if at is None else at] = self._timesteps(group)
-            logits = self._run("denoise", *self._canvases(groups, rows, part, times)).to(self.device)
+                steps, request = [row.step for row in group.rows], group.request
+                times[at] = group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
+            canvases = [groups[0].canvas[0]] if len(groups) == 1 else self._canvases(rows)
+            logits = self.run("denoise", canvases[0], part, times, *canvases[1:]).to(self.device)
         reports = []
         for group, at in zip(groups, places, strict=True):
             with self.guarded(group.rows):
-                own, own_times = (logits, times) if at is None else (logits[at], times[at])
-                if strategy.part == "denoise":
-                    own = own[:, : len(group.rows[0].canvas.ids)]
-                reports.append((group, group.request.strategy.denoised(group, own, own_times)))
+                if strategy.part == "predict_next":
+                    reports.append((group, group.report(group.predict(logits[at]))))
+                else:
+                    own = logits[at][:, : len(group.rows[0].canvas.ids)]
+                    reports.append((group, group.denoise_step(own, group.request.strategy.known)))
         for group, values in self._host(reports):
             with self.guarded(group.rows):
                 group.request.strategy.after_denoise(self, group, values)
 
-    def _timesteps(self, group: Group) -> torch.Tensor:
-        request = group.request
-        return request.rule.timestep(group.canvas[1], [row.step for row in group.rows], request.steps)
-
-    def _canvases(self, groups: list[Group], rows: list[Row], part: TwoTowerCache, times: torch.Tensor) -> list[Any]:
-        """What `denoise` is given: canvases of different sizes are padded, and only then masked."""
+    def _canvases(self, rows: list[Row]) -> list[torch.Tensor]:
+        """Of several groups; those of different sizes are padded, and only then masked."""
         sizes = [len(row.canvas.ids) for row in rows]
         width = max(sizes)
-        if len(groups) == 1:
-            return [groups[0].canvas[0], part, times]
-        ids = torch.tensor([padded(row.canvas.ids, width, 0) for row in rows], device=self.device)
-        if min(sizes) == width:
-            return [ids, part, times]
-        mask = torch.tensor([padded([1] * size, width, 0) for size in sizes], device=self.device)
-        return [ids, part, times, mask]
+        canvases = [[padded(row.canvas.ids, width, 0) for row in rows]]
+        if min(sizes) < width:
+            canvases.append([padded([1] * size, width, 0) for size in sizes])
+        return [torch.tensor(each, device=self.device) for each in canvases]
 
     def _readers(self) -> list[Row]:
         """
@@ -179,7 +180,7 @@ class Engine:
             row.waited = False
         ids = torch.tensor([padded(chunk, width, 0) for chunk in chunks], device=self.device)
         even = min(counts) == width
-        hidden_states = self._run("context_tower", ids, part, None if even else counts, tentative)
+        hidden_states = self.run("context_tower", ids, part, None if even else counts, tentative)
         kept = dict(zip(rows, counts, strict=True))
         reading = [row for row in rows if row.phase == READ]
         for row, count in zip(rows, counts, strict=True):
@@ -193,18 +194,17 @@ class Engine:
                     row.phase = strategy.after_reading
                 continue
             with self.guarded(rows_of_group):
-                at = _places(rows_of_group, rows, self.device)
-                own = hidden_states if at is None else hidden_states[at]
-                size = kept[rows_of_group[0]]
+                own = hidden_states
+                if len(rows_of_group) < len(rows):
+                    own = own[_places(rows_of_group, rows, self.device)]
                 if rows_of_group[0].phase == VERIFY:
-                    own = own[:, :size]
+                    own = own[:, : kept[rows_of_group[0]]]
                 else:
-                    own = self._last(own, [kept[row] for row in rows_of_group])
-                logits = self._run("context_lm_head", own)
+                    own = own[:, -1:] if even else _last(own, [kept[row] for row in rows_of_group])
+                logits = self.run("context_lm_head", own)
                 logits = logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
-                logits = logits.unflatten(0, (len(rows_of_group), -1)) if logits.ndim == 2 else logits
                 group = Group(rows_of_group, self.device)
-                reports.append((group, strategy.read(group, logits)))
+                reports.append((group, group.report(strategy.read(group, logits))))
         for row in rows:
             if row not in reading:
                 kept[row] = 0  # unless its verification gets as far as to say otherwise
@@ -213,17 +213,6 @@ class Engine:
                 kept.update(group.request.strategy.after_read(self, group, values))
         if tentative:
             part.accept([kept[row] for row in rows])
-
-    def _last(self, hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """(R, T, H) -> (R, H) of each row's last token."""
-        if min(counts) == hidden_states.shape[1]:
-            return hidden_states[:, -1]
-        last = torch.tensor(counts, device=hidden_states.device) - 1
-        return hidden_states[torch.arange(len(counts), device=last.device), last]
-
-    def _run(self, part: str, *args: Any) -> torch.Tensor:
-        """A pass; with other ranks, once it is its turn."""
-        return self.model._pass(part, *args) if self.synced else getattr(self.model, part)(*args)
 
     def _part(self, rows: list[Row]) -> TwoTowerCache:
         """The cache as far as it is about some rows; all of it, or its beginning, are views."""
@@ -248,18 +237,23 @@ class Engine:
     # Emit.
 
     def write(self, rows: Sequence[Row], canvases: Sequence[Canvas], stops: Sequence[tuple[int, bool]]) -> None:
-        """Add to the texts of a request's rows what is kept of their canvases, and hand it out."""
-        request = rows[0].request
+        """Add to the texts of rows what is kept of their canvases, see [`first_stops`], and hand it out."""
+        written: dict[Request, list[tuple[Row, list[int]]]] = {}
         for row, canvas, (kept, ended) in zip(rows, canvases, stops, strict=True):
             row.write(canvas, kept)
             if ended:
                 row.phase = ENDED
-        for row, canvas, (kept, ended) in zip(rows, canvases, stops, strict=True):
-            if ended and kept > 0 and canvas.problems[kept - 1]:
-                raise ValueError(_problem_message(row, canvas.problems[kept - 1]))
-            if request.on_tokens is not None:
-                request.on_tokens(row, canvas.ids[: max(kept, 0)])
-        request.stream()
+                row.problem = canvas.problems[kept - 1] if kept > 0 else 0
+            written.setdefault(row.request, []).append((row, canvas.ids[: max(kept, 0)]))
+        for request, new in written.items():
+            with self.guarded([row for row, _ in new]):
+                for row, tokens in new:
+                    if row.problem:
+                        raise ValueError(_problem_message(row, row.problem))
+                    if request.on_tokens is not None:
+                        request.on_tokens(row, tokens)
+                if request.streamer is not None:
+                    request.stream()
 
     # Release.
 
@@ -310,12 +304,16 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _places(some: Sequence[Row], rows: Sequence[Row], device: torch.device) -> torch.Tensor | None:
-    """Where some rows are among those of a pass; None where they are all."""
-    if len(some) == len(rows):
-        return None
+def _places(some: Sequence[Row], rows: Sequence[Row], device: torch.device) -> torch.Tensor:
+    """Where some rows are among those of a pass."""
     places = {row: idx for idx, row in enumerate(rows)}
     return torch.tensor([places[row] for row in some], device=device)
+
+
+def _last(hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """(R, T, H) -> (R, 1, H) of each row's last token."""
+    last = torch.tensor(counts, device=hidden_states.device)[:, None] - 1
+    return hidden_states.gather(1, last[..., None].expand(-1, 1, hidden_states.shape[2]))
 
 
 def _chunk(row: Row) -> list[int]:

@@ -51,33 +51,25 @@ class Parameter(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def _number(requirement: str, default: float, holds: Callable[[float], bool]) -> Parameter:
-    def is_one(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and holds(value)
+def number_that(requirement: str, default: float, holds: Callable[[float], bool]) -> Parameter:
+    """A parameter that is a number, and what else it must be."""
+    return Parameter(
+        default,
+        f"it must {requirement}",
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(value),
+    )
 
-    return Parameter(default, f"it must {requirement}", is_one)
+
+def whole_number_from(least: int, default: int | None = None) -> Parameter:
+    return Parameter(
+        default,
+        f"it must be a whole number of at least {least}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+    )
 
 
-def _one_of(names: Sequence[str]) -> Parameter:
+def one_of(names: Sequence[str]) -> Parameter:
     return Parameter(names[0], f"use one of {', '.join(names)}", lambda value: value in names)
-
-
-def check_unmasking(config: Any) -> None:
-    """Raise a ValueError for an unknown name or a parameter out of range; None means unset."""
-    rule = config.unmasking_rule
-    if rule is not None and not callable(rule) and not (isinstance(rule, str) and rule in UNMASKING_RULES):
-        raise ValueError(
-            f"unmasking_rule is {rule!r}; use one of {', '.join(UNMASKING_RULES)}, or a function "
-            "(prediction, masked, step, steps) -> commit"
-        )
-    for name, parameter in PARAMETERS.items():
-        value = getattr(config, name)
-        if value is not None and not parameter.holds(value):
-            raise ValueError(f"{name} is {value!r}; {parameter.requirement}")
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class UnmaskingRule:
@@ -121,7 +113,31 @@ class UnmaskingRule:
         """
         if not isinstance(step, int) and min(step) == max(step):
             step = step[0]
-        return self.rule.commit(self.config, prediction, masked, step, steps, uniform)
+        if isinstance(step, int):
+            left: Steps = steps - step
+        else:  # more of them than positions are of no use, and might not fit into int64
+            left = torch.tensor([min(steps - number, masked.shape[-1]) for number in step], device=masked.device)
+        return self.rule.commit(self.config, prediction, masked, Progress(step, steps, left, uniform))
+
+
+Steps = int | torch.Tensor  # one number for all rows, or (R,)
+
+
+class Progress(NamedTuple):
+    """
+    How far a block is.
+
+    Args:
+        step: number of the pass within the block, from 0, of all rows or of each.
+        steps: most passes of the block.
+        left: how many are left, this one included.
+        uniform: gives (R, S) float32 noise in (0, 1).
+    """
+
+    step: int | Sequence[int]
+    steps: int
+    left: Steps
+    uniform: Callable[[], torch.Tensor]
 
 
 class Rule(NamedTuple):
@@ -129,7 +145,7 @@ class Rule(NamedTuple):
     One unmasking rule.
 
     Args:
-        commit: config, prediction, masked, step (one, or one per row), steps, noise -> what to commit.
+        commit: config, prediction, masked, progress -> what to commit.
         parameters: knobs of the generation config it goes by, with their defaults and ranges. Rules may share one.
         scheduled: whether the denoiser is told the noise schedule's time.
         draws: whether it draws, and so needs a seed.
@@ -139,9 +155,6 @@ class Rule(NamedTuple):
     parameters: dict[str, Parameter]
     scheduled: bool = False
     draws: bool = False
-
-
-Steps = int | torch.Tensor  # one number for all rows, or (R,)
 
 
 def commit_confident(
@@ -305,69 +318,58 @@ def _each_row(step: int | Sequence[int], masked: torch.Tensor) -> Sequence[int]:
     return [step] * len(masked) if isinstance(step, int) else step
 
 
-def _left(step: int | Sequence[int], steps: int, masked: torch.Tensor) -> Steps:
-    """How many steps are left, this one included; for each row, bounded as `_commit_first` bounds it."""
-    if isinstance(step, int):
-        return steps - step
-    return torch.tensor([min(steps - number, masked.shape[-1]) for number in step], device=masked.device)
-
-
-def _of_user(c: Any, p: Prediction, masked: torch.Tensor, step: Any, steps: int, _: Any) -> torch.Tensor:
+def _of_user(c: Any, p: Prediction, masked: torch.Tensor, at: Progress) -> torch.Tensor:
     """A function's choice among the masked positions; on the last step all of them."""
-    numbers = torch.tensor(_each_row(step, masked), device=masked.device)
-    commit = c.unmasking_rule(p, masked.clone(), numbers, steps)
+    numbers = torch.tensor(_each_row(at.step, masked), device=masked.device)
+    commit = c.unmasking_rule(p, masked.clone(), numbers, at.steps)
     if not isinstance(commit, torch.Tensor) or commit.dtype != torch.bool or commit.shape != masked.shape:
         given = f"{commit.dtype} of shape {tuple(commit.shape)}" if isinstance(commit, torch.Tensor) else repr(commit)
         raise ValueError(f"unmasking_rule returned {given}; return torch.bool of shape {tuple(masked.shape)}")
-    return masked & (commit | (numbers == steps - 1)[:, None])
+    return masked & (commit | (numbers == at.steps - 1)[:, None])
 
 
-def _predict_and_noise(c: Any, p: Prediction, masked: torch.Tensor, step: Any, steps: int, _: Any) -> torch.Tensor:
+def _predict_and_noise(c: Any, p: Prediction, masked: torch.Tensor, at: Progress) -> torch.Tensor:
     if c.noising_order == "adaptive":
-        return commit_adaptive(p.confidence, masked, step, steps)
+        return commit_adaptive(p.confidence, masked, at.step, at.steps)
     priority = margin_of(p.logits) if c.noising_order == "margin" else p.confidence
-    return commit_scheduled(priority, masked, step, steps, c.noise_schedule)
+    return commit_scheduled(priority, masked, at.step, at.steps, c.noise_schedule)
 
 
-THRESHOLD = {"confidence_threshold": _number("lie in (0, 1]", 0.8, lambda value: 0 < value <= 1)}
-SCHEDULE = {"noise_schedule": _one_of(NOISE_SCHEDULES)}
+THRESHOLD = {"confidence_threshold": number_that("lie in (0, 1]", 0.8, lambda value: 0 < value <= 1)}
+SCHEDULE = {"noise_schedule": one_of(NOISE_SCHEDULES)}
 UNMASKING_RULES: dict[str, Rule] = {
     "confidence": Rule(
-        lambda c, p, m, i, n, _: commit_confident(p.confidence, m, _left(i, n, m), c.confidence_threshold),
+        lambda c, p, m, at: commit_confident(p.confidence, m, at.left, c.confidence_threshold),
         THRESHOLD,
     ),
     "fixed": Rule(
-        lambda c, p, m, i, n, _: commit_fixed(p.confidence, m, _left(i, n, m), c.tokens_per_step),
-        {
-            "tokens_per_step": Parameter(
-                2, "it must be a whole number of at least 1", lambda value: is_whole(value) and value >= 1
-            )
-        },
+        lambda c, p, m, at: commit_fixed(p.confidence, m, at.left, c.tokens_per_step),
+        {"tokens_per_step": whole_number_from(1, 2)},
     ),
     "entropy": Rule(
-        lambda c, p, m, i, n, _: commit_low_entropy(entropy_of(p.logits), m, _left(i, n, m), c.entropy_bound),
-        {"entropy_bound": _number("be a number of nats of at least 0", 0.1, lambda value: value >= 0)},
+        lambda c, p, m, at: commit_low_entropy(entropy_of(p.logits), m, at.left, c.entropy_bound),
+        {"entropy_bound": number_that("be a number of nats of at least 0", 0.1, lambda value: value >= 0)},
     ),
     "margin": Rule(
-        lambda c, p, m, i, n, _: commit_by_margin(margin_of(p.logits), m, _left(i, n, m), c.margin_threshold),
-        {"margin_threshold": _number("lie in [0, 1]", 0.6, lambda value: 0 <= value <= 1)},
+        lambda c, p, m, at: commit_by_margin(margin_of(p.logits), m, at.left, c.margin_threshold),
+        {"margin_threshold": number_that("lie in [0, 1]", 0.6, lambda value: 0 <= value <= 1)},
     ),
     "factor": Rule(
-        lambda c, p, m, i, n, _: commit_by_factor(p.confidence, m, _left(i, n, m), c.factor),
-        {"factor": _number("be a number above 0", 1.0, lambda value: value > 0)},
+        lambda c, p, m, at: commit_by_factor(p.confidence, m, at.left, c.factor),
+        {"factor": number_that("be a number above 0", 1.0, lambda value: value > 0)},
     ),
     "left_to_right": Rule(
-        lambda c, p, m, i, n, _: commit_left_to_right(p.confidence, m, _left(i, n, m), c.confidence_threshold),
+        lambda c, p, m, at: commit_left_to_right(p.confidence, m, at.left, c.confidence_threshold),
         THRESHOLD,
     ),
     "posterior": Rule(
-        lambda c, p, m, i, n, uniform: commit_posterior(m, i, n, c.noise_schedule, uniform()),
+        lambda c, p, m, at: commit_posterior(m, at.step, at.steps, c.noise_schedule, at.uniform()),
         SCHEDULE,
         scheduled=True,
         draws=True,
     ),
     "predict_and_noise": Rule(
-        _predict_and_noise, {**SCHEDULE, "noising_order": _one_of(NOISING_ORDERS)}, scheduled=True
+        _predict_and_noise, {**SCHEDULE, "noising_order": one_of(NOISING_ORDERS)}, scheduled=True
     ),
 }
 PARAMETERS = {name: parameter for rule in UNMASKING_RULES.values() for name, parameter in rule.parameters.items()}
@@ -381,11 +383,13 @@ __all__ = [
     "PARAMETERS",
     "UNMASKING_DEFAULTS",
     "UNMASKING_RULES",
+    "Parameter",
     "Prediction",
     "Rule",
     "UnmaskingRule",
-    "check_unmasking",
     "commit_run",
-    "is_whole",
     "log_prob",
+    "number_that",
+    "one_of",
+    "whole_number_from",
 ]

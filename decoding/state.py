@@ -135,10 +135,6 @@ class Canvas:
             {name: [RECORDS[name]] * size for name in recorded},
         )
 
-    def prefix(self) -> int:
-        """How many positions are committed before the first open one."""
-        return self.open.index(True) if True in self.open else len(self.ids)
-
 
 @dataclass(eq=False)
 class Row:
@@ -169,6 +165,7 @@ class Row:
     newest: int = -1  # the token at the text's end that the context tower has not read, where a mode needs it
     starting_block: list[int] | None = None  # what the first block holds already
     waited: bool = False  # to be read with others
+    problem: int = 0  # why its last token is none
     denoiser_forwards: int = 0
     context_forwards: int = 0
     cycles: int = 0
@@ -238,6 +235,7 @@ class Request:
     vocab_size: int
     recorded: tuple[str, ...]
     keep_cache: bool
+    device: torch.device
     steps: int = 1  # most denoiser passes per block or draft
     in_step: bool = False
     step_callback: Callable[[BlockStep], None] | None = None
@@ -249,10 +247,6 @@ class Request:
     streamed: int = 0  # columns of new tokens
     text_processors: Any = None  # [`TextProcessors`] of its rows, once wanted
     key: Any = None  # of what may share a pass's operations
-    device: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.device = self.prompts.device
 
     def going_on(self) -> list[Row]:
         return [row for row in self.rows if row.phase != ENDED]
@@ -281,7 +275,8 @@ class Request:
 
     def stream(self) -> None:
         """Hand out the columns of new tokens that by now every row has, or will never have."""
-        if self.streamer is not None and self.streamed < (settled := self.settled()):
+        assert self.streamer is not None
+        if self.streamed < (settled := self.settled()):
             self.streamer.put(self.new_columns(self.streamed, settled))
             self.streamed = settled
 

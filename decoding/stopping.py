@@ -41,37 +41,20 @@ class Stopping:
         self.shown_to_all = 0
         self.ended_at = [_NEVER] * len(prompt_lengths)
 
-    def first_stops(
-        self, rows: Sequence[Row], canvases: Sequence[Canvas], counts: Sequence[int], in_step: bool = False
+    def ask(
+        self, rows: Sequence[Row], canvases: Sequence[Canvas], stops: list[tuple[int, bool]], in_step: bool
     ) -> list[tuple[int, bool]]:
-        """
-        Where the texts of some of the rows end within their next tokens.
-
-        Args:
-            rows: R of the request.
-            canvases: their tokens to come; some of them may have been looked at before.
-            counts: how many of them are final.
-            in_step: keep no more of any row than of the one with the fewest.
-
-        Returns:
-            Per row how many tokens there are up to and including its first stop, or its count where there is none, and
-            whether there is one. A criterion about all rows that is asked late may end a text before these tokens:
-            then they are less than 0.
-        """
-        stops = [first_stop(row, canvas, count) for row, canvas, count in zip(rows, canvases, counts, strict=True)]
-        if self.any:
-            if any(self.stateless):
-                asked = zip(rows, canvases, stops, strict=True)
-                stops = [self._first_criterion(row, canvas, *stop) for row, canvas, stop in asked]
-            if in_step:
-                fewest = min(kept for kept, _ in stops)
-                stops = [(fewest, ended and kept == fewest) for kept, ended in stops]
-            if self.shared or any(self.rows_own):
-                stops = self._show_in_order(rows, canvases, stops)
-            for canvas, (kept, _) in zip(canvases, stops, strict=True):
-                canvas.checked = max(kept, 0)
-        if any(bool(timer(torch.empty(1, 0), None).any()) for timer in self.timers):
-            stops = [(kept, True) for kept, _ in stops]
+        """The criteria's word on `stops`; arguments and result as of [`first_stops`]."""
+        if any(self.stateless):
+            asked = zip(rows, canvases, stops, strict=True)
+            stops = [self._first_criterion(row, canvas, *stop) for row, canvas, stop in asked]
+        if in_step:
+            fewest = min(kept for kept, _ in stops)
+            stops = [(fewest, ended and kept == fewest) for kept, ended in stops]
+        if self.shared or any(self.rows_own):
+            stops = self._show_in_order(rows, canvases, stops)
+        for canvas, (kept, _) in zip(canvases, stops, strict=True):
+            canvas.checked = max(kept, 0)
         return stops
 
     def _first_criterion(self, row: Row, canvas: Canvas, kept: int, ended: bool) -> tuple[int, bool]:
@@ -161,13 +144,37 @@ class Stopping:
         return ids, tuple(torch.stack(column) for column in zip(*all_scores, strict=True))
 
 
-def first_stop(row: Row, canvas: Canvas, count: int) -> tuple[int, bool]:
-    """The row's first end-of-text token, length limit or problem within its next `count` tokens, if there is one."""
-    eos, left = row.request.eos, row.most_new_tokens - len(row.tokens)
-    for kept in range(1, count + 1):
-        if kept >= left or canvas.ids[kept - 1] in eos or canvas.problems[kept - 1]:
-            return kept, True
-    return count, False
+def first_stops(
+    rows: Sequence[Row], canvases: Sequence[Canvas], counts: Sequence[int], in_step: bool = False
+) -> list[tuple[int, bool]]:
+    """
+    Where texts end within their next tokens: at the first end-of-text token, length limit, problem, or criterion.
+
+    Args:
+        rows: R of a pass; where criteria of the user's are asked, of one request.
+        canvases: their tokens to come; some of them may have been looked at before.
+        counts: how many of them are final.
+        in_step: keep no more of any row than of the one with the fewest.
+
+    Returns:
+        Per row how many tokens there are up to and including its first stop, or its count where there is none, and
+        whether there is one. A criterion about all rows that is asked late may end a text before these tokens: then
+        they are less than 0.
+    """
+    stops = []
+    for row, canvas, count in zip(rows, canvases, counts, strict=True):
+        eos, left, ids, problems = row.request.eos, row.most_new_tokens - len(row.tokens), canvas.ids, canvas.problems
+        ends = (kept for kept in range(1, count + 1) if kept >= left or ids[kept - 1] in eos or problems[kept - 1])
+        stop = next(ends, None)
+        stops.append((count, False) if stop is None else (stop, True))
+    if rows[0].request.stopping.any:
+        stops = rows[0].request.stopping.ask(rows, canvases, stops, in_step)
+    late = {
+        row.request
+        for row in rows
+        if any(bool(timer(torch.empty(1, 0), None).any()) for timer in row.request.stopping.timers)
+    }
+    return [(kept, ended or row.request in late) for row, (kept, ended) in zip(rows, stops, strict=True)]
 
 
 def _settled(lengths: Sequence[int], going_on: Sequence[bool]) -> int:
@@ -215,4 +222,4 @@ def _meets_any(
     return ends
 
 
-__all__ = ["Stopping", "first_stop"]
+__all__ = ["Stopping", "first_stops"]

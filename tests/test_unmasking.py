@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from twotower.decoding.config import plain
 from twotower.decoding.rules import (
     UNMASKING_DEFAULTS,
     UNMASKING_RULES,
     Prediction,
     UnmaskingRule,
-    check_unmasking,
     commit_confident,
     noise_level,
 )
@@ -350,15 +350,15 @@ def test_noise_schedules():
 )
 def test_a_parameter_out_of_range_is_refused_by_name(field, value, message):
     with pytest.raises(ValueError, match=message):
-        check_unmasking(SimpleNamespace(**{**UNMASKING_DEFAULTS, field: value}))
-    check_unmasking(SimpleNamespace(**dict.fromkeys(UNMASKING_DEFAULTS)))
+        plain({**UNMASKING_DEFAULTS, field: value})
+    plain(dict.fromkeys(UNMASKING_DEFAULTS))
 
 
 @pytest.mark.parametrize("name", ["confidence_threshold", "margin_threshold", "factor", "tokens_per_step"])
 def test_one_is_within_every_range(name):
-    check_unmasking(SimpleNamespace(**{**UNMASKING_DEFAULTS, name: 1}))
+    plain({**UNMASKING_DEFAULTS, name: 1})
 
 
 @pytest.mark.parametrize("name", ["margin_threshold", "entropy_bound"])
 def test_zero_is_within_some(name):
-    check_unmasking(SimpleNamespace(**{**UNMASKING_DEFAULTS, name: 0}))
+    plain({**UNMASKING_DEFAULTS, name: 0})
