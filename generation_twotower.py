@@ -158,7 +158,7 @@ class SelfSpeculative(Strategy):
             drafting = self._drafting(engine, group.request)
             if isinstance(drafting, DraftController):
                 for row, reported in zip(group.rows, values, strict=True):
-                    drafting.start(row, reported[3][0])
+                    drafting.start(row, reported[2][0])
             self.write_first_stop(engine, group.rows, group.chosen(values))
             return {}
         canvases, drafted = [], []
@@ -186,7 +186,7 @@ class SelfSpeculative(Strategy):
         engine.write(group.rows, canvases, stops)
         drafting = self._drafting(engine, group.request)
         if isinstance(drafting, DraftController):
-            drafting.learn(group.rows, len(canvases[0].ids), drafted, [reported[3] for reported in values])
+            drafting.learn(group.rows, len(canvases[0].ids), drafted, [reported[2] for reported in values])
             for row, (_, ended) in zip(group.rows, stops, strict=True):
                 if ended:
                     drafting.forget(row)

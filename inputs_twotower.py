@@ -66,17 +66,17 @@ def check_ids(name: str, ids: Any) -> None:
 
     Whether they lie within the vocabulary is not looked at, which on an accelerator would wait for it.
     """
-    _check_tensor(name, ids, "token ids")
+    if not isinstance(ids, torch.Tensor):
+        raise _no_tensor(name, ids, "token ids")
     if ids.ndim != 2 or len(ids) == 0:
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one row")
     if ids.dtype not in (torch.int64, torch.int32) and ids.numel() > 0:  # tokenizers' empty texts are floats
         raise ValueError(f"{name} are {ids.dtype}; give token ids as torch.int64")
 
 
-def _check_tensor(name: str, value: Any, content: str) -> None:
-    if not isinstance(value, torch.Tensor):
-        remedy = "unpack it, as model(**inputs)" if isinstance(value, Mapping) else f"give a tensor of {content}"
-        raise ValueError(f"{name} is a {type(value).__name__}; {remedy}")
+def _no_tensor(name: str, value: Any, content: str) -> ValueError:
+    remedy = "unpack it, as model(**inputs)" if isinstance(value, Mapping) else f"give a tensor of {content}"
+    return ValueError(f"{name} is a {type(value).__name__}; {remedy}")
 
 
 def pack_tokens(
@@ -118,7 +118,8 @@ def check_attention_mask(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
     if attention_mask is None:
         return None
-    _check_tensor("attention_mask", attention_mask, "1 on tokens and 0 on padding")
+    if not isinstance(attention_mask, torch.Tensor):
+        raise _no_tensor("attention_mask", attention_mask, "1 on tokens and 0 on padding")
     if attention_mask.ndim == 0:
         raise ValueError("attention_mask has shape (); give one of (batch, tokens)")
     if attention_mask.is_complex() or ((attention_mask != 0) & (attention_mask != 1)).any():

@@ -136,21 +136,20 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
 
-        def special(name: str) -> Any:
-            places = (given.get(name), getattr(given["generation_config"], name, None))
-            return next((value for value in places if value is not None), getattr(self.generation_config, name))
-
+        places = (given, vars(given["generation_config"] or self.generation_config), vars(self.generation_config))
+        bos, pad, ends = (
+            next((place[name] for place in places if place.get(name) is not None), None)
+            for name in ("bos_token_id", "pad_token_id", "eos_token_id")
+        )
         check_ids("input_ids", input_ids)
         mask = check_attention_mask(input_ids, attention_mask, holes=continued)
         if input_ids.shape[1] == 0:
-            bos = special("bos_token_id")
             if bos is None:
                 raise ValueError(
                     "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
                 )
             return torch.full((len(input_ids), 1), bos, device=input_ids.device), None
         self._check_vocabulary("input_ids", input_ids)
-        pad, ends = special("pad_token_id"), special("eos_token_id")
         if attention_mask is not None or pad is None:
             return input_ids, mask
         if ends is not None and int(pad) in torch.as_tensor(ends).flatten().tolist():
@@ -408,14 +407,19 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
         # The denoiser needs no token that the context tower has not read.
         least = 0 if config.mode == "mask_diffusion" else 1
-        read = _tokens_read(texts, cache, least, config.num_return_sequences)
+        read, seeds = [0] * len(texts), [0] * len(texts)
+        if cache.host_lengths is not None:
+            read = _tokens_read(texts, cache, least, config.num_return_sequences)
+        rule = UnmaskingRule(config)
+        if config.do_sample or rule.rule.draws:
+            seeds = _seeds(config, len(texts))
         step_callback = model_kwargs.get("step_callback")
         eos = [c.eos_token_id.tolist() for c in stopping_criteria if type(c) is EosTokenCriteria]
         request = Request(
             config=config,
             strategy=self.strategies[config.mode],
             processors=processors,
-            rule=UnmaskingRule(config),
+            rule=rule,
             stopping=stopping,
             prompts=input_ids,
             eos=frozenset(token for one in eos for token in one),
@@ -427,6 +431,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             device=input_ids.device,
             steps=config.draft_steps if config.mode == "self_speculative" else config.steps_per_block,
             in_step=step_callback is not None or bool(stopping.shared) or processors.shared_by_rows is not None,
+            runs_users_code=(
+                step_callback is not None or stopping.any or processors.sees_text or callable(config.unmasking_rule)
+            ),
             step_callback=step_callback,
             streamer=streamer,
         )
@@ -436,7 +443,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         starting = model_kwargs.get("starting_block")
         if starting is not None:
             self._check_starting_block(starting, config, len(input_ids))
-        for number, (text, seed) in enumerate(zip(texts, _seeds(config, len(texts)), strict=True)):
+        for number, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
             prompt_length = input_ids.shape[1] if padded else len(text)
             most = config.max_length - prompt_length if config.max_new_tokens is None else config.max_new_tokens
             row = Row(request, number, text, text[read[number] :], most, seed)
@@ -483,9 +490,7 @@ def _check_askable(
 
 
 def _seeds(config: GenerationConfig, rows: int) -> list[int]:
-    """A seed for each row; 0 where nothing is drawn."""
-    if not config.do_sample and not UnmaskingRule(config).rule.draws:
-        return [0] * rows
+    """A seed for each row."""
     copies = config.num_return_sequences
     if config.seed is None:
         return torch.randint(-(2**62), 2**62, (rows,)).tolist()
@@ -510,8 +515,7 @@ def _repeated_for(cache: TwoTowerCache, rows: int, copies: int) -> TwoTowerCache
 
 def _tokens_read(texts: list[list[int]], cache: TwoTowerCache, least: int, copies: int) -> list[int]:
     """How many tokens of each row the cache holds, all but `least` at most; of `copies` rows of each of input_ids."""
-    if cache.host_lengths is None:
-        return [0] * len(texts)
+    assert cache.host_lengths is not None
     # Mamba states cannot go back to where a text parts from the one they are of, so such a text is refused.
     ids = [[]] * len(texts) if cache.ids is None else cache.ids.tolist()
     for row, (text, read, count) in enumerate(zip(texts, ids, cache.host_lengths, strict=True)):

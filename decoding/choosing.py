@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .rules import FORBIDDEN, NOT_A_NUMBER, Prediction, commit_run, log_prob
 from .sampling import gumbel_noise, uniform_noise
 from .state import WIDE_RECORDS, BlockStep, Canvas, Request, Row
+from .stopping import first_stops
 from .text_processors import PreparedProcessors, TextProcessors, Texts
 
 # How often tokens are guessed anew where text-reading processors change them.
@@ -205,7 +206,7 @@ class Group:
             tokens = self._choose(scores, -known).where(masked, ids)
         differs = tokens != guess
         certain = differs.cumsum(-1) - differs.int() == 0
-        return self._prediction(logits, scores, tokens)._replace(certain=certain)
+        return self._prediction(logits, scores, tokens, certain)
 
     def _predict_in_text(
         self,
@@ -276,7 +277,7 @@ class Group:
                 canvas.records["scores"] = list(scores[self.rows.index(row), : len(own)])
             canvas.checked = max(count - 1, 0)
             canvases.append(canvas)
-        stops = self.request.stopping.first_stops(self.rows, canvases, counts, in_step)
+        stops = first_stops(self.rows, canvases, counts, in_step)
         return torch.tensor([ended for _, ended in stops], device=self.device)
 
     def _choose(self, scores: torch.Tensor, first: int = 0) -> torch.Tensor:
@@ -314,29 +315,35 @@ class Group:
         scores[..., self.request.mask_token_id] = -torch.inf
         return (scores > -torch.inf).any(-1)
 
-    def _prediction(self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> Prediction:
-        log_probs = log_prob(scores, tokens) if self.request.recorded else None
-        confidence = log_prob(logits, tokens).exp()
-        problems = torch.zeros_like(tokens, dtype=torch.int8)
-        if self.request.processors.lists[0]:
+    def _prediction(
+        self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, certain: torch.Tensor | None = None
+    ) -> Prediction:
+        processors, problems = self.request.processors, torch.zeros_like(tokens, dtype=torch.int8)
+        if processors.lists[0]:
             problems = problems.masked_fill(~(scores > -torch.inf).any(-1), FORBIDDEN)
-        if not self.request.processors.repairs:
-            problems = problems.masked_fill(confidence.isnan(), NOT_A_NUMBER)
-        return Prediction(logits, tokens, confidence, log_probs, scores, problems)
+        if not processors.repairs:
+            problems = problems.masked_fill(~logits.amax(-1).isfinite(), NOT_A_NUMBER)
+        return Prediction(logits, tokens, scores, problems, certain)
 
     def report(self, prediction: Prediction, committed: torch.Tensor | None = None) -> torch.Tensor:
         """
-        All that the host wants to know of a pass in one tensor, (R, 4 or 5, S) float64: tokens, where they are
-        committed now (R, S) (default everywhere), problems, confidences; and log-probabilities if recorded.
+        All that the host wants to know of a pass in one tensor, (R, n, S) float64.
+
+        These are tokens and problems; of a denoiser pass where they are committed now, (R, S); then confidences, and
+        log-probabilities, where something wants them.
         """
+        request, config = self.request, self.request.config
         assert prediction.problems is not None and prediction.scores is not None
-        committed = torch.ones_like(prediction.tokens) if committed is None else committed
-        parts = [prediction.tokens, committed, prediction.problems, prediction.confidence]
-        if self.request.recorded:
-            assert prediction.log_probs is not None
-            parts.append(prediction.log_probs)
+        parts = [prediction.tokens, prediction.problems]
+        if committed is not None:
+            parts.append(committed)
+        drafts_learn = config.mode == "self_speculative" and config.draft_length == "auto" and committed is None
+        if request.recorded or drafts_learn:
+            parts.append(prediction.confidence)
+        if request.recorded:
+            parts.append(log_prob(prediction.scores, prediction.tokens))
             wide = {"scores": prediction.scores, "logits": prediction.logits}
-            self.wide = {name: wide[name] for name in WIDE_RECORDS if name in self.request.recorded}
+            self.wide = {name: wide[name] for name in WIDE_RECORDS if name in request.recorded}
         return torch.stack([part.double() for part in parts], dim=1)
 
     def commit(self, values: list[list[list[float]]], known: int = 0) -> None:
@@ -348,7 +355,7 @@ class Group:
             known: as of [`denoise_step`].
         """
         request = self.request
-        for idx, (row, (tokens, committed, problems, *recorded)) in enumerate(zip(self.rows, values, strict=True)):
+        for idx, (row, (tokens, problems, committed, *recorded)) in enumerate(zip(self.rows, values, strict=True)):
             canvas = row.canvas
             for column in (column for column, now in enumerate(committed) if now):
                 canvas.ids[column] = int(tokens[column])
@@ -362,12 +369,13 @@ class Group:
                     canvas.records[name][column] = record[idx, column]
             row.step += 1
         if request.streamer is not None and hasattr(request.streamer, "put_draft"):
-            request.streamer.put_draft(torch.tensor([row.canvas.ids[known:] for row in self.rows]))
+            with torch.inference_mode(False):
+                request.streamer.put_draft(torch.tensor([row.canvas.ids[known:] for row in self.rows]))
 
     def chosen(self, values: list[list[list[float]]], step: int = -1) -> list[Canvas]:
         """Canvases of which every position is what was chosen, from what [`report`] became on the host."""
         canvases = []
-        for idx, (tokens, _, problems, *recorded) in enumerate(values):
+        for idx, (tokens, problems, *recorded) in enumerate(values):
             records: dict[str, list[Any]] = {}
             if self.request.recorded:
                 steps = [step] * len(tokens)

@@ -66,20 +66,24 @@ class Engine:
 
     def step(self) -> None:
         """One iteration: open canvases, at most one pass of each tower, and let the rows that have ended leave."""
-        for rows in _groups([row for row in self.rows if row.phase == OPEN]):
-            with self.guarded(rows):
-                rows[0].request.strategy.open(self, rows)
-        took_part = set()
-        if rows := self._denoisers():
-            self._denoiser_pass(rows)
-            took_part.update(rows)
-        if rows := self._readers():
-            self._context_pass(rows)
-            took_part.update(rows)
-        assert took_part or any(row.phase in (OPEN, ENDED) for row in self.rows), "rows wait for each other"
-        self.row_passes += len(took_part)
-        self.row_chances += len(self.rows)
-        self.release()
+        # In inference mode passes cost less, but what is shown to code of the user's could not be changed later, nor
+        # be a gradient's beginning; and FSDP2 cannot gather parameters in it.
+        ordinary = self.synced or any(row.request.runs_users_code for row in self.rows)
+        with torch.no_grad() if ordinary else torch.inference_mode():
+            for rows in _groups([row for row in self.rows if row.phase == OPEN]):
+                with self.guarded(rows):
+                    rows[0].request.strategy.open(self, rows)
+            took_part = set()
+            if rows := self._denoisers():
+                self._denoiser_pass(rows)
+                took_part.update(rows)
+            if rows := self._readers():
+                self._context_pass(rows)
+                took_part.update(rows)
+            assert took_part or any(row.phase in (OPEN, ENDED) for row in self.rows), "rows wait for each other"
+            self.row_passes += len(took_part)
+            self.row_chances += len(self.rows)
+            self.release()
 
     def _denoisers(self) -> list[Row]:
         """Those that wait for the denoiser, of one kind of pass; where there are two, in turn."""

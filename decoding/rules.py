@@ -10,32 +10,36 @@ Shapes: R rows, S block, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
 
-class Prediction(NamedTuple):
+@dataclass(eq=False)
+class Prediction:
     """
     What one pass predicts for the positions of a block.
 
     Args:
         logits: (R, S, V) float32, untempered, the mask id at -inf.
         tokens: (R, S) the choice at each position.
-        confidence: (R, S) its probability by `logits`.
-        log_probs: (R, S) its log-probability by `scores`; None unless recorded.
         scores: (R, S, V) the logits after all logits processors.
-        certain: (R, S) bool, whether it was chosen after what is really chosen before it; None when all are.
         problems: (R, S) int8, why a position can hold no token: [`NOT_A_NUMBER`], [`FORBIDDEN`], or 0 where it can.
+        certain: (R, S) bool, whether it was chosen after what is really chosen before it; None when all are.
     """
 
     logits: torch.Tensor
     tokens: torch.Tensor
-    confidence: torch.Tensor
-    log_probs: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     problems: torch.Tensor | None = None
     certain: torch.Tensor | None = None
+
+    @cached_property
+    def confidence(self) -> torch.Tensor:
+        """(R, S) the probability of each choice by `logits`; computed where something looks at it."""
+        return log_prob(self.logits, self.tokens).exp()
 
 
 NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = 1, 2, 3
@@ -113,6 +117,8 @@ class UnmaskingRule:
         """
         if not isinstance(step, int) and min(step) == max(step):
             step = step[0]
+        if step == steps - 1 and self.rule.commit is not _of_user:
+            return masked
         if isinstance(step, int):
             left: Steps = steps - step
         else:  # more of them than positions are of no use, and might not fit into int64

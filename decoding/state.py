@@ -238,6 +238,7 @@ class Request:
     device: torch.device
     steps: int = 1  # most denoiser passes per block or draft
     in_step: bool = False
+    runs_users_code: bool = False  # a processor, criterion, callback or rule, which is given tensors
     step_callback: Callable[[BlockStep], None] | None = None
     streamer: BaseStreamer | None = None
     rows: list[Row] = field(default_factory=list)
@@ -277,7 +278,8 @@ class Request:
         """Hand out the columns of new tokens that by now every row has, or will never have."""
         assert self.streamer is not None
         if self.streamed < (settled := self.settled()):
-            self.streamer.put(self.new_columns(self.streamed, settled))
+            with torch.inference_mode(False):
+                self.streamer.put(self.new_columns(self.streamed, settled))
             self.streamed = settled
 
     def sequences(self, prompts: torch.Tensor) -> torch.Tensor:

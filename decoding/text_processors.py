@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from ..compat_twotower import logits_process
 from .asking import keeps_no_state
-from .sampling import BY_ITSELF, ELEMENTWISE, asked_about, elementwise
+from .sampling import ELEMENTWISE, elementwise
 
 Kind = Literal["elementwise", "vectorised", "asked", "stateful"]
 
@@ -476,31 +476,18 @@ class TextProcessors:
             if places:
                 yield places, [step.select([members[rows[place]] for place in places]) for step in group.steps]
 
-    def __call__(
-        self,
-        scores: torch.Tensor,
-        text: Texts,
-        wanted: Sequence[Sequence[bool]] | None = None,
-        lengths: Sequence[int] | None = None,
-        stateful: Callable[[list[Any], list[int], torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, text: Texts) -> torch.Tensor:
         """
-        Process scores, each row's by its processors in their order.
-
-        Those that must be asked about one position at a time are called with that row's own tokens (1, n), without
-        padding, and (1, V) scores.
+        Process scores, each row's by its processors in their order; those that may keep state are left out.
 
         Args:
             scores: (R, S, V) float32.
             text: what stands before the positions.
-            wanted: (R, S) the positions to ask about, where one must be "asked"; default all.
-            lengths: R numbers, `text.lengths`; where one must be "asked".
-            stateful: (processors of n rows, their places in the batch, (n, S, V) scores) -> scores, for those that may
-                keep state; by default they are left out.
 
         Returns:
             (R, S, V), the argument itself where there is nothing to do.
         """
+        assert "asked" not in self.kinds, "a processor must be asked about one position at a time"
         whole = scores
         for places, on_device, steps in self.groups:
             part, seen = (scores, text) if on_device is None else (scores[on_device], text.select(on_device))
@@ -512,12 +499,6 @@ class TextProcessors:
                         name: value.expand(len(places), *value.shape[1:]) for name, value in step.tensors.items()
                     }
                     part = step.apply(part, seen, **step.numbers, **tensors)
-                elif step.kind == "asked":
-                    assert lengths is not None
-                    of_part = None if wanted is None else [wanted[place] for place in places]
-                    part = _ask(step.processors, part, seen.ids, [lengths[place] for place in places], of_part)
-                elif stateful is not None:
-                    part = stateful(step.processors, places, part)
             if on_device is None:
                 whole = part
             elif steps:
@@ -542,24 +523,6 @@ def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
     for row, tensor in zip(stacked, tensors, strict=True):
         row[tuple(slice(size) for size in tensor.shape)] = tensor
     return stacked
-
-
-def _ask(
-    processors: list[Any],
-    scores: torch.Tensor,
-    ids: torch.Tensor,
-    lengths: list[int],
-    wanted: Sequence[Sequence[bool]] | None,
-) -> torch.Tensor:
-    """(R, S, V) scores, of each row processed by its own processor, position after position."""
-    scores = scores.clone()
-    for row, (processor, length) in enumerate(zip(processors, lengths, strict=True)):
-        for position in range(scores.shape[1]):
-            if wanted is None or wanted[row][position]:
-                here = scores[row, position][None]
-                text = ids[row, : length + position][None]
-                scores[row, position] = asked_about(processor, text, here, BY_ITSELF)[0]
-    return scores
 
 
 __all__ = ["VECTORISED", "PreparedProcessors", "TextProcessors", "Texts", "is_vectorised"]

@@ -97,8 +97,7 @@ def rule(name, **parameters):
 def prediction(rows, size, seed, vocab=7):
     logits = 3 * torch.randn(rows, size, vocab, generator=torch.Generator().manual_seed(seed))
     logits[..., MASK] = -torch.inf
-    confidence, tokens = logits.softmax(-1).max(-1)
-    return Prediction(logits, tokens, confidence)
+    return Prediction(logits, logits.argmax(-1))
 
 
 def scheduled_cases(goldens):
@@ -121,8 +120,8 @@ def test_predict_and_noise_equals_megatrons_blocks_and_times(goldens):
             torch.testing.assert_close(time, tensors[f"{case['name']}.t"][call], rtol=0, atol=1e-6)
             logits = tensors[f"{case['name']}.logits"][call].float()
             logits[..., MASK] = -torch.inf
-            confidence, tokens = logits.softmax(-1).max(-1)
-            commit = scheduled.commit(Prediction(logits, tokens, confidence), masked, call, case["steps"], None)
+            tokens = logits.argmax(-1)
+            commit = scheduled.commit(Prediction(logits, tokens), masked, call, case["steps"], None)
             block = torch.where(commit, tokens, block)
             assert torch.equal(block, trajectory[call + 1]), (case["name"], call)
         assert not (block == MASK).any()
@@ -170,7 +169,7 @@ def test_a_rule_commits_what_its_criterion_says_row_by_row(name, rows, size, ste
     masked = torch.rand(rows, size, generator=torch.Generator().manual_seed(seed + 1)) < 0.7
     commit = rule(name, **PARAMETERS[name]).commit(predicted, masked, 0, steps, None)
     for index in range(rows):
-        row = Prediction(*(part[index] for part in predicted[:3]))
+        row = Prediction(predicted.logits[index], predicted.tokens[index])
         open_positions = masked[index].nonzero()[:, 0].tolist()
         best = row.logits.softmax(-1).sort(descending=True).values
         key = {
@@ -197,7 +196,11 @@ def test_every_rule_keeps_the_step_budget_and_what_is_committed(name, rows, size
         if name != "posterior":
             assert (commit.any(-1) == masked.any(-1)).all()
         alone = chosen.commit(
-            Prediction(*(part[:1] for part in predicted[:3])), masked[:1], step, steps, lambda noise=noise: noise[:1]
+            Prediction(predicted.logits[:1], predicted.tokens[:1]),
+            masked[:1],
+            step,
+            steps,
+            lambda noise=noise: noise[:1],
         )
         assert torch.equal(alone, commit[:1])
         assert 0 <= chosen.timestep(masked, step, steps).min() <= chosen.timestep(masked, step, steps).max() <= 1
@@ -290,7 +293,7 @@ def test_of_equals_the_earlier_position_is_first(name, order):
     masked = torch.arange(64)[None] % 3 > 0
     logits = torch.zeros(1, 64, 7)
     logits[..., MASK] = -torch.inf
-    equal = Prediction(logits, torch.zeros(1, 64, dtype=torch.long), torch.full((1, 64), 1 / 6))
+    equal = Prediction(logits, torch.zeros(1, 64, dtype=torch.long))
     commit = rule(name, noising_order=order, noise_schedule="cosine").commit(equal, masked, 7, 16, None)
     count = int(commit.sum())
     assert 1 < count < masked.sum()
@@ -298,7 +301,8 @@ def test_of_equals_the_earlier_position_is_first(name, order):
 
 
 def test_fast_dllms_bound_is_strict():
-    equal = prediction(1, 4, 0)._replace(confidence=torch.full((1, 4), 0.5))
+    equal = prediction(1, 4, 0)
+    equal.confidence = torch.full((1, 4), 0.5)
     masked = torch.ones(1, 4, dtype=torch.bool)
     # (n + 1) / 2 is 1.5 for two positions, and 2 for three.
     assert rule("factor", factor=1.5).commit(equal, masked, 0, 16, None).sum() == 1

@@ -11,7 +11,6 @@ from tiny import tiny_model
 from transformers import GenerationConfig, GenerationMixin, WatermarkingConfig
 from transformers.generation import logits_process as lp
 
-from twotower import Stateless
 from twotower.decoding.text_processors import (
     VECTORISED,
     PreparedProcessors,
@@ -118,9 +117,12 @@ class Pass:
                 expected[row, position] = answer[0]
         return expected
 
-    def found(self, lists, **arguments):
-        processors = TextProcessors([PreparedProcessors(one, VOCAB, LONGEST) for one in lists], "cpu")
-        return processors(self.scores, self.texts(), lengths=self.lengths, **arguments)
+    def found(self, lists):
+        return prepared(lists)(self.scores, self.texts())
+
+
+def prepared(lists):
+    return TextProcessors([PreparedProcessors(one, VOCAB, LONGEST) for one in lists], "cpu")
 
 
 def same_bits(found, expected):
@@ -322,51 +324,23 @@ def prefix_allowed(allowed):
     return lp.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed[len(ids) % len(allowed)], 1)
 
 
-def test_others_are_asked_in_their_place_about_what_is_wanted():
-    one = Pass(random.Random(1), 3, 4, special=False)
-    lists = [
-        [
-            lp.NoRepeatNGramLogitsProcessor(2),
-            prefix_allowed([[row], [row + 1, row + 2]]),
-            Stateless(lambda ids, scores: scores - len(ids[0])),
-            watermark() if min(one.lengths) > 0 else lp.InfNanRemoveLogitsProcessor(),
-            lp.TopKLogitsWarper(2),
-        ]
-        for row in range(3)
-    ]
-    assert same_bits(one.found(lists), one.expected(lists))
-    calls = []
-    note = Stateless(lambda ids, scores: calls.append((tuple(ids.shape), tuple(scores.shape))) or scores + 1)
-    wanted = [[True, False, False, True], [False] * 4, [False, True, False, False]]
-    found = one.found([[note]] * 3, wanted=wanted)
-    assert torch.equal(found, one.scores + torch.tensor(wanted)[..., None])
-    asked = [(row, position) for row in range(3) for position in range(4) if wanted[row][position]]
-    assert calls == [((1, one.lengths[row] + position), (1, VOCAB)) for row, position in asked]
-
-
-def test_one_for_a_padded_batch_is_asked_and_refuses_one_row():
-    one = Pass(random.Random(2), 2, 2)
-    ignored_by_row = lp.RepetitionPenaltyLogitsProcessor(1.5, torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="Incompatible `prompt_ignore_length` batch size"):
-        one.found([[ignored_by_row]] * 2)
-    with pytest.raises(RuntimeError, match="index"):
-        one.found([[lp.EncoderRepetitionPenaltyLogitsProcessor(1.5, torch.zeros(2, 3, dtype=torch.long))]] * 2)
-    with pytest.raises(ZeroDivisionError):
-        one.found([[lp.EncoderNoRepeatNGramLogitsProcessor(2, torch.zeros(2, 3, dtype=torch.long))]] * 2)
+def test_one_for_a_padded_batch_is_to_be_asked_and_so_says_that_it_cannot_answer():
+    for processor in (
+        lp.RepetitionPenaltyLogitsProcessor(1.5, torch.tensor([1, 2])),
+        lp.EncoderRepetitionPenaltyLogitsProcessor(1.5, torch.zeros(2, 3, dtype=torch.long)),
+        lp.EncoderNoRepeatNGramLogitsProcessor(2, torch.zeros(2, 3, dtype=torch.long)),
+    ):
+        assert prepared([[processor]] * 2).kinds == {"asked"}
 
 
 def test_tokens_beyond_the_vocabulary():
     one = Pass(random.Random(3), 1, 3, special=False)
     one.lengths[0] = one.text.shape[1]
     with pytest.raises(ValueError, match=r"vocabulary size is 7, but the following tokens were being biased: \[9\]"):
-        one.found([[lp.SequenceBiasLogitsProcessor({(1, 9): 1.0})]])
+        prepared([[lp.SequenceBiasLogitsProcessor({(1, 9): 1.0})]])
     for harmless in (lp.MinLengthLogitsProcessor(9, [2, 99]), lp.SuppressTokensAtBeginLogitsProcessor([99, 1], 4)):
         assert same_bits(one.found([[harmless]]), one.expected([[harmless]]))
-    never = lp.ForcedEOSTokenLogitsProcessor(LONGEST, 99)
-    assert same_bits(one.found([[never]]), one.scores)
-    at_once = lp.ForcedEOSTokenLogitsProcessor(one.lengths[0] + 1, 99)
-    with pytest.raises(IndexError):
-        one.found([[at_once]])
+    assert prepared([[lp.ForcedEOSTokenLogitsProcessor(LONGEST, 99)]]).kinds == {"asked"}  # raises where it is reached
     one.text.zero_(), one.guess.zero_()
     one.text[0, 0], one.guess[0, 0] = 99, 99  # an embedding may be larger than the scores
     for kind, arguments in ((lp.RepetitionPenaltyLogitsProcessor, 1.5), (lp.NoRepeatNGramLogitsProcessor, 1)):
@@ -374,26 +348,11 @@ def test_tokens_beyond_the_vocabulary():
         assert same_bits(one.found([[processor]]), one.expected([[processor]]))
 
 
-@pytest.mark.parametrize("answer", [None, torch.zeros(VOCAB)])
-def test_an_answer_that_is_no_scores_of_one_row_is_refused(answer):
-    one = Pass(random.Random(4), 1, 2)
-    with pytest.raises(ValueError, match=r"function returned (None|scores of shape .* every row of a batch)"):
-        one.found([[Stateless(lambda ids, scores: answer)]])
-
-
-def test_what_keeps_state_is_left_out_or_left_to_the_caller():
+def test_what_keeps_state_is_left_out():
     one = Pass(random.Random(5), 2, 2, special=False)
     keeps = lambda ids, scores: scores  # noqa: E731
     lists = [[keeps, lp.TemperatureLogitsWarper(0.5)], [keeps, lp.TemperatureLogitsWarper(0.25)]]
     assert torch.equal(one.found(lists)[1], one.scores[1] / 0.25)
-    calls = []
-
-    def ask(processors, places, scores):
-        calls.append((processors, places))
-        return scores + 1
-
-    assert torch.equal(one.found(lists, stateful=ask)[0], (one.scores[0] + 1) / 0.5)
-    assert calls == [([keeps], [0]), ([keeps], [1])]
 
 
 def test_nothing_to_do_gives_the_scores_themselves():
