@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .rules import FORBIDDEN, NOT_A_NUMBER, Prediction, commit_run, log_prob
 from .sampling import gumbel_noise, uniform_noise
-from .state import WIDE_RECORDS, BlockStep, Canvas, Request, Row
+from .state import RECORDS, WIDE_RECORDS, BlockStep, Canvas, Request, Row
 from .stopping import first_stops
 from .text_processors import PreparedProcessors, TextProcessors, Texts
 
@@ -271,12 +271,12 @@ class Group:
     ) -> torch.Tensor:
         """(R,) bool, whether the text ends within each row's first `kept` of (R, n) tokens to come."""
         counts, canvases = kept.tolist(), []
-        for row, count, own in zip(self.rows, counts, ids.tolist(), strict=True):
-            canvas = Canvas.given(own, 0, self.request.mask_token_id, self.request.recorded)
-            if "scores" in self.request.recorded:
-                canvas.records["scores"] = list(scores[self.rows.index(row), : len(own)])
-            canvas.checked = max(count - 1, 0)
-            canvases.append(canvas)
+        for idx, (count, own) in enumerate(zip(counts, ids.tolist(), strict=True)):
+            size = len(own)
+            records = {name: [RECORDS[name]] * size for name in self.request.recorded}
+            if "scores" in records:
+                records["scores"] = list(scores[idx, :size])
+            canvases.append(Canvas(own, [False] * size, [0] * size, records, checked=max(count - 1, 0)))
         stops = first_stops(self.rows, canvases, counts, in_step)
         return torch.tensor([ended for _, ended in stops], device=self.device)
 

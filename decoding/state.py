@@ -7,7 +7,7 @@ Shapes: B rows of a request, R rows of a pass, P prompt columns, S block, N new 
 V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,17 +124,6 @@ class Canvas:
     records: dict[str, list[Any]]
     checked: int = 0  # how many committed tokens criteria were asked about
 
-    @classmethod
-    def given(cls, ids: list[int], open_positions: int, mask_token_id: int, recorded: Sequence[str]) -> "Canvas":
-        """So many open positions behind tokens of which nothing is to be recorded."""
-        size = len(ids) + open_positions
-        return cls(
-            ids + [mask_token_id] * open_positions,
-            [False] * len(ids) + [True] * open_positions,
-            [0] * size,
-            {name: [RECORDS[name]] * size for name in recorded},
-        )
-
 
 @dataclass(eq=False)
 class Row:
@@ -195,8 +184,13 @@ class Row:
 
     def open_canvas(self, known: list[int], size: int) -> None:
         """A block or draft of `size` positions that begins with known tokens; the mask id is one like any other."""
-        request = self.request
-        self.canvas = Canvas.given(known, size - len(known), request.mask_token_id, request.recorded)
+        request, wanted = self.request, size - len(known)
+        self.canvas = Canvas(
+            known + [request.mask_token_id] * wanted,
+            [False] * len(known) + [True] * wanted,
+            [0] * size,
+            {name: [RECORDS[name]] * size for name in request.recorded},
+        )
         self.step, self.block = 0, self.block + 1
 
     def write(self, canvas: Canvas, kept: int) -> None:
