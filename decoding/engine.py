@@ -204,9 +204,10 @@ class Engine:
                 if rows_of_group[0].phase == VERIFY:
                     own = own[:, : kept[rows_of_group[0]]]
                 else:
-                    own = own[:, -1:] if even else _last(own, [kept[row] for row in rows_of_group])
+                    own = own[:, -1] if even else _last(own, [kept[row] for row in rows_of_group])
                 logits = self.run("context_lm_head", own)
                 logits = logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
+                logits = logits[:, None] if logits.ndim == 2 else logits
                 group = Group(rows_of_group, self.device)
                 reports.append((group, group.report(strategy.read(group, logits))))
         for row in rows:
@@ -315,9 +316,9 @@ def _places(some: Sequence[Row], rows: Sequence[Row], device: torch.device) -> t
 
 
 def _last(hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """(R, T, H) -> (R, 1, H) of each row's last token."""
-    last = torch.tensor(counts, device=hidden_states.device)[:, None] - 1
-    return hidden_states.gather(1, last[..., None].expand(-1, 1, hidden_states.shape[2]))
+    """(R, T, H) -> (R, H) of each row's last token."""
+    last = torch.tensor(counts, device=hidden_states.device) - 1
+    return hidden_states[torch.arange(len(counts), device=last.device), last]
 
 
 def _chunk(row: Row) -> list[int]:
