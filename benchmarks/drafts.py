@@ -7,7 +7,6 @@ of REPEATS. "on" are held-out problems, "off" questions this checkpoint knows no
 comes, "wrong" the latter with a denoiser whose every draft is another token.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -20,13 +19,14 @@ from transformers import AutoTokenizer
 from transformers import logging as transformers_logging
 
 import twotower
+from twotower.bench.reports import write_json
 from twotower.demo.evaluation import (
     MAX_NEW_TOKENS,
     accuracy_figures,
     are_correct,
+    conditions,
     cut_after_end,
     end_ids,
-    environment,
     tokenized_batches,
 )
 from twotower.demo.problems import held_out_problems
@@ -68,11 +68,11 @@ def main(target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = TwoTowerForBlockDiffusion.from_pretrained(folder, dtype=torch.float32).eval()
     report: dict[str, Any] = {"relaxed": relaxed(model, tokenizer), "speed": {}}
-    report |= environment(model)
+    report |= conditions(model)
     for kind in ("on", "off", "wrong"):
         for size, count in BATCHES.items():
             report["speed"][f"{kind}, batch {size}"] = speeds(model, tokenizer, kind, size, count)
-            target.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(target, report)
 
 
 def texts(kind: str, count: int) -> list[str]:

@@ -1,10 +1,7 @@
 """The `twotower` command. What takes long to import is imported by the command that needs it."""
 
-import json
-import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
@@ -262,6 +259,7 @@ def evaluate(
     import torch
     from transformers.utils import logging
 
+    from ..bench.reports import check_writable, write_json, write_whole
     from ..demo import evaluation, rules_evaluation
     from .terminal import output_console, show_table, track
 
@@ -276,7 +274,7 @@ def evaluate(
     for file in (json_file, png_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _check_writable(file)
+            check_writable(file)
     two_towers, tokenizer = _load(model)
     torch.set_num_threads(threads)
     # transformers' NemotronH says once per kernel that this machine has none.
@@ -287,8 +285,7 @@ def evaluate(
         report = evaluation.evaluate(two_towers, tokenizer, problems, seed, sizes, repeats, track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
-        figures = json.dumps(report, indent=2) + "\n"
-        _write_whole(json_file, lambda file: file.write_text(figures))
+        write_json(json_file, report)
     console = output_console()
     table = rules_evaluation.rules_table(report) if rules else evaluation.table(report)
     title = rules_evaluation.rules_title(report) if rules else evaluation.title(report)
@@ -296,7 +293,7 @@ def evaluate(
     if not rules:
         console.print(evaluation.footnote(report), soft_wrap=True)
     if png_file is not None:
-        _write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
+        write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
 
 
 def _draft_length(text: str | None) -> int | str | None:
@@ -315,6 +312,7 @@ def _generate_lines(
     import torch
     from transformers.utils import logging
 
+    from ..bench.reports import check_writable
     from ..generation_twotower import TwoTowerGenerationConfig
     from . import jsonl
     from .terminal import track
@@ -332,7 +330,7 @@ def _generate_lines(
     written = jsonl.read_written(output_file, lines)
     left = [line for line in lines if line.key not in written.errors]
     output_file.parent.mkdir(parents=True, exist_ok=True)
-    _check_writable(output_file)
+    check_writable(output_file)
     two_towers, tokenizer = _load(model)
 
     def arguments(line: jsonl.Line) -> dict[str, Any]:
@@ -492,35 +490,6 @@ def _new_tokens(two_towers: Any, inputs: "BatchEncoding", output: Any) -> list[i
 def _short_cost(tokens: int, denoiser_passes: int, context_passes: int, seconds: float) -> str:
     passes = f"{denoiser_passes} denoiser + {context_passes} context" if denoiser_passes else str(context_passes)
     return f"{tokens} tokens in {passes} passes, {tokens / seconds:.0f} tokens/s"
-
-
-def _check_writable(file: Path) -> None:
-    """Report now what would keep a file from being written after the work; nothing is left, and nothing changed."""
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder; give a file")
-    if not file.exists() or file.is_file():
-        scratch = _sibling(file)
-        scratch.open("x").close()
-        scratch.unlink()
-
-
-def _write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file all at once: interrupted, it is as it was before."""
-    if file.exists() and not file.is_file():  # a pipe, say
-        write(file)
-        return
-    scratch = _sibling(file)
-    try:
-        write(scratch)
-        os.replace(scratch, file.resolve())
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _sibling(file: Path) -> Path:
-    """On the same file system, and of the same kind."""
-    target = file.resolve()
-    return target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
 
 
 def _encode(prompt: str, tokenizer: Any, raw: bool) -> "BatchEncoding":

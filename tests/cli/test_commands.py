@@ -363,20 +363,6 @@ def test_an_interrupted_eval_leaves_no_half_written_file(checkpoint, before, mon
     assert before is None or drawing.read_text() == before
 
 
-def test_figures_go_through_a_link_and_into_what_is_no_file(tmp_path):
-    target, link = tmp_path / "target.json", tmp_path / "link.json"
-    target.write_text("old")
-    link.symlink_to(target)
-    commands._check_writable(link)
-    commands._write_whole(link, lambda file: file.write_text("new"))
-    assert link.is_symlink() and target.read_text() == "new"
-    commands._check_writable(Path("/dev/null"))
-    commands._write_whole(Path("/dev/null"), lambda file: file.write_text("new"))
-    assert not Path("/dev/null").is_file()
-    with pytest.raises(IsADirectoryError, match="is a folder; give a file"):
-        commands._check_writable(tmp_path)
-
-
 class Terminal(io.StringIO):
     """A file that says it is a terminal."""
 
