@@ -8,7 +8,7 @@ Shapes: B batch, P prompt columns, N new columns.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -434,9 +434,11 @@ def percent(value: float | None, stderr: float | None) -> str:
 def tokenized_batches(
     problems: list[Problem], batch_size: int, tokenizer: PreTrainedTokenizerBase, model: TwoTowerForBlockDiffusion
 ) -> list[BatchEncoding]:
-    return [tokenizer(prompts, **_TOKENIZED).to(model.device) for prompts in _prompts(problems, batch_size)]
+    return tokenized([problem.prompt for problem in problems], batch_size, tokenizer, model)
 
 
-def _prompts(problems: list[Problem], batch_size: int) -> Iterator[list[str]]:
-    for start in range(0, len(problems), batch_size):
-        yield [problem.prompt for problem in problems[start : start + batch_size]]
+def tokenized(
+    prompts: list[str], batch_size: int, tokenizer: PreTrainedTokenizerBase, model: TwoTowerForBlockDiffusion
+) -> list[BatchEncoding]:
+    starts = range(0, len(prompts), batch_size)
+    return [tokenizer(prompts[start : start + batch_size], **_TOKENIZED).to(model.device) for start in starts]
