@@ -31,6 +31,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,11 @@ class Sizes:
         layers: of one kind, that are timed together.
         batches, contexts: behind which layers are timed.
         chunk, behind: of the memory peak.
-        prompt, new_tokens: of the full towers.
+        rows, prompt, new_tokens: of the full towers.
+        golden_tokens: how much is written of each of NVIDIA's prompts, where it is compared with the CPU's.
+        small_vocabulary: where no head is to be timed.
+        rounds: how often everything is timed.
+        every_golden: 1 for all of NVIDIA's texts, 2 for every other, ...
     """
 
     geometry: dict[str, Any]
@@ -83,9 +88,13 @@ class Sizes:
     contexts: tuple[int, ...] = (1024, 32768, 131072)
     chunk: int = 2048
     behind: int = 32768
+    rows: tuple[int, ...] = (1, 16)
     prompt: int = 256
     new_tokens: int = 128
     small_vocabulary: int = 256
+    golden_tokens: int = 32
+    rounds: int = 5
+    every_golden: int = 1
 
     def config(self, pattern: str, **fields: Any) -> TwoTowerConfig:
         return TwoTowerConfig(**{**self.geometry, **fields}, hybrid_override_pattern=pattern)
@@ -108,7 +117,16 @@ TOY_GEOMETRY: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": 24,
 }
 TOY = {"copy_bytes": 1 << 16, "matrix": 64, "layers": 1, "batches": (1, 2), "contexts": (16, 32)}
-TOY |= {"chunk": 16, "behind": 32, "prompt": 8, "new_tokens": 16, "small_vocabulary": 64}
+TOY |= {
+    "chunk": 16,
+    "behind": 32,
+    "prompt": 8,
+    "new_tokens": 16,
+    "small_vocabulary": 64,
+    "every_golden": 12,
+    "golden_tokens": 8,
+}
+TOY |= {"rows": (1, 2), "rounds": 1}
 
 
 def sizes_of(data: Path, toy: bool) -> Sizes:
@@ -149,15 +167,15 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def clock(self, run: Callable[[], Any], rounds: int = 5, repeats: int = 4) -> dict[str, float]:
+    def clock(self, run: Callable[[], Any], repeats: int = 4) -> dict[str, float]:
         """
-        Milliseconds of one run, median of `rounds` of `repeats` each; "host_ms" until all was launched. Where the two
+        Milliseconds of one run, medians of rounds of `repeats` each; "host_ms" until all was launched. Where the two
         are equal, launching is what it takes.
         """
         run()
         run()
         both = []
-        for _ in range(rounds):
+        for _ in range(self.sizes.rounds):
             self.synchronize()
             started = time.perf_counter()
             for _ in range(repeats):
@@ -224,9 +242,12 @@ def layer_work(sizes: Sizes, kind: str, rows: int, tokens: int, context: int) ->
 
 def pass_work(sizes: Sizes, rows: int, tokens: int, context: int) -> tuple[float, float]:
     """Bytes and flops of one pass of a full tower, with its head."""
-    kinds = [layer_work(sizes, kind, rows, tokens, context) for kind in sizes.pattern]
     head = sizes.geometry["vocab_size"] * sizes.geometry["hidden_size"]
-    return sum(moved for moved, _ in kinds) + 2.0 * head, sum(flops for _, flops in kinds) + 2.0 * rows * tokens * head
+    moved, flops = 2.0 * head, 2.0 * rows * tokens * head
+    for kind, layers in Counter(sizes.pattern).items():
+        of_one = layer_work(sizes, kind, rows, tokens, context)
+        moved, flops = moved + layers * of_one[0], flops + layers * of_one[1]
+    return moved, flops
 
 
 def floor_ms(work: tuple[float, float], rates: tuple[float, float]) -> float:
@@ -277,21 +298,22 @@ def measure_goldens(bench: Bench) -> None:
     outcome: dict[str, Any] = {}
     folder = bench.data / "goldens"
     tensors, cases = load_file(folder / "tensors.safetensors"), json.loads((folder / "generations.json").read_text())
+    cases, count = cases[:: bench.sizes.every_golden], bench.sizes.golden_tokens
+    prompts = [tensors[f"p{idx}.ids"].long() for idx in range(5)]
     on_cpu = TwoTowerForBlockDiffusion.from_pretrained(folder / "checkpoint", dtype=torch.float32)
     on_cpu.generation_config.eos_token_id = None
+    on_host = {mode: [written(on_cpu, [prompt], mode, count)[0] for prompt in prompts] for mode in MODES}
     for dtype in (torch.float32, torch.bfloat16):
         model = TwoTowerForBlockDiffusion.from_pretrained(folder / "checkpoint", dtype=dtype).to(bench.device)
         model.generation_config.eos_token_id = None
         found = outcome[str(dtype).removeprefix("torch.")] = dict[str, Any]()
         found["worst relative error of logits"] = worst_error(model, tensors)
         found["texts and passes as NVIDIA's"] = counted(as_golden(model, case, tensors) for case in cases)
-        prompts = [tensors[f"p{idx}.ids"].long() for idx in range(5)]
         for mode in MODES:
-            alone = [written(model, [prompt], mode)[0] for prompt in prompts]
-            on_host = [written(on_cpu, [prompt], mode)[0] for prompt in prompts]
-            found[f"{mode}: texts as on the CPU in float32"] = counted(map(list.__eq__, alone, on_host))
+            alone = [written(model, [prompt], mode, count)[0] for prompt in prompts]
+            found[f"{mode}: texts as on the CPU in float32"] = counted(map(list.__eq__, alone, on_host[mode]))
             found[f"{mode}: texts of ragged rows as alone"] = counted(
-                map(list.__eq__, written(model, prompts, mode), alone)
+                map(list.__eq__, written(model, prompts, mode, count), alone)
             )
             bench.record(outcome)
 
@@ -331,13 +353,13 @@ def as_golden(model: Any, case: dict[str, Any], tensors: dict[str, torch.Tensor]
     return passes and output.sequences[0, prompt.shape[1] :].tolist() == expected
 
 
-def written(model: Any, prompts: list[torch.Tensor], mode: str) -> list[list[int]]:
-    """New tokens of each, all in one batch, padded on the left."""
+def written(model: Any, prompts: list[torch.Tensor], mode: str, tokens: int) -> list[list[int]]:
+    """So many new tokens of each, all in one batch, padded on the left."""
     width = max(map(len, prompts))
     ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    options = {"mode": mode, "max_new_tokens": 32, "pad_token_id": 0}
+    options = {"mode": mode, "max_new_tokens": tokens, "pad_token_id": 0}
     # Which drafts pay on this machine is not the question.
     options |= {"draft_length": model.config.block_size} if mode == "self_speculative" else {}
     ids, mask = ids.to(model.device), mask.to(model.device)
@@ -404,6 +426,7 @@ def predict_memory(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str,
 def measure_memory(bench: Bench) -> None:
     sizes, outcome = bench.sizes, dict[str, Any]()
     for kind in "M*E":
+        cache = None  # before the next model is made
         model = bench.model(sizes.config(kind, vocab_size=sizes.small_vocabulary))
         cache = read_in_pieces(bench, model, sizes.behind)
         bench.synchronize()
@@ -499,7 +522,7 @@ def predict_towers(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str,
     if rates is None:
         return {}
     predicted: dict[str, Any] = {}
-    for rows in (1, 16):
+    for rows in sizes.rows:
         tokens = {"ar step": 1, "block pass": 16, "block read": 16}
         passes = {
             name: max(floor_ms(pass_work(sizes, rows, count, sizes.prompt), rates), 1e3 * LAUNCH * KERNELS[name])
@@ -528,7 +551,7 @@ def measure_towers(bench: Bench) -> None:
     model = bench.model(sizes.config(sizes.pattern), share)
     bench.synchronize()
     outcome["seconds_to_draw_weights"] = time.perf_counter() - started
-    for rows in (1, 16):
+    for rows in sizes.rows:
         found = outcome[f"{rows} rows"] = dict[str, Any]()
         for name, options in tower_ways().items():
             found[name] = speed(bench, model, rows, options)
@@ -604,10 +627,10 @@ class Section:
 # What others rely on first, what takes most memory last.
 SECTIONS = {
     "machine": Section(40, predict_machine, measure_machine),
-    "goldens": Section(100, predict_goldens, measure_goldens),
+    "goldens": Section(120, predict_goldens, measure_goldens),
     "synchronisation": Section(45, predict_synchronisation, measure_synchronisation),
     "memory": Section(45, predict_memory, measure_memory),
-    "layers": Section(150, predict_layers, measure_layers),
+    "layers": Section(130, predict_layers, measure_layers),
     "towers": Section(200, predict_towers, measure_towers),
 }
 
@@ -677,6 +700,7 @@ def measure_in_process(
     measure: Callable[[Bench], None], sizes: Sizes, data: Path, toy: bool, outcome: Path, error: Path
 ) -> None:
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         if toy:
             torch.set_num_threads(1)
