@@ -126,7 +126,7 @@ class GrowingContext:
     """
 
     def __init__(self, model: TwoTowerForBlockDiffusion, seed: int):
-        self.model = model
+        self.model: Any = model
         self.generator = torch.Generator().manual_seed(seed)
         self.cache: Any = None
         self.read_seconds = Seconds(0.0, 0.0)
@@ -174,7 +174,7 @@ class GrowingContext:
 # Reading of prompts.
 
 
-def prefill(model: TwoTowerForBlockDiffusion, length: int, rounds: int, seed: int) -> dict[str, Any]:
+def prefill(model: Any, length: int, rounds: int, seed: int) -> dict[str, Any]:
     """One prompt of random tokens read at once, in pieces of `CHUNK`, and by transformers at once."""
     ids = _random_ids(model, length, torch.Generator().manual_seed(seed))
     baseline: Any = context_tower_in_transformers(model)

@@ -116,7 +116,7 @@ TOY_GEOMETRY: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "moe_shared_expert_intermediate_size": 24,
 }
-TOY = {"copy_bytes": 1 << 16, "matrix": 64, "layers": 1, "batches": (1, 2), "contexts": (16, 32)}
+TOY: dict[str, Any] = {"copy_bytes": 1 << 16, "matrix": 64, "layers": 1, "batches": (1, 2), "contexts": (16, 32)}
 TOY |= {
     "chunk": 16,
     "behind": 32,
