@@ -59,6 +59,9 @@ KERNELS = {"ar step": 1065, "block pass": 1275, "block read": 1140}
 # Below these bytes of GPU memory the towers share their weights, or are not run at all.
 BOTH_TOWERS, ONE_TOWER = 135e9, 70e9
 
+# Seconds that a section's process may take to begin.
+IMPORTING = 120
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -677,13 +680,19 @@ def run_sections(
 
 def run_section(section: Section, sizes: Sizes, data: Path, toy: bool, limit: float) -> dict[str, Any]:
     """Status, seconds, the outcome as far as it got, and what went wrong."""
-    # A forked process cannot use a GPU that its parent has looked at; a spawned one must import everything again.
+    # A forked process cannot use a GPU that its parent has looked at; a spawned one must import everything again,
+    # which its limit does not count.
     context: Any = multiprocessing.get_context("fork" if toy else "spawn")
     with tempfile.TemporaryDirectory() as folder:
         outcome, error = Path(folder) / "outcome.json", Path(folder) / "error.txt"
-        process = context.Process(target=measure_in_process, args=(section.measure, sizes, data, toy, outcome, error))
-        started = time.monotonic()
+        begun = context.Event()
+        arguments = (section.measure, sizes, data, toy, outcome, error, begun)
+        process = context.Process(target=measure_in_process, args=arguments)
         process.start()
+        importing_ends = time.monotonic() + IMPORTING
+        while not begun.wait(0.1) and process.is_alive() and time.monotonic() < importing_ends:
+            pass
+        started = time.monotonic()
         process.join(limit)
         found: dict[str, Any] = {"status": "done"}
         if process.is_alive():
@@ -697,8 +706,9 @@ def run_section(section: Section, sizes: Sizes, data: Path, toy: bool, limit: fl
 
 
 def measure_in_process(
-    measure: Callable[[Bench], None], sizes: Sizes, data: Path, toy: bool, outcome: Path, error: Path
+    measure: Callable[[Bench], None], sizes: Sizes, data: Path, toy: bool, outcome: Path, error: Path, begun: Any
 ) -> None:
+    begun.set()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
