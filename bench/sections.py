@@ -70,7 +70,7 @@ def generation(
 
     Returns:
         By way: tokens, passes, texts equal to those of "ar", and of both clocks tokens per second and their ratio to
-        those of "ar" in the same round.
+        those of "ar" in the same round; of "mask_diffusion" also that to the released loop's.
     """
     size = model.config.block_size
     limit = MAX_NEW_TOKENS if kind == "on" else OFF_TOKENS
@@ -84,10 +84,12 @@ def generation(
     batches = tokenized(prompts(kind, texts, seed), batch_size, tokenizer, model)
     # The first round warms up, and measures what passes cost.
     runs = [answer(variants, batches[0], batches, ends, limit) for _ in range(rounds + 1)][1:]
-    ways = {
-        variant.name: _figures([run[variant.name] for run in runs], [run["ar"] for run in runs])
-        for variant in variants
-    }
+    of_way = {variant.name: [run[variant.name] for run in runs] for variant in variants}
+    ways = {name: _figures(own, of_way["ar"]) for name, own in of_way.items()}
+    if RELEASED in ways:
+        for clock, rate in RATES.items():
+            ours, theirs = (list(map(rate, of_way[name])) for name in ("mask_diffusion", RELEASED))
+            ways["mask_diffusion"][clock]["of_released_loop"] = ratios(ours, theirs)
     return {"texts": texts, "max_new_tokens": limit, "ways": ways}
 
 
@@ -103,13 +105,18 @@ def _released_variant(model: TwoTowerForBlockDiffusion, ends: set[int]) -> Varia
     return Variant(RELEASED, {}, generate)
 
 
+RATES: dict[str, Callable[[Run], float]] = {
+    "wall": lambda run: run.tokens / run.seconds,
+    "cpu": lambda run: run.tokens / run.cpu_seconds,
+}
+
+
 def _figures(runs: list[Run], base: list[Run]) -> dict[str, Any]:
     """Of one way's rounds, beside those of the way that ratios are to."""
     figures = pass_figures(runs[0]) | {"same_texts_as_ar": same_answers([base[0], runs[0]])}
-    clocks: dict[str, Callable[[Run], float]] = {"wall": lambda run: run.seconds, "cpu": lambda run: run.cpu_seconds}
-    for clock, seconds in clocks.items():
-        own, others = ([run.tokens / seconds(run) for run in some] for some in (runs, base))
-        figures[clock] = {"tokens_per_second": spread(own), "of_ar": ratios(own, others)}
+    for clock, rate in RATES.items():
+        own = list(map(rate, runs))
+        figures[clock] = {"tokens_per_second": spread(own), "of_ar": ratios(own, list(map(rate, base)))}
     return figures
 
 

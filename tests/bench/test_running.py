@@ -62,6 +62,8 @@ def test_texts_off_the_training_have_one_length_whatever_comes(measured):
         assert {way["tokens"] for way in step["ways"].values()} == {2 * 8}
     released, ours = (report["generation"]["off, batch 1"]["ways"][way] for way in (RELEASED, "mask_diffusion"))
     assert released["denoiser_passes"] == ours["denoiser_passes"]
+    rates = [way["cpu"]["tokens_per_second"]["samples"] for way in (ours, released)]
+    assert ours["cpu"]["of_released_loop"]["samples"] == [mine / theirs for mine, theirs in zip(*rates, strict=True)]
 
 
 def test_passes_are_timed_behind_each_context(measured, model):
@@ -102,7 +104,8 @@ def test_tables_and_chart_show_what_there_is(measured, tmp_path):
         draw_bench({"model": "tiny", **report}, tmp_path / "bench.png")
         assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
     assert len(tables(measured[0])) == 4
-    assert "released loop" in footnote(measured[0])
+    assert "our mask_diffusion is " in footnote(measured[0]) and "times as fast (on, batch 1)" in footnote(measured[0])
+    assert "our mask_diffusion" not in footnote({**measured[0], "generation": {}})
 
 
 def test_the_clock_is_the_threads_own_where_it_does_all_the_work(measured, model, tokenizer, monkeypatch):
