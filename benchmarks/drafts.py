@@ -7,7 +7,6 @@ of REPEATS. "on" are held-out problems, "off" questions this checkpoint knows no
 comes, "wrong" the latter with a denoiser whose every draft is another token.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -20,13 +19,16 @@ from transformers import AutoTokenizer
 from transformers import logging as transformers_logging
 
 import twotower
+from twotower.bench.reports import write_json
+from twotower.bench.texts import prompts
 from twotower.demo.evaluation import (
     MAX_NEW_TOKENS,
     accuracy_figures,
     are_correct,
+    conditions,
     cut_after_end,
     end_ids,
-    environment,
+    tokenized,
     tokenized_batches,
 )
 from twotower.demo.problems import held_out_problems
@@ -52,13 +54,6 @@ RELAXED: dict[str, dict[str, Any]] = {
     "ratio 0.02, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.02},
     "mask_diffusion, 0.8": {"mode": "mask_diffusion"},
 }
-SUBJECTS = ["rain", "a violin", "the harbour", "old maps", "bees", "glaciers", "the stock market", "a broken clock"]
-ASKED = [
-    "Who first wrote about {}?",
-    "Tell a short story about {}.",
-    "Why do people care for {}?",
-    "Describe {} in French.",
-]
 
 
 def main(target: Path) -> None:
@@ -68,20 +63,11 @@ def main(target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = TwoTowerForBlockDiffusion.from_pretrained(folder, dtype=torch.float32).eval()
     report: dict[str, Any] = {"relaxed": relaxed(model, tokenizer), "speed": {}}
-    report |= environment(model)
+    report |= conditions(model)
     for kind in ("on", "off", "wrong"):
         for size, count in BATCHES.items():
             report["speed"][f"{kind}, batch {size}"] = speeds(model, tokenizer, kind, size, count)
-            target.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def texts(kind: str, count: int) -> list[str]:
-    if kind == "on":
-        return [problem.prompt for problem in held_out_problems(count, 7)]
-    asked = [question.format(subject) for question in ASKED for subject in SUBJECTS]
-    return [
-        f"Question: {asked[number % len(asked)]}{' ' * (number // len(asked))}\nAnswer:" for number in range(count)
-    ]
+            write_json(target, report)
 
 
 def speeds(model: Any, tokenizer: Any, kind: str, size: int, count: int) -> dict[str, Any]:
@@ -89,9 +75,8 @@ def speeds(model: Any, tokenizer: Any, kind: str, size: int, count: int) -> dict
     limits: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
     if kind != "on":
         limits = {"max_new_tokens": OFF_TOKENS, "eos_token_id": None, "pad_token_id": 0}
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
-    prompts = texts(kind, count)
-    batches = [tokenizer(prompts[start : start + size], **options) for start in range(0, count, size)]
+    asked = prompts("on" if kind == "on" else "off", count, seed=7)
+    batches = tokenized(asked, size, tokenizer, model)
     variants = {name: VARIANTS[name] for name in list(VARIANTS)[: 3 if kind == "wrong" else None]}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens: dict[str, int] = {}

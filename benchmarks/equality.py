@@ -3,7 +3,6 @@ How many of 200 held-out problems get the text of mode "ar" in mode "self_specul
 equality.json beside this file, or where the one argument says. Takes ten minutes on one core.
 """
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import twotower
-from twotower.demo.evaluation import MAX_NEW_TOKENS, cut_after_end, end_ids, environment, tokenized_batches
+from twotower.bench.reports import write_json
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions, cut_after_end, end_ids, tokenized_batches
 from twotower.demo.problems import held_out_problems
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
@@ -30,8 +30,8 @@ def main(file: Path) -> None:
     models = [load(dtype) for dtype in (torch.float32, torch.bfloat16)]
     rows = [row for model in models for row in compare(model)]
     # Each row says its own dtype.
-    where = {name: value for name, value in environment(models[0]).items() if name != "dtype"}
-    file.write_text(json.dumps({"problems": PROBLEMS, "rows": rows} | where, indent=2) + "\n")
+    where = {name: value for name, value in conditions(models[0]).items() if name != "dtype"}
+    write_json(file, {"problems": PROBLEMS, "rows": rows} | where)
 
 
 def load(dtype: torch.dtype) -> TwoTowerForBlockDiffusion:

@@ -3,7 +3,6 @@ What int8 costs on 400 held-out problems, per library and mode, beside float32: 
 file, or where the one argument says. Takes half an hour on one core. Needs torchao, bitsandbytes and optimum-quanto.
 """
 
-import json
 import logging
 import sys
 from importlib.metadata import version
@@ -16,13 +15,14 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, QuantoConfig, TorchA
 from transformers import logging as transformers_logging
 
 import twotower
+from twotower.bench.reports import write_json
 from twotower.demo.evaluation import (
     MAX_NEW_TOKENS,
     accuracy_figures,
     are_correct,
+    conditions,
     cut_after_end,
     end_ids,
-    environment,
     tokenized_batches,
 )
 from twotower.demo.problems import held_out_problems
@@ -61,7 +61,7 @@ def main(file: Path) -> None:
     rows, texts, correct = [], dict[tuple[str, str], list[list[int]]](), dict[tuple[str, str], list[bool]]()
     for kind, config in KINDS.items():
         model = load(config)
-        where = environment(model)
+        where = conditions(model)
         where["versions"] |= {name: version(name) for name in LIBRARIES}
         for mode, options in MODES.items():
             found = texts[kind, mode] = answers(model, tokenizer, problems, options)
@@ -72,7 +72,7 @@ def main(file: Path) -> None:
             rows[-1]["same_text_as_ar"] = same(found, texts[kind, "ar"])
             print(rows[-1], flush=True)
             # After every row, so that a run that is stopped leaves what it has measured.
-            file.write_text(json.dumps(settings | {"rows": rows} | where, indent=2) + "\n")
+            write_json(file, settings | {"rows": rows} | where)
 
 
 def load(config: Any) -> TwoTowerForBlockDiffusion:

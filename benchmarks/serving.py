@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 import twotower
 from twotower import TwoTowerEngine
-from twotower.demo.evaluation import MAX_NEW_TOKENS, environment, tokenized_batches
+from twotower.bench.reports import write_json
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions, tokenized_batches
 from twotower.demo.problems import held_out_problems
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
@@ -48,9 +49,9 @@ def main(part: str, number: float | None) -> None:
     started = os.getloadavg()[0]
     given = () if number is None else (number,)
     found, model = PARTS[part](*given)
-    figures = {"load_before": started, "load_after": os.getloadavg()[0], **found, **environment(model)}
+    figures = {"load_before": started, "load_after": os.getloadavg()[0], **found, **conditions(model)}
     report = json.loads(FILE.read_text()) if FILE.exists() else {}
-    FILE.write_text(json.dumps(report | {part: figures}, indent=2) + "\n")
+    write_json(FILE, report | {part: figures})
     print(json.dumps(figures, indent=2))
 
 

@@ -1,10 +1,7 @@
 """The `twotower` command. What takes long to import is imported by the command that needs it."""
 
-import json
-import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
@@ -262,6 +259,7 @@ def evaluate(
     import torch
     from transformers.utils import logging
 
+    from ..bench.reports import write_json, write_whole
     from ..demo import evaluation, rules_evaluation
     from .terminal import output_console, show_table, track
 
@@ -270,13 +268,7 @@ def evaluate(
         raise ValueError("--png draws the unmasking rules; give --rules, too")
     if rules and repeats != 1:
         raise ValueError(f"--repeats is {repeats}, but --rules times nothing; leave it out")
-    # Known now rather than after the work.
-    if png_file is not None and find_spec("matplotlib") is None:
-        raise ValueError('--png needs matplotlib; pip install "twotower[eval]"')
-    for file in (json_file, png_file):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _check_writable(file)
+    _check_files(json_file, png_file)
     two_towers, tokenizer = _load(model)
     torch.set_num_threads(threads)
     # transformers' NemotronH says once per kernel that this machine has none.
@@ -287,8 +279,7 @@ def evaluate(
         report = evaluation.evaluate(two_towers, tokenizer, problems, seed, sizes, repeats, track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
-        figures = json.dumps(report, indent=2) + "\n"
-        _write_whole(json_file, lambda file: file.write_text(figures))
+        write_json(json_file, report)
     console = output_console()
     table = rules_evaluation.rules_table(report) if rules else evaluation.table(report)
     title = rules_evaluation.rules_title(report) if rules else evaluation.title(report)
@@ -296,7 +287,77 @@ def evaluate(
     if not rules:
         console.print(evaluation.footnote(report), soft_wrap=True)
     if png_file is not None:
-        _write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
+        write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="Comma-separated; default 1,4,16,64.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Comma-separated tokens of context; default 1024,4096,16384,65536,131072.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Time everything so often, in turn; default 5.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of problems and random tokens; default 7.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Batches 1 and 16, contexts up to 4096, 2 rounds, where not given.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, after every step.")] = None,
+    png_file: Annotated[Path | None, typer.Option("--png", help="Draw the figures here, after every step.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """
+    Measure speed on this machine: every mode on text the checkpoint knows and on other text, next to transformers' own
+    NemotronH and to the released code's way of decoding; passes behind a growing context; reading of prompts.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from ..bench import charts, running
+    from ..bench.reports import write_json, write_whole
+    from .terminal import output_console, show_table
+
+    given: dict[str, Any] = {
+        "batch_sizes": None if batch_sizes is None else tuple(_whole_numbers(batch_sizes, "--batch-sizes")),
+        "contexts": None if contexts is None else tuple(_whole_numbers(contexts, "--contexts")),
+        "rounds": rounds,
+        "seed": seed,
+    }
+    plan = replace(
+        running.QUICK if quick else running.Plan(),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    _check_files(json_file, png_file)
+    two_towers, tokenizer = _load(model)
+    torch.set_num_threads(threads)
+    # transformers' NemotronH says once per kernel that this machine has none.
+    logging.set_verbosity_error()
+    name = model or "demonstration checkpoint"
+
+    def save(report: dict[str, Any]) -> None:
+        report = {"model": name, **report}
+        if json_file is not None:
+            write_json(json_file, report)
+        if png_file is not None:
+            write_whole(png_file, lambda file: charts.draw_bench(report, file))
+
+    report = running.bench(two_towers, tokenizer, plan, save, say=lambda line: typer.echo(line, err=True))
+    console = output_console()
+    for title, header, rows in running.tables(report):
+        show_table(console, title, header, rows)
+    console.print(running.footnote(report), soft_wrap=True)
+
+
+def _check_files(json_file: Path | None, png_file: Path | None) -> None:
+    """Find out what would keep figures from being written before they are measured."""
+    from ..bench.reports import check_writable
+
+    if png_file is not None and find_spec("matplotlib") is None:
+        raise ValueError('--png needs matplotlib; pip install "twotower[eval]"')
+    for file in (json_file, png_file):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(file)
 
 
 def _draft_length(text: str | None) -> int | str | None:
@@ -315,6 +376,7 @@ def _generate_lines(
     import torch
     from transformers.utils import logging
 
+    from ..bench.reports import check_writable
     from ..generation_twotower import TwoTowerGenerationConfig
     from . import jsonl
     from .terminal import track
@@ -332,7 +394,7 @@ def _generate_lines(
     written = jsonl.read_written(output_file, lines)
     left = [line for line in lines if line.key not in written.errors]
     output_file.parent.mkdir(parents=True, exist_ok=True)
-    _check_writable(output_file)
+    check_writable(output_file)
     two_towers, tokenizer = _load(model)
 
     def arguments(line: jsonl.Line) -> dict[str, Any]:
@@ -492,35 +554,6 @@ def _new_tokens(two_towers: Any, inputs: "BatchEncoding", output: Any) -> list[i
 def _short_cost(tokens: int, denoiser_passes: int, context_passes: int, seconds: float) -> str:
     passes = f"{denoiser_passes} denoiser + {context_passes} context" if denoiser_passes else str(context_passes)
     return f"{tokens} tokens in {passes} passes, {tokens / seconds:.0f} tokens/s"
-
-
-def _check_writable(file: Path) -> None:
-    """Report now what would keep a file from being written after the work; nothing is left, and nothing changed."""
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder; give a file")
-    if not file.exists() or file.is_file():
-        scratch = _sibling(file)
-        scratch.open("x").close()
-        scratch.unlink()
-
-
-def _write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file all at once: interrupted, it is as it was before."""
-    if file.exists() and not file.is_file():  # a pipe, say
-        write(file)
-        return
-    scratch = _sibling(file)
-    try:
-        write(scratch)
-        os.replace(scratch, file.resolve())
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _sibling(file: Path) -> Path:
-    """On the same file system, and of the same kind."""
-    target = file.resolve()
-    return target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
 
 
 def _encode(prompt: str, tokenizer: Any, raw: bool) -> "BatchEncoding":

@@ -7,21 +7,17 @@ Shapes: B batch, P prompt columns, N new columns.
 """
 
 import math
-import os
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from transformers import BatchEncoding, NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerBase
 
+from ..bench.reports import environment
+from ..bench.timing import timed
 from ..configuration_twotower import TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .problems import Problem, extract_result, held_out_problems
@@ -70,6 +66,7 @@ class Run:
         context_forwards: per problem; empty where they are not counted.
         accepted_lengths: per problem, the mean of its cycles, NaN if it took none; empty without drafts.
         seconds: wall time of all its `generate` calls, the median if the run was repeated.
+        cpu_seconds: likewise, of this thread's own time.
         seconds_of_runs: of each repetition.
     """
 
@@ -78,6 +75,7 @@ class Run:
     context_forwards: list[int] = field(default_factory=list)
     accepted_lengths: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     seconds_of_runs: list[float] = field(default_factory=list)
 
     @property
@@ -136,7 +134,7 @@ def evaluate(
         "batch_sizes": list(batch_sizes),
         "repeats": repeats,
     }
-    return settings | summarize(variants, runs, asked, tokenizer) | environment(model)
+    return settings | summarize(variants, runs, asked, tokenizer) | conditions(model)
 
 
 _TOKENIZED: dict[str, Any] = {
@@ -182,12 +180,12 @@ def variant_of(
     return Variant(name, options, generate)
 
 
-def baseline_variant(model: TwoTowerForBlockDiffusion) -> Variant:
-    """The context tower run by transformers' own model and `generate`."""
+def baseline_variant(model: TwoTowerForBlockDiffusion, options: dict[str, Any] | None = None) -> Variant:
+    """The context tower run by transformers' own model and `generate`, with some options of that."""
     baseline: Any = context_tower_in_transformers(model)
 
     def generate(inputs: BatchEncoding, max_new_tokens: int) -> Generated:
-        return Generated(baseline.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False))
+        return Generated(baseline.generate(**inputs, **options or {}, max_new_tokens=max_new_tokens, do_sample=False))
 
     return Variant(BASELINE, {}, generate)
 
@@ -220,20 +218,31 @@ def end_ids(model: TwoTowerForBlockDiffusion) -> set[int]:
 
 
 def answer(
-    variants: Sequence[Variant], warm_up: BatchEncoding, batches: Iterable[BatchEncoding], ends: set[int]
+    variants: Sequence[Variant],
+    warm_up: BatchEncoding,
+    batches: Iterable[BatchEncoding],
+    ends: set[int],
+    max_new_tokens: int | None = None,
 ) -> dict[str, Run]:
-    """Let every variant answer every batch, batch after batch; before the clock runs, a few tokens of `warm_up`."""
+    """
+    Let every variant answer every batch, batch after batch; before the clock runs, a few tokens of `warm_up`.
+
+    Args:
+        variants: in the order in which they take their turns.
+        warm_up: one of the batches.
+        batches: tokenized prompts.
+        ends: ids after which a row's answer is over.
+        max_new_tokens: of each row; default `MAX_NEW_TOKENS`.
+    """
     for variant in variants:
         variant.generate(warm_up, 8)
     runs = {variant.name: Run() for variant in variants}
     for batch in batches:
         for variant in variants:
             run = runs[variant.name]
-            started = time.perf_counter()
-            generated = variant.generate(batch, MAX_NEW_TOKENS)
-            # Fetching the tokens waits for the device.
-            rows = generated.sequences[:, batch.input_ids.shape[1] :].tolist()
-            run.seconds += time.perf_counter() - started
+            (generated, rows), seconds = timed(partial(_answer_one, variant, batch, max_new_tokens or MAX_NEW_TOKENS))
+            run.seconds += seconds.wall
+            run.cpu_seconds += seconds.cpu
             run.answers += [cut_after_end(row, ends) for row in rows]
             if generated.denoiser_forwards is not None:
                 run.denoiser_forwards += generated.denoiser_forwards.tolist()
@@ -242,6 +251,12 @@ def answer(
             if generated.accepted_lengths is not None:
                 run.accepted_lengths += generated.accepted_lengths.tolist()
     return runs
+
+
+def _answer_one(variant: Variant, batch: BatchEncoding, max_new_tokens: int) -> tuple[Generated, list[list[int]]]:
+    generated = variant.generate(batch, max_new_tokens)
+    # Fetching the tokens waits for the device.
+    return generated, generated.sequences[:, batch.input_ids.shape[1] :].tolist()
 
 
 def median_runs(repetitions: list[dict[str, Run]]) -> dict[str, Run]:
@@ -355,26 +370,9 @@ def same_answers(runs: Iterable[Run]) -> int:
     return sum(all(answer == first for answer in others) for first, *others in answers)
 
 
-def environment(model: TwoTowerForBlockDiffusion) -> dict[str, Any]:
-    """How, where and when: length limit, the model's dtype and device, machine, versions, commit of the code, date."""
-    return {
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "machine": {
-            "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": _git_commit(Path(__file__).resolve().parents[1]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def conditions(model: TwoTowerForBlockDiffusion) -> dict[str, Any]:
+    """The length limit, and what [`environment`] says."""
+    return {"max_new_tokens": MAX_NEW_TOKENS, **environment(model)}
 
 
 def title(report: dict[str, Any]) -> str:
@@ -436,30 +434,11 @@ def percent(value: float | None, stderr: float | None) -> str:
 def tokenized_batches(
     problems: list[Problem], batch_size: int, tokenizer: PreTrainedTokenizerBase, model: TwoTowerForBlockDiffusion
 ) -> list[BatchEncoding]:
-    return [tokenizer(prompts, **_TOKENIZED).to(model.device) for prompts in _prompts(problems, batch_size)]
+    return tokenized([problem.prompt for problem in problems], batch_size, tokenizer, model)
 
 
-def _prompts(problems: list[Problem], batch_size: int) -> Iterator[list[str]]:
-    for start in range(0, len(problems), batch_size):
-        yield [problem.prompt for problem in problems[start : start + batch_size]]
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _git_commit(folder: Path) -> str | None:
-    """The checkout's commit, "-dirty" with changes; None for an installed copy or without git."""
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def tokenized(
+    prompts: list[str], batch_size: int, tokenizer: PreTrainedTokenizerBase, model: TwoTowerForBlockDiffusion
+) -> list[BatchEncoding]:
+    starts = range(0, len(prompts), batch_size)
+    return [tokenizer(prompts[start : start + batch_size], **_TOKENIZED).to(model.device) for start in starts]

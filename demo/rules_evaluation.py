@@ -18,8 +18,8 @@ from .evaluation import (
     accuracy_figures,
     answer,
     are_correct,
+    conditions,
     end_ids,
-    environment,
     pass_figures,
     percent,
     ratio_text,
@@ -114,7 +114,7 @@ def compare_rules(
     settled |= {"ar_accuracy": sum(correct["ar"]) / problems}
     settled |= {"ar_sampled_accuracy": sum(correct["ar, sampled"]) / problems}
     of_rules = sum(map(len, settings.values()))
-    return settled | {"rows": rows[:of_rules], "verified_rows": rows[of_rules:]} | environment(model)
+    return settled | {"rows": rows[:of_rules], "verified_rows": rows[of_rules:]} | conditions(model)
 
 
 def _variants(

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import twotower
 from twotower import TwoTowerForBlockDiffusion
+from twotower.bench import running, sections
 from twotower.cli import commands
 from twotower.cli.commands import app
 from twotower.decoding.rules import UNMASKING_RULES
@@ -363,18 +364,57 @@ def test_an_interrupted_eval_leaves_no_half_written_file(checkpoint, before, mon
     assert before is None or drawing.read_text() == before
 
 
-def test_figures_go_through_a_link_and_into_what_is_no_file(tmp_path):
-    target, link = tmp_path / "target.json", tmp_path / "link.json"
-    target.write_text("old")
-    link.symlink_to(target)
-    commands._check_writable(link)
-    commands._write_whole(link, lambda file: file.write_text("new"))
-    assert link.is_symlink() and target.read_text() == "new"
-    commands._check_writable(Path("/dev/null"))
-    commands._write_whole(Path("/dev/null"), lambda file: file.write_text("new"))
-    assert not Path("/dev/null").is_file()
-    with pytest.raises(IsADirectoryError, match="is a folder; give a file"):
-        commands._check_writable(tmp_path)
+@pytest.fixture
+def short_bench(monkeypatch):
+    """Texts and pieces so short that all of it takes seconds."""
+    for name in ("MAX_NEW_TOKENS", "OFF_TOKENS"):
+        monkeypatch.setattr(sections, name, 8)
+    monkeypatch.setattr(running, "QUICK", running.Plan(batch_sizes=(1,), contexts=(16,), rounds=1, texts=1))
+
+
+def test_bench_writes_figures_and_a_chart_and_shows_tables(checkpoint, short_bench, tmp_path):
+    figures, drawing = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
+    files = ("--json", figures, "--png", drawing)
+    result = run("bench", "--quick", "--model", checkpoint, "--batch-sizes", 2, "--seed", 3, *files)
+    report = json.loads(figures.read_text())
+    assert report["finished"] and (report["model"], report["seed"], report["batch_sizes"]) == (str(checkpoint), 3, [2])
+    assert drawing.read_bytes()[:4] == b"\x89PNG"
+    assert "held-out problems: tokens/s" in result.stdout and "reading a prompt" in result.stdout
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
+
+
+def test_an_interrupted_bench_leaves_the_steps_it_has_done(checkpoint, short_bench, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "prefill", interrupted)
+    figures = tmp_path / "bench.json"
+    arguments = ["bench", "--quick", "--model", str(checkpoint), "--json", str(figures)]
+    assert CliRunner().invoke(app, arguments).exit_code != 0
+    report = json.loads(figures.read_text())
+    assert "context" in report and "prefill" not in report and not report["finished"]
+    assert [*tmp_path.iterdir()] == [figures]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--batch-sizes", "1,x"), "--batch-sizes is '1,x'; give whole numbers"),
+        (("--contexts", "0"), "--contexts is '0'; give whole numbers"),
+        (("--contexts", "8,8"), "contexts is [8, 8]; give each number once"),
+        (("--rounds", "0"), "rounds is 0; give at least 1"),
+    ],
+)
+def test_bench_refuses_wrong_options_before_any_work(arguments, message, monkeypatch):
+    monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("loaded a model"))
+    assert message in run("bench", *arguments, code=2).stderr
+
+
+def test_bench_needs_a_place_for_its_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("loaded a model"))
+    assert "is a folder; give a file" in run("bench", "--json", tmp_path, code=1).stderr
+    monkeypatch.setattr(commands, "find_spec", lambda _: None)
+    assert "--png needs matplotlib" in run("bench", "--png", tmp_path / "bench.png", code=2).stderr
 
 
 class Terminal(io.StringIO):

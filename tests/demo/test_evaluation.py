@@ -22,7 +22,6 @@ from twotower.demo.evaluation import (
     baseline_variant,
     context_tower_in_transformers,
     cut_after_end,
-    environment,
     evaluate,
     median_runs,
     nemotron_config,
@@ -249,16 +248,6 @@ def test_baseline_ends_at_the_models_end_of_text(model):
 def test_impossible_settings(model, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, tokenizer, **settings)
-
-
-def test_environment_is_written_down(model, tmp_path):
-    found = environment(model)
-    assert (found["dtype"], found["device"]) == ("float32", "cpu")
-    assert found["machine"]["threads"] == torch.get_num_threads()
-    assert found["versions"]["torch"] == torch.__version__
-    assert evaluation._git_commit(tmp_path) is None, "a folder that is no checkout has no commit"
-    (tmp_path / ".git").mkdir()
-    assert evaluation._git_commit(tmp_path) is None, "nor has a broken one"
 
 
 def test_a_prompt_draws_with_a_seed_of_its_own_whatever_its_batch(model, tokenizer):
