@@ -7,6 +7,7 @@ cache layer by layer and turns a partly masked block into logits for all of its 
 Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocabulary, R = B x blocks denoised at once.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -73,6 +74,7 @@ from .inputs_twotower import (
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
+from .kernels.precision import at_least_float32
 from .kernels.ssd import ssd_scan
 from .objective_twotower import (
     LossWeighting,
@@ -847,10 +849,7 @@ class TwoTowerRMSNorm(NemotronHRMSNorm):
     """transformers' norm, in float32 at least."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        wide = hidden_states.to(dtype)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight.to(dtype) * normed).to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class TwoTowerMamba(NemotronHMamba2Mixer):
@@ -858,7 +857,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.time_step_limit = config.time_step_limit
+        self.time_step_limit = tuple(config.time_step_limit)
 
     @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
@@ -870,8 +869,9 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
         gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
-        wide = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)
+        if self.time_step_limit != (0.0, math.inf):
+            dt = dt.clamp(*self.time_step_limit)
         if layout.mask is not None:
             inputs, dt = inputs * layout.mask[..., None], dt * layout.mask[..., None]
         # 2. Convolve, and split into x (B, T, H, P), B and C (B, T, G, N).
@@ -879,11 +879,11 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             inputs, conv1d.weight.squeeze(1), conv1d.bias, conv_before, layout.ends, self.activation
         )
         states = self.n_groups * self.ssm_state_size
-        x, B, C = convolved.split_with_sizes([self.intermediate_size, states, states], dim=-1)
+        x, B, C = at_least_float32(convolved).split_with_sizes([self.intermediate_size, states, states], dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
         # 3. Scan.
-        A = -torch.exp(self.A_log.to(wide))
+        A = -torch.exp(at_least_float32(self.A_log))
         scan = ssd_scan(
             x,
             dt,
@@ -896,7 +896,7 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             return_state=layout.keep == "state",
             return_chunk_states=layout.state_every is not None,
         )
-        y = gated_rms_norm(scan.y.flatten(2), gate, norm.weight, norm.group_size, norm.variance_epsilon)
+        y = gated_rms_norm(scan.y, gate, norm.weight, norm.group_size, norm.variance_epsilon)
         # 4. What the cache is to keep.
         present: MambaState | MambaUpdate | None = None
         if layout.keep == "update":
@@ -1056,11 +1056,11 @@ class TwoTowerLayer(GradientCheckpointingLayer):
             shift, scale, gate = modulation
             # A stateful layer's input is modulated before its norm, as NVIDIA's code does.
             if self.stateful:
-                mixer_input = self.norm(hidden_states * scale + shift)
+                mixer_input = self.norm(torch.addcmul(shift, hidden_states, scale))
             else:
-                mixer_input = self.norm(hidden_states) * scale + shift
+                mixer_input = torch.addcmul(shift, self.norm(hidden_states), scale)
         mixed, present = self.mixer(mixer_input, past, layout) if self.stateful else (self.mixer(mixer_input), None)
-        return hidden_states + (gate * mixed if modulation else mixed), present
+        return torch.addcmul(hidden_states, gate, mixed) if modulation else hidden_states + mixed, present
 
 
 class TimestepEmbedder(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..compat_twotower import ACT2FN
+from .precision import at_least_float32
 
 
 def causal_conv(
@@ -33,25 +34,34 @@ def causal_conv(
     Returns:
         y (B, T, C) in x's dtype (the sum is taken in float32 at least), and the new state (B, K - 1, C) in x's dtype.
     """
-    taps = weight.shape[1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    padded = inputs_after_state(x, taps, state)  # (B, K - 1 + T, C)
-    inputs, weight = padded.to(wide), weight.to(wide)
-    y = inputs.new_zeros(()) if bias is None else bias.to(wide)
-    if x.shape[1] == 1:
-        y = y + (inputs * weight.T).sum(1, keepdim=True)
-    else:
-        for start, tap in enumerate(weight.unbind(1)):
-            y = torch.addcmul(y, inputs[:, start : start + x.shape[1]], tap)
+    padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
+    convolve = causal_conv_reference if x.device.type == "cpu" else _depthwise
     # ACT2FN builds a module at every look-up.
     act = F.silu if activation == "silu" else ACT2FN[activation]
-    return act(y).to(x.dtype), conv_state(padded, taps, ends)
+    return act(convolve(padded, weight, bias)).to(x.dtype), conv_state(padded, weight.shape[1], ends)
+
+
+def causal_conv_reference(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The sum above, tap by tap in float32 at least: (B, K - 1 + T, C) -> (B, T, C)."""
+    channels, taps = weight.shape
+    tokens = padded.shape[1] - (taps - 1)
+    y = padded.new_zeros(channels) if bias is None else bias
+    y = at_least_float32(y)
+    # Of lower precision than `y`, inputs and taps are multiplied in its dtype.
+    for start, tap in enumerate(weight.unbind(1)):
+        y = torch.addcmul(y, padded[:, start : start + tokens], tap)
+    return y
+
+
+def _depthwise(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same as one kernel of torch's, which sums in float32 and rounds to the inputs' dtype."""
+    return F.conv1d(padded.transpose(1, 2), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
 
 
 def inputs_after_state(x: torch.Tensor, taps: int, state: torch.Tensor | None = None) -> torch.Tensor:
     """(B, T, C) inputs behind the (B, K - 1, C) before them, default zeros: (B, K - 1 + T, C)."""
     if state is None:
-        state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+        return F.pad(x, (0, 0, taps - 1, 0))
     return torch.cat([state.to(x.dtype), x], dim=1)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +31,7 @@ VIEWS = set(
     "promote_types reshape select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view".split()
 )
 # One kernel on a GPU, and several operations on meta tensors.
-FUSED = {torch.rms_norm: "rms_norm", torch.nn.functional.scaled_dot_product_attention: "attention"}
+FUSED = {F.rms_norm: "rms_norm", F.scaled_dot_product_attention: "attention"}
 
 
 class FusedKernels(TorchFunctionMode):
