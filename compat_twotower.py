@@ -44,6 +44,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.integrations.moe import _grouped_mm as grouped_mm
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import _add_variant as add_variant
@@ -153,6 +154,7 @@ __all__ = [
     "force_accelerate_hooks",
     "get_checkpoint_conversion_mapping",
     "get_relative_imports",
+    "grouped_mm",
     "grouped_mm_experts_forward",
     "is_accelerate_available",
     "logits_process",

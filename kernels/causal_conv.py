@@ -19,6 +19,7 @@ def causal_conv(
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
     activation: str = "silu",
+    return_inputs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Convolve each channel with its own causal filter.
@@ -30,15 +31,18 @@ def causal_conv(
         state: (B, K - 1, C) the inputs before `x`, default zeros.
         ends: (B,) for each row the column after its last token; default T for all. The new state ends there.
         activation: name in transformers' `ACT2FN`.
+        return_inputs: return the inputs with those before them, from which [`conv_state`] cuts states, instead of one.
 
     Returns:
-        y (B, T, C) in x's dtype (the sum is taken in float32 at least), and the new state (B, K - 1, C) in x's dtype.
+        y (B, T, C) in x's dtype (the sum is taken in float32 at least), and in x's dtype the new state (B, K - 1, C)
+        or the inputs (B, K - 1 + T, C).
     """
     padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
     convolve = causal_conv_reference if x.device.type == "cpu" else _depthwise
     # ACT2FN builds a module at every look-up.
     act = F.silu if activation == "silu" else ACT2FN[activation]
-    return act(convolve(padded, weight, bias)).to(x.dtype), conv_state(padded, weight.shape[1], ends)
+    y = act(convolve(padded, weight, bias)).to(x.dtype)
+    return y, padded if return_inputs else conv_state(padded, weight.shape[1], ends)
 
 
 def causal_conv_reference(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -68,8 +72,9 @@ def inputs_after_state(x: torch.Tensor, taps: int, state: torch.Tensor | None = 
 def conv_state(padded: torch.Tensor, taps: int, ends: torch.Tensor | None = None) -> torch.Tensor:
     """The state (B, K - 1, C) after each row's first `ends` (B,) of T inputs, default all: from (B, K - 1 + T, C)."""
     if ends is None:
-        # Not a view, which would keep all T inputs alive.
-        return padded[:, padded.shape[1] - (taps - 1) :].clone()
+        last = padded[:, padded.shape[1] - (taps - 1) :]
+        # Of many inputs no view, which would keep all of them alive.
+        return last.clone() if padded.shape[1] > 2 * taps else last
     columns = ends[:, None] + torch.arange(taps - 1, device=padded.device)
     return padded.gather(1, columns[..., None].expand(-1, -1, padded.shape[2]))
 

@@ -123,13 +123,13 @@ def ssd_step_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence for one token, in float32 without the skip term: y (B, 1, H, P) and state (B, H, P, N)."""
     batch, _, heads, head_dim = x.shape
-    rows, states = batch * B.shape[2], B.shape[3]
-    after = (x * dt[..., None]).view(rows, -1, 1) * B.reshape(rows, 1, states)  # (B * G, H/G * P, N)
+    groups, states = B.shape[2:]
+    after = (x * dt[..., None]).view(batch, groups, -1, 1) * B.view(batch, groups, 1, states)  # (B, G, H/G * P, N)
+    after = after.view(batch, heads, head_dim, states)
     if state is not None:
-        decay = (dt * A).exp().view(batch, heads, 1, 1)
-        after = torch.addcmul(after.view(batch, heads, head_dim, states), decay, state.to(x.dtype)).view(rows, -1, states)
-    y = torch.bmm(after, C.reshape(rows, states, 1))
-    return y.view(x.shape), after.view(batch, heads, head_dim, states)
+        after = torch.addcmul(after, (dt * A).exp().view(batch, heads, 1, 1), state.to(x.dtype))
+    y = torch.bmm(after.view(batch * groups, -1, states), C.reshape(batch * groups, states, 1))
+    return y.view(x.shape), after
 
 
 def ssd_chunk_reference(
@@ -137,18 +137,20 @@ def ssd_chunk_reference(
 ) -> torch.Tensor:
     """One chunk's outputs in float32, without the skip term: (B, L, H, P)."""
     batch, length, heads, head_dim = x.shape
-    by_group = (B.shape[2], heads // B.shape[2])
-    B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, G, L, N)
+    groups, states = B.shape[2:]
+    by_group = (groups, heads // groups)
+    B, C = (part.transpose(1, 2).reshape(batch * groups, length, states) for part in (B, C))
     log_decay = (dt * A).cumsum(1).transpose(1, 2).unflatten(1, by_group)  # (B, G, H/G, L)
     # 1. within the chunk: y[l] += sum_{s <= l} (C[l] . B[s]) exp(decay from s to l) dt[s] x[s]
     decay = log_decay[..., :, None] - log_decay[..., None, :]
     if decay.requires_grad:
         # What decays backwards in time may be infinite. It is dropped, but its gradient would not be.
         decay = decay.clamp(max=0)
-    weights = ((C @ B.transpose(-1, -2))[:, :, None] * decay.exp()).tril()  # (B, G, H/G, L, L)
-    within = weights.flatten(1, 2) @ (x * dt[..., None]).transpose(1, 2)  # (B, H, L, P)
+    scores = torch.bmm(C, B.transpose(1, 2)).view(batch, groups, 1, length, length)
+    weights = (scores * decay.exp()).tril().view(batch * heads, length, length)
+    within = torch.bmm(weights, (x * dt[..., None]).transpose(1, 2).reshape(batch * heads, length, head_dim))
     # 2. from the state before the chunk: y[l] += exp(decay from the start to l) h C[l]
-    carried = C @ state.view(batch, by_group[0], -1, state.shape[-1]).transpose(-1, -2)  # (B, G, L, H/G * P)
-    carried = carried.unflatten(-1, (by_group[1], head_dim)).transpose(2, 3)
-    y = torch.addcmul(within.unflatten(1, by_group), log_decay.exp()[..., None], carried)
+    carried = torch.bmm(C, state.reshape(batch * groups, -1, states).transpose(1, 2))  # (B * G, L, H/G * P)
+    carried = carried.view(batch, groups, length, by_group[1], head_dim).transpose(2, 3)
+    y = torch.addcmul(within.view(carried.shape), log_decay.exp()[..., None], carried)
     return y.flatten(1, 2).transpose(1, 2)

@@ -110,7 +110,9 @@ def main() -> None:
     model = released_model(chosen.config)
     for batch in (1, 16):
         for name, call in passes(model, batch, model.config.block_size).items():
-            names = count(call)
+            # As in a call of generate.
+            with model.prepared():
+                names = count(call)
             print(f"{batch} rows, {name}: {names.total()} kernels")
             if chosen.most:
                 print("   " + ", ".join(f"{each} {number}" for each, number in names.most_common(chosen.most)))
