@@ -908,11 +908,10 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
-        # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
-        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes(
-            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
-        )
         A, dt_bias = self.prepared()
+        # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
+        channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
+        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
         dt = F.softplus(dt + dt_bias)
         if self.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*self.time_step_limit)
@@ -928,10 +927,10 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             self.activation,
             return_inputs=layout.keep != "state",
         )
-        states = self.n_groups * self.ssm_state_size
-        x, B, C = at_least_float32(convolved).split_with_sizes([self.intermediate_size, states, states], dim=-1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
+        x, B, C = at_least_float32(convolved).split_with_sizes([channels, states, states], -1)
+        tokens = x.shape[:2]
+        x = x.view(*tokens, self.num_heads, self.head_dim)
+        B, C = B.view(*tokens, self.n_groups, -1), C.view(*tokens, self.n_groups, -1)
         # 3. Scan.
         scan = ssd_scan(
             x,
@@ -1032,25 +1031,40 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         return grouped.masked_fill(weak[..., None], 0.0).flatten(-2)
 
 
-# Fewer products than this are computed sooner than tokens are sorted by expert, on a CPU.
-SOONER_THAN_SORTING = 2**21
+# On a CPU, fewer needless products or copied weights than these cost less than to sort tokens by expert.
+FEW_PRODUCTS, FEW_WEIGHTS = 2**21, 2**17
 
 
 def grouped_mm_or_all(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    (T, H) tokens through their experts: torch's grouped product, or on a CPU, where that takes less time, all experts'
-    products, most of which weigh nothing; float64, which the first does not take, token by token.
+    (T, H) tokens through their experts: torch's grouped product, or on a CPU what takes less time, a lone token's
+    experts copied, or all experts' products, most of which weigh nothing; float64, which torch does not group, token by
+    token.
     """
+    tokens, chosen = indices.shape
+    size = experts.up_proj[0].numel()
     if experts._is_expert_parallel:
         return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
-    needless = len(hidden_states) * (experts.num_experts - indices.shape[1])
-    if hidden_states.device.type == "cpu" and needless * experts.up_proj[0].numel() < SOONER_THAN_SORTING:
-        return _all_experts(experts, hidden_states, indices, weights)
+    if hidden_states.device.type == "cpu":
+        if tokens == 1 and chosen * size < FEW_WEIGHTS:
+            return _copied_experts(experts, hidden_states, indices, weights)
+        if 1 < tokens and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
+            return _all_experts(experts, hidden_states, indices, weights)
     if hidden_states.dtype == torch.float64:
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)
     return _grouped_experts(experts, hidden_states, indices, weights)
+
+
+def _copied_experts(
+    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
+    up_proj, down_proj = (part.index_select(0, indices[0]) for part in (experts.up_proj, experts.down_proj))
+    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))
+    outputs = torch.bmm(activated.view(len(up_proj), 1, -1), down_proj.transpose(1, 2))[:, 0]
+    return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
 
 
 def _all_experts(

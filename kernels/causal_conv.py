@@ -47,13 +47,14 @@ def causal_conv(
 
 def causal_conv_reference(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The sum above, tap by tap in float32 at least: (B, K - 1 + T, C) -> (B, T, C)."""
-    channels, taps = weight.shape
-    tokens = padded.shape[1] - (taps - 1)
-    y = padded.new_zeros(channels) if bias is None else bias
-    y = at_least_float32(y)
+    tokens = padded.shape[1] - (weight.shape[1] - 1)
+    y = at_least_float32(padded.new_zeros(len(weight)) if bias is None else bias)
+    if tokens == 1:
+        return y + (at_least_float32(padded) * weight.t()).sum(1, keepdim=True)
     # Of lower precision than `y`, inputs and taps are multiplied in its dtype.
-    for start, tap in enumerate(weight.unbind(1)):
-        y = torch.addcmul(y, padded[:, start : start + tokens], tap)
+    y = torch.addcmul(y, padded[:, :tokens], weight[:, 0])
+    for tap in range(1, weight.shape[1]):
+        y.addcmul_(padded[:, tap : tap + tokens], weight[:, tap])
     return y
 
 

@@ -138,19 +138,17 @@ def ssd_chunk_reference(
     """One chunk's outputs in float32, without the skip term: (B, L, H, P)."""
     batch, length, heads, head_dim = x.shape
     groups, states = B.shape[2:]
-    by_group = (groups, heads // groups)
     B, C = (part.transpose(1, 2).reshape(batch * groups, length, states) for part in (B, C))
-    log_decay = (dt * A).cumsum(1).transpose(1, 2).unflatten(1, by_group)  # (B, G, H/G, L)
+    log_decay = (dt * A).transpose(1, 2).cumsum(-1).view(batch, groups, -1, length)  # (B, G, H/G, L)
     # 1. within the chunk: y[l] += sum_{s <= l} (C[l] . B[s]) exp(decay from s to l) dt[s] x[s]
     decay = log_decay[..., :, None] - log_decay[..., None, :]
-    if decay.requires_grad:
-        # What decays backwards in time may be infinite. It is dropped, but its gradient would not be.
-        decay = decay.clamp(max=0)
+    # What decays backwards in time may be infinite. It is dropped, but its gradient would not be.
+    decay = decay.clamp(max=0).exp() if decay.requires_grad else decay.exp_()
     scores = torch.bmm(C, B.transpose(1, 2)).view(batch, groups, 1, length, length)
-    weights = (scores * decay.exp()).tril().view(batch * heads, length, length)
+    weights = (scores * decay).tril().view(batch * heads, length, length)
     within = torch.bmm(weights, (x * dt[..., None]).transpose(1, 2).reshape(batch * heads, length, head_dim))
     # 2. from the state before the chunk: y[l] += exp(decay from the start to l) h C[l]
     carried = torch.bmm(C, state.reshape(batch * groups, -1, states).transpose(1, 2))  # (B * G, L, H/G * P)
-    carried = carried.view(batch, groups, length, by_group[1], head_dim).transpose(2, 3)
+    carried = carried.view(batch, groups, length, -1, head_dim).transpose(2, 3)
     y = torch.addcmul(within.view(carried.shape), log_decay.exp()[..., None], carried)
     return y.flatten(1, 2).transpose(1, 2)
