@@ -44,8 +44,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.integrations.moe import _grouped_mm as grouped_mm
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.integrations.moe import _grouped_mm as grouped_mm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import _add_variant as add_variant
 from transformers.modeling_utils import slice_logits_to_keep

@@ -1039,9 +1039,9 @@ def grouped_mm_or_all(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    (T, H) tokens through their experts: torch's grouped product, or on a CPU what takes less time, a lone token's
-    experts copied, or all experts' products, most of which weigh nothing; float64, which torch does not group, token by
-    token.
+    (T, H) tokens through their experts: torch's grouped product, or on a CPU where that takes less time a lone
+    token's experts copied, or all experts' products, most of which weigh nothing. What torch does not group, float64,
+    token by token.
     """
     tokens, chosen = indices.shape
     size = experts.up_proj[0].numel()
@@ -1050,7 +1050,7 @@ def grouped_mm_or_all(
     if hidden_states.device.type == "cpu":
         if tokens == 1 and chosen * size < FEW_WEIGHTS:
             return _copied_experts(experts, hidden_states, indices, weights)
-        if 1 < tokens and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
+        if tokens > 1 and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
             return _all_experts(experts, hidden_states, indices, weights)
     if hidden_states.dtype == torch.float64:
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)

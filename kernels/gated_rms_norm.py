@@ -25,8 +25,8 @@ def gated_rms_norm(
         eps: added to the mean square.
 
     Returns:
-        (B, T, C) in gate's dtype. Normalised in float32 at least, rounded to gate's dtype before the weight, as NVIDIA's
-        code does.
+        (B, T, C) in gate's dtype. Normalised in float32 at least, rounded to gate's dtype before the weight, as
+        NVIDIA's code does.
     """
     # With the gate first, the product lies in memory as it does, and needs no copy to be seen as groups.
     gated = F.silu(at_least_float32(gate)).view(x.shape) * x

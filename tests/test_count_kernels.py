@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
-# Per layer of a kind and pass over 16 rows, at most; of the kernels of the first version, which are in the notes, half.
+# Of a pass over 16 rows, at most, per layer of a kind.
 MOST = {
     "denoiser pass": {"M": 33, "E": 30},
     "block read": {"M": 32, "E": 29},

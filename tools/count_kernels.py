@@ -1,6 +1,6 @@
 """
-How many kernels passes of the released geometry launch on a GPU in bfloat16, counted without one: on meta tensors every
-operation that is no view is taken for one kernel, and so are the norms and the attention that torch has fused.
+How many kernels passes of the released geometry launch on a GPU in bfloat16, counted without one: on meta tensors
+every operation that is no view is taken for one kernel, and so are the norms and the attention that torch has fused.
 
     python tools/count_kernels.py             # by kind of pass and batch
     python tools/count_kernels.py --most 12   # and by which operations most of them are
@@ -27,8 +27,10 @@ RELEASED = Path(twotower.__file__).parent / "tests" / "nvidia_30b" / "config.jso
 CONTEXT = 40
 # What launches nothing: views, memory that is only reserved, and a question about dtypes.
 VIEWS = set(
-    "_reshape_alias _unsafe_view alias as_strided detach empty empty_like expand lift_fresh narrow new_empty permute "
-    "promote_types reshape select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view".split()
+    """
+    _reshape_alias _unsafe_view alias as_strided detach empty empty_like expand lift_fresh narrow new_empty permute
+    promote_types reshape select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view
+    """.split()  # noqa: SIM905
 )
 # One kernel on a GPU, and several operations on meta tensors.
 FUSED = {F.rms_norm: "rms_norm", F.scaled_dot_product_attention: "attention"}
