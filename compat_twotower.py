@@ -45,6 +45,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeC
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.integrations.moe import _grouped_mm as grouped_mm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import _add_variant as add_variant
 from transformers.modeling_utils import slice_logits_to_keep
@@ -153,6 +154,7 @@ __all__ = [
     "force_accelerate_hooks",
     "get_checkpoint_conversion_mapping",
     "get_relative_imports",
+    "grouped_mm",
     "grouped_mm_experts_forward",
     "is_accelerate_available",
     "logits_process",

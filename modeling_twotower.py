@@ -7,10 +7,11 @@ cache layer by layer and turns a partly masked block into logits for all of its 
 Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocabulary, R = B x blocks denoised at once.
 """
 
+import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -57,6 +58,7 @@ from .compat_twotower import (
     batched_mm_experts_forward,
     can_return_tuple,
     force_accelerate_hooks,
+    grouped_mm,
     grouped_mm_experts_forward,
     slice_logits_to_keep,
 )
@@ -71,8 +73,9 @@ from .inputs_twotower import (
     pack_tokens,
 )
 from .kernels.block_attention import block_attention
-from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
+from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
+from .kernels.precision import at_least_float32
 from .kernels.ssd import ssd_scan
 from .objective_twotower import (
     LossWeighting,
@@ -166,7 +169,7 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
         return chosen
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Where none is asked for by name, grouped_mm with a loop over the experts of a lone token."""
+        """Where none is asked for by name, [`grouped_mm_or_all`], under the name it had when it did otherwise."""
         if requested_experts not in (None, GROUPED_MM_OR_LOOP):
             return super().get_correct_experts_implementation(requested_experts)
         chosen = super().get_correct_experts_implementation(requested_experts and "grouped_mm")
@@ -486,6 +489,22 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             hidden_states=tuple(map(packed.unpack, all_hidden_states)) if all_hidden_states else None,
             last_hidden_state=hidden_states,
         )
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """
+        Within, passes without gradients compute once what depends on weights alone, and see no change of them.
+
+        For as long as weights stay as they are, such as a call of `generate`.
+        """
+        modules = [module for module in self.modules() if isinstance(module, Preparing)]
+        try:
+            for module in modules:
+                module.prepare()
+            yield
+        finally:
+            for module in modules:
+                module._prepared = None
 
     @accepts_past_key_values
     def denoise(
@@ -843,22 +862,45 @@ class DenoiserTower(TwoTowerBackbone):
         return self.run_layers(self.embeddings(block_ids), pasts, layout._replace(keep="nothing"), modulations)[0]
 
 
+class Preparing:
+    """
+    A module with tensors that depend on its weights alone. They are computed at every pass, since weights may change
+    in ways that leave no trace, but within [`~TwoTowerForBlockDiffusion.prepared`] once.
+    """
+
+    _prepared: tuple[torch.Tensor, ...] | None = None
+
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+    def prepared(self) -> tuple[torch.Tensor, ...]:
+        # What was prepared has no gradients.
+        return self.of_weights() if self._prepared is None or torch.is_grad_enabled() else self._prepared
+
+    def prepare(self) -> None:
+        """Not where weights come and go: offloaded or sharded ones are there during a pass of the module only."""
+        whole = all(type(parameter.data) is torch.Tensor for parameter in self.parameters(recurse=False))
+        if whole and not hasattr(self, "_hf_hook"):
+            with torch.no_grad(), torch.inference_mode(False):
+                self._prepared = self.of_weights()
+
+
 class TwoTowerRMSNorm(NemotronHRMSNorm):
     """transformers' norm, in float32 at least."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        wide = hidden_states.to(dtype)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight.to(dtype) * normed).to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-class TwoTowerMamba(NemotronHMamba2Mixer):
+class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     """Mamba-2 mixer of a chunk, with state in and state out; its step is clamped to `time_step_limit` as NVIDIA's."""
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.time_step_limit = config.time_step_limit
+        self.time_step_limit = tuple(config.time_step_limit)
+
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        return -torch.exp(at_least_float32(self.A_log)), at_least_float32(self.dt_bias)
 
     @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
@@ -866,24 +908,30 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
+        A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
-        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes(
-            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
-        )
-        wide = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)
+        channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
+        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
+        dt = F.softplus(dt + dt_bias)
+        if self.time_step_limit != (0.0, math.inf):
+            dt = dt.clamp(*self.time_step_limit)
         if layout.mask is not None:
             inputs, dt = inputs * layout.mask[..., None], dt * layout.mask[..., None]
         # 2. Convolve, and split into x (B, T, H, P), B and C (B, T, G, N).
         convolved, conv_after = causal_conv(
-            inputs, conv1d.weight.squeeze(1), conv1d.bias, conv_before, layout.ends, self.activation
+            inputs,
+            conv1d.weight.squeeze(1),
+            conv1d.bias,
+            conv_before,
+            layout.ends,
+            self.activation,
+            return_inputs=layout.keep != "state",
         )
-        states = self.n_groups * self.ssm_state_size
-        x, B, C = convolved.split_with_sizes([self.intermediate_size, states, states], dim=-1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
+        x, B, C = at_least_float32(convolved).split_with_sizes([channels, states, states], -1)
+        tokens = x.shape[:2]
+        x = x.view(*tokens, self.num_heads, self.head_dim)
+        B, C = B.view(*tokens, self.n_groups, -1), C.view(*tokens, self.n_groups, -1)
         # 3. Scan.
-        A = -torch.exp(self.A_log.to(wide))
         scan = ssd_scan(
             x,
             dt,
@@ -896,11 +944,11 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             return_state=layout.keep == "state",
             return_chunk_states=layout.state_every is not None,
         )
-        y = gated_rms_norm(scan.y.flatten(2), gate, norm.weight, norm.group_size, norm.variance_epsilon)
+        y = gated_rms_norm(scan.y, gate, norm.weight, norm.group_size, norm.variance_epsilon)
         # 4. What the cache is to keep.
         present: MambaState | MambaUpdate | None = None
         if layout.keep == "update":
-            present = MambaUpdate(inputs_after_state(inputs, self.conv_kernel_size, conv_before), x, dt, A, B)
+            present = MambaUpdate(conv_after, x, dt, A, B)
         elif layout.state_every is not None:
             assert scan.chunk_states is not None
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)
@@ -946,7 +994,7 @@ class TwoTowerAttention(NemotronHAttention):
         return self.o_proj(attended), present
 
 
-class TwoTowerRouter(NemotronHTopkRouter):
+class TwoTowerRouter(Preparing, NemotronHTopkRouter):
     """Expert choice in float64, as NVIDIA's code computes it; the correction bias decides, but does not weigh."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -954,19 +1002,26 @@ class TwoTowerRouter(NemotronHTopkRouter):
         # Some releases of transformers make it float32 whatever the model's dtype.
         self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
 
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight.double(),)
+
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
-        logits = F.linear(hidden_states.flatten(0, -2).double(), self.weight.double())
+        (weight,) = self.prepared()
+        logits = F.linear(hidden_states.flatten(0, -2).double(), weight)
         scores = logits.sigmoid()
         choice = scores + self.e_score_correction_bias
         if self.num_group != self.topk_group:
             choice = self._without_weak_groups(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(1, indices)
-        if self.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = (weights * self.routed_scaling_factor).to(torch.promote_types(hidden_states.dtype, torch.float32))
-        return logits, weights, indices
+        if self.norm_topk_prob:  # shares of the sum of scores, which are sigmoids
+            weights = F.logsigmoid(logits.gather(1, indices)).softmax(-1)
+        else:
+            weights = scores.gather(1, indices)
+        if self.routed_scaling_factor != 1:
+            weights = weights * self.routed_scaling_factor
+        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        return logits, weights.to(wide), indices
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
@@ -976,26 +1031,76 @@ class TwoTowerRouter(NemotronHTopkRouter):
         return grouped.masked_fill(weak[..., None], 0.0).flatten(-2)
 
 
-def grouped_mm_or_loop(
-    experts: NemotronHExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+# On a CPU, fewer needless products or copied weights than these cost less than to sort tokens by expert.
+FEW_PRODUCTS, FEW_WEIGHTS = 2**21, 2**17
+
+
+def grouped_mm_or_all(
+    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    (T, H) tokens through their experts: torch's grouped product, but a lone token on a CPU without its overhead, and
-    float64, which it does not take, token by token.
+    (T, H) tokens through their experts: torch's grouped product, or on a CPU where that takes less time a lone
+    token's experts copied, or all experts' products, most of which weigh nothing. What torch does not group, float64,
+    token by token.
     """
+    tokens, chosen = indices.shape
+    size = experts.up_proj[0].numel()
+    if experts._is_expert_parallel:
+        return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
+    if hidden_states.device.type == "cpu":
+        if tokens == 1 and chosen * size < FEW_WEIGHTS:
+            return _copied_experts(experts, hidden_states, indices, weights)
+        if tokens > 1 and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
+            return _all_experts(experts, hidden_states, indices, weights)
     if hidden_states.dtype == torch.float64:
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)
-    if hidden_states.shape[0] > 1 or hidden_states.device.type != "cpu":
-        return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
+    return _grouped_experts(experts, hidden_states, indices, weights)
+
+
+def _copied_experts(
+    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
     up_proj, down_proj = (part.index_select(0, indices[0]) for part in (experts.up_proj, experts.down_proj))
-    activated = experts.act_fn(torch.bmm(hidden_states.expand(len(up_proj), 1, -1), up_proj.transpose(1, 2)))
-    outputs = torch.bmm(activated, down_proj.transpose(1, 2))[:, 0]
+    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))
+    outputs = torch.bmm(activated.view(len(up_proj), 1, -1), down_proj.transpose(1, 2))[:, 0]
     return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
 
 
+def _all_experts(
+    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Every expert's output for every token, times its weight, which may be none."""
+    shares = weights.new_zeros(len(weights), experts.num_experts).scatter(1, indices, weights)
+    activated = experts.act_fn(hidden_states @ experts.up_proj.transpose(1, 2))  # (E, T, I)
+    weighted = (activated * shares.t()[..., None]).to(activated.dtype)
+    return torch.bmm(weighted, experts.down_proj.transpose(1, 2)).sum(0)
+
+
+def _grouped_experts(
+    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
+    # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
+    chosen, order = indices.flatten().sort()
+    (numbers,) = experts.prepared()
+    ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
+    grouped = hidden_states[order // indices.shape[1]]
+    activated = experts.act_fn(grouped_mm(grouped, experts.up_proj.transpose(1, 2), ends))
+    outputs = grouped_mm(activated, experts.down_proj.transpose(1, 2), ends)
+    by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
+    return torch.bmm(weights[:, None].to(by_token.dtype), by_token)[:, 0]
+
+
 GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"
-ExpertsInterface.register(GROUPED_MM_OR_LOOP, grouped_mm_or_loop)
+ExpertsInterface.register(GROUPED_MM_OR_LOOP, grouped_mm_or_all)
+
+
+class TwoTowerExperts(Preparing, NemotronHExperts):
+    """transformers' experts; the way they are computed is looked up by name."""
+
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        return (torch.arange(self.num_experts, device=self.up_proj.device),)
 
 
 class TwoTowerMoE(NemotronHMoE):
@@ -1003,8 +1108,18 @@ class TwoTowerMoE(NemotronHMoE):
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.gate = TwoTowerRouter(config)
+        self.gate, self.experts = TwoTowerRouter(config), TwoTowerExperts(config)
+        # Of what is not projected any more, the factor can be part of the sum.
+        self.scale = 1.0
+        if config.moe_latent_size is None:
+            self.scale, self.gate.routed_scaling_factor = self.gate.routed_scaling_factor, 1.0
         self.experts.register_load_state_dict_pre_hook(merge_expert_matrices)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        _, weights, indices = self.gate(tokens)
+        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
+        return torch.add(self.shared_experts(hidden_states), routed.view_as(hidden_states), alpha=self.scale)
 
 
 STATEFUL_MIXERS = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
@@ -1056,11 +1171,11 @@ class TwoTowerLayer(GradientCheckpointingLayer):
             shift, scale, gate = modulation
             # A stateful layer's input is modulated before its norm, as NVIDIA's code does.
             if self.stateful:
-                mixer_input = self.norm(hidden_states * scale + shift)
+                mixer_input = self.norm(torch.addcmul(shift, hidden_states, scale))
             else:
-                mixer_input = self.norm(hidden_states) * scale + shift
+                mixer_input = torch.addcmul(shift, self.norm(hidden_states), scale)
         mixed, present = self.mixer(mixer_input, past, layout) if self.stateful else (self.mixer(mixer_input), None)
-        return hidden_states + (gate * mixed if modulation else mixed), present
+        return torch.addcmul(hidden_states, gate, mixed) if modulation else hidden_states + mixed, present
 
 
 class TimestepEmbedder(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..compat_twotower import ACT2FN
+from .precision import at_least_float32
 
 
 def causal_conv(
@@ -18,6 +19,7 @@ def causal_conv(
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
     activation: str = "silu",
+    return_inputs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Convolve each channel with its own causal filter.
@@ -29,37 +31,51 @@ def causal_conv(
         state: (B, K - 1, C) the inputs before `x`, default zeros.
         ends: (B,) for each row the column after its last token; default T for all. The new state ends there.
         activation: name in transformers' `ACT2FN`.
+        return_inputs: return the inputs with those before them, from which [`conv_state`] cuts states, instead of one.
 
     Returns:
-        y (B, T, C) in x's dtype (the sum is taken in float32 at least), and the new state (B, K - 1, C) in x's dtype.
+        y (B, T, C) in x's dtype (the sum is taken in float32 at least), and in x's dtype the new state (B, K - 1, C)
+        or the inputs (B, K - 1 + T, C).
     """
-    taps = weight.shape[1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    padded = inputs_after_state(x, taps, state)  # (B, K - 1 + T, C)
-    inputs, weight = padded.to(wide), weight.to(wide)
-    y = inputs.new_zeros(()) if bias is None else bias.to(wide)
-    if x.shape[1] == 1:
-        y = y + (inputs * weight.T).sum(1, keepdim=True)
-    else:
-        for start, tap in enumerate(weight.unbind(1)):
-            y = torch.addcmul(y, inputs[:, start : start + x.shape[1]], tap)
+    padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
+    convolve = causal_conv_reference if x.device.type == "cpu" else _depthwise
     # ACT2FN builds a module at every look-up.
     act = F.silu if activation == "silu" else ACT2FN[activation]
-    return act(y).to(x.dtype), conv_state(padded, taps, ends)
+    y = act(convolve(padded, weight, bias)).to(x.dtype)
+    return y, padded if return_inputs else conv_state(padded, weight.shape[1], ends)
+
+
+def causal_conv_reference(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The sum above, tap by tap in float32 at least: (B, K - 1 + T, C) -> (B, T, C)."""
+    tokens = padded.shape[1] - (weight.shape[1] - 1)
+    y = at_least_float32(padded.new_zeros(len(weight)) if bias is None else bias)
+    if tokens == 1:
+        return y + (at_least_float32(padded) * weight.t()).sum(1, keepdim=True)
+    # Of lower precision than `y`, inputs and taps are multiplied in its dtype.
+    y = torch.addcmul(y, padded[:, :tokens], weight[:, 0])
+    for tap in range(1, weight.shape[1]):
+        y.addcmul_(padded[:, tap : tap + tokens], weight[:, tap])
+    return y
+
+
+def _depthwise(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same as one kernel of torch's, which sums in float32 and rounds to the inputs' dtype."""
+    return F.conv1d(padded.transpose(1, 2), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
 
 
 def inputs_after_state(x: torch.Tensor, taps: int, state: torch.Tensor | None = None) -> torch.Tensor:
     """(B, T, C) inputs behind the (B, K - 1, C) before them, default zeros: (B, K - 1 + T, C)."""
     if state is None:
-        state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+        return F.pad(x, (0, 0, taps - 1, 0))
     return torch.cat([state.to(x.dtype), x], dim=1)
 
 
 def conv_state(padded: torch.Tensor, taps: int, ends: torch.Tensor | None = None) -> torch.Tensor:
     """The state (B, K - 1, C) after each row's first `ends` (B,) of T inputs, default all: from (B, K - 1 + T, C)."""
     if ends is None:
-        # Not a view, which would keep all T inputs alive.
-        return padded[:, padded.shape[1] - (taps - 1) :].clone()
+        last = padded[:, padded.shape[1] - (taps - 1) :]
+        # Of many inputs no view, which would keep all of them alive.
+        return last.clone() if padded.shape[1] > 2 * taps else last
     columns = ends[:, None] + torch.arange(taps - 1, device=padded.device)
     return padded.gather(1, columns[..., None].expand(-1, -1, padded.shape[2]))
 

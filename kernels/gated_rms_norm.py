@@ -8,6 +8,8 @@ Shapes: B batch, T tokens, C channels, in C / group_size groups.
 import torch
 import torch.nn.functional as F
 
+from .precision import at_least_float32
+
 
 def gated_rms_norm(
     x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group_size: int, eps: float
@@ -16,18 +18,17 @@ def gated_rms_norm(
     Gate, then normalise each group of channels.
 
     Args:
-        x: (B, T, C) scan output.
+        x: (B, T, C) scan output, or (B, T, heads, C / heads), however it lies in memory.
         gate: (B, T, C).
         weight: (C,).
         group_size: channels per group; divides C.
         eps: added to the mean square.
 
     Returns:
-        (B, T, C) in x's dtype. Normalised in float32 at least, rounded to x's dtype before the weight, as NVIDIA's
-        code does.
+        (B, T, C) in gate's dtype. Normalised in float32 at least, rounded to gate's dtype before the weight, as
+        NVIDIA's code does.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gated = x.to(wide) * F.silu(gate.to(wide))
-    grouped = gated.reshape(-1, group_size)
-    normed = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.view(x.shape).to(x.dtype)
+    # With the gate first, the product lies in memory as it does, and needs no copy to be seen as groups.
+    gated = F.silu(at_least_float32(gate)).view(x.shape) * x
+    normed = F.rms_norm(gated.view(-1, group_size), (group_size,), eps=eps)
+    return weight * normed.view(gate.shape).to(gate.dtype)

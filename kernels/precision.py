@@ -5,7 +5,7 @@ import torch
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision in float32; float32 and float64 (a model after `double()`) as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 __all__ = ["at_least_float32"]

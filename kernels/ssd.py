@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from .precision import at_least_float32
+
 
 class ScanOutput(NamedTuple):
     """`y` (B, T, H, P), and as asked `state` (B, H, P, N) after the last token, `chunk_states` (B, T / L, H, P, N)."""
@@ -55,12 +57,11 @@ def ssd_scan(
         state grows to 1e3 and more over a long context, which bfloat16 does not survive.
     """
     dtype, tokens = x.dtype, x.shape[1]
-    wide = torch.promote_types(dtype, torch.float32)
-    x, B, C, D = x.to(wide), B.to(wide), C.to(wide), D.to(wide)
-    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.to(wide)
+    x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
     if tokens == 1 and not return_chunk_states:
         y, state = ssd_step_reference(x, dt, A, B, C, state)
         return ScanOutput(torch.addcmul(y, D[:, None], x).to(dtype), state if return_state else None)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.to(x.dtype)
     outputs, chunk_states = [], []
     for start in range(0, tokens, chunk_size):
         chunk_x, chunk_dt, chunk_B, chunk_C = (part[:, start : start + chunk_size] for part in (x, dt, B, C))
@@ -98,31 +99,37 @@ def ssd_state(
     Returns:
         (B, H, P, N) float32, as is all arithmetic (float64 for float64).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, dt, A, B = x.to(wide), dt.to(wide), A.to(wide), B.to(wide)
+    x, dt, A, B = at_least_float32(x), at_least_float32(dt), at_least_float32(A), at_least_float32(B)
     batch, tokens, heads, head_dim = x.shape
-    state = x.new_zeros(batch, heads, head_dim, B.shape[-1]) if state is None else state.to(wide)
     if ends is not None:
         dt = dt * (torch.arange(tokens, device=dt.device) < ends[:, None])[..., None]
     log_decay = (dt * A).cumsum(1)
     total = log_decay[:, -1:]  # (B, 1, H)
     weighted = x * (dt * (total - log_decay).exp())[..., None]
     grouped = weighted.reshape(batch, tokens, B.shape[2], -1).permute(0, 2, 3, 1)  # (B, G, H/G * P, T)
-    added = grouped @ B.transpose(1, 2)
-    return torch.addcmul(added.view_as(state), total.exp().view(batch, heads, 1, 1), state)
+    added = (grouped @ B.transpose(1, 2)).view(batch, heads, head_dim, B.shape[-1])
+    if state is None:
+        return added
+    return torch.addcmul(added, total.exp().view(batch, heads, 1, 1), state.to(x.dtype))
 
 
 def ssd_step_reference(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence for one token, in float32 without the skip term: y (B, 1, H, P) and state (B, H, P, N)."""
-    batch, _, heads, _ = x.shape
-    rows, states = batch * B.shape[2], B.shape[3]
-    decayed = (state * (dt * A).exp().view(batch, heads, 1, 1)).view(rows, -1, states)  # (B * G, H/G * P, N)
-    xdt = (x * dt[..., None]).view(rows, -1, 1)
-    after = torch.addcmul(decayed, xdt, B.reshape(rows, 1, states))
-    y = torch.bmm(after, C.reshape(rows, states, 1))
-    return y.view(x.shape), after.view(state.shape)
+    batch, _, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    after = (x * dt[..., None]).view(batch, groups, -1, 1) * B.view(batch, groups, 1, states)  # (B, G, H/G * P, N)
+    after = after.view(batch, heads, head_dim, states)
+    if state is not None:
+        after = torch.addcmul(after, (dt * A).exp().view(batch, heads, 1, 1), state.to(x.dtype))
+    y = torch.bmm(after.view(batch * groups, -1, states), C.reshape(batch * groups, states, 1))
+    return y.view(x.shape), after
 
 
 def ssd_chunk_reference(
@@ -130,16 +137,18 @@ def ssd_chunk_reference(
 ) -> torch.Tensor:
     """One chunk's outputs in float32, without the skip term: (B, L, H, P)."""
     batch, length, heads, head_dim = x.shape
-    groups = B.shape[2]
-    B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, G, L, N)
-    log_decay = (dt * A).transpose(1, 2).contiguous().cumsum(-1)  # (B, H, L)
+    groups, states = B.shape[2:]
+    B, C = (part.transpose(1, 2).reshape(batch * groups, length, states) for part in (B, C))
+    log_decay = (dt * A).transpose(1, 2).cumsum(-1).view(batch, groups, -1, length)  # (B, G, H/G, L)
     # 1. within the chunk: y[l] += sum_{s <= l} (C[l] . B[s]) exp(decay from s to l) dt[s] x[s]
-    scores = (C @ B.transpose(-1, -2)).tril()  # (B, G, L, L)
-    # The clamp changes nothing but where the scores are 0, and there the factor must be finite.
-    decay = (log_decay[..., :, None] - log_decay[..., None, :]).clamp(max=0).exp()
-    weights = (scores[:, :, None] * decay.unflatten(1, (groups, -1))).flatten(1, 2)  # (B, H, L, L)
-    within = weights @ (x * dt[..., None]).transpose(1, 2)  # (B, H, L, P)
+    decay = log_decay[..., :, None] - log_decay[..., None, :]
+    # What decays backwards in time may be infinite. It is dropped, but its gradient would not be.
+    decay = decay.clamp(max=0).exp() if decay.requires_grad else decay.exp_()
+    scores = torch.bmm(C, B.transpose(1, 2)).view(batch, groups, 1, length, length)
+    weights = (scores * decay).tril().view(batch * heads, length, length)
+    within = torch.bmm(weights, (x * dt[..., None]).transpose(1, 2).reshape(batch * heads, length, head_dim))
     # 2. from the state before the chunk: y[l] += exp(decay from the start to l) h C[l]
-    carried = C @ state.view(batch, groups, -1, state.shape[-1]).transpose(-1, -2)  # (B, G, L, H/G * P)
-    carried = carried.transpose(1, 2).reshape(batch, length, heads, head_dim)
-    return torch.addcmul(within.transpose(1, 2), log_decay.exp().transpose(1, 2)[..., None], carried)
+    carried = torch.bmm(C, state.reshape(batch * groups, -1, states).transpose(1, 2))  # (B * G, L, H/G * P)
+    carried = carried.view(batch, groups, length, -1, head_dim).transpose(2, 3)
+    y = torch.addcmul(within.view(carried.shape), log_decay.exp()[..., None], carried)
+    return y.flatten(1, 2).transpose(1, 2)

@@ -28,6 +28,7 @@ SIGNATURES = {
     "core_model_loading.WeightConverter": "source_patterns target_patterns operations force_cpu",
     "dynamic_module_utils.get_relative_imports": "module_file",
     "integrations.accelerate.force_accelerate_hooks": "child_module_names",
+    "integrations.moe._grouped_mm": "input weight offs",
     "integrations.moe.batched_mm_experts_forward": "self hidden_states top_k_index top_k_weights",
     "integrations.moe.grouped_mm_experts_forward": "self hidden_states top_k_index top_k_weights",
     "integrations.moe.ExpertsInterface.register": "key value",

@@ -1,0 +1,50 @@
+"""`tools/count_kernels.py` counts what passes launch; it is no part of the package."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import BASE
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of a pass over 16 rows, at most, per layer of a kind.
+MOST = {
+    "denoiser pass": {"M": 33, "E": 30},
+    "block read": {"M": 32, "E": 29},
+    "accept": {"M": 17, "E": 0},
+    "AR step": {"M": 24, "E": 29},
+}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("count_kernels", ROOT / "tools" / "count_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def counts(tool, folder, layers) -> dict[str, int]:
+    """By kind of pass, of 16 rows in a model of these layers."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({**BASE, "hybrid_override_pattern": layers, "mamba_num_heads": 16, "n_groups": 8}))
+    model = tool.released_model(config)
+    with model.prepared():
+        return {name: tool.count(call).total() for name, call in tool.passes(model, 16, 4).items()}
+
+
+def test_an_operation_is_a_kernel_a_view_none_and_what_is_fused_one(tool):
+    x = torch.zeros(2, 4, 6, device="meta")
+    assert tool.count(lambda: x.transpose(1, 2)[..., 0].view(2, -1)).total() == 0
+    assert tool.count(lambda: (x + 1).square()).total() == 2
+    assert tool.count(lambda: F.rms_norm(x, (6,)) * 2) == {"rms_norm": 1, "mul": 1}
+
+
+@pytest.mark.parametrize("layer", ["M", "E"])
+def test_a_layer_launches_no_more_kernels_than_it_did(tool, tmp_path, layer):
+    one, two = counts(tool, tmp_path, layer + "*"), counts(tool, tmp_path, 2 * layer + "*")
+    for kind, most in MOST.items():
+        assert 0 <= two[kind] - one[kind] <= most[layer], (kind, two[kind] - one[kind])
