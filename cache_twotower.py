@@ -128,6 +128,16 @@ class KeyValueSlot(NamedTuple):
                 buffer.transpose(1, 2)[rows[:, None], places] = new.transpose(1, 2)
         return rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in buffers)), self.rows)
 
+    def read_with(self, chunk: KeyValues) -> tuple[KeyValues, KeyValues | None]:
+        """
+        Write (B, Hkv, T, D); returns the context (B, Hkv, width, D) and the chunk, or where one token is all of it,
+        which costs attention less, context and token as one run of columns (B, Hkv, width + 1, D) and None.
+        """
+        columns = self.update(chunk)
+        if chunk.key.shape[2] == 1:
+            return columns, None
+        return KeyValues(*(part[:, :, : self.width] for part in columns)), chunk
+
 
 class MambaLayer:
     """
@@ -455,26 +465,15 @@ class TwoTowerCache(Cache):
         if self.whole is not None and self.version is not self.whole.version:
             raise ValueError("the rows of this part's cache have changed since it was taken; take a new part")
 
-    def context_mask(self) -> torch.Tensor | None:
-        """(B, 1, 1, L) bool, True on a row's own tokens; None while all rows are equally long."""
+    def context_lengths(self, tokens: int = 0) -> torch.Tensor | None:
+        """
+        (B,) how many columns of its context a row may see, or a chunk of so many tokens that is read behind it; None
+        for all. (A lone token's context is all it sees, itself included.)
+        """
         if self.columns is None and not self.ragged:
             return None
         assert self.lengths is not None
-        return visible_columns(self.lengths, self.columns or self.width)
-
-    def visible_to(self, tokens: int) -> torch.Tensor | None:
-        """
-        (B or 1, 1, T, width + T) bool, what each of T columns behind a row's own may see; None when that is all of
-        them, or at the beginning, where causality says the same.
-        """
-        if self.columns is None and (self.width == 0 or (tokens == 1 and not self.ragged)):
-            return None
-        if self.columns is None and not self.ragged:
-            starts = torch.full((1,), self.width, device=self.device)
-        else:
-            assert self.lengths is not None
-            starts = self.lengths
-        return visible_columns(starts, self.columns or self.width + tokens, tokens)
+        return self.lengths + 1 if tokens == 1 else self.lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
@@ -653,15 +652,6 @@ class TwoTowerCache(Cache):
                 everyone[row] = length
             self.whole._set_lengths(everyone)
             self.version = self.whole.version
-
-
-def visible_columns(lengths: torch.Tensor, columns: int, tokens: int = 0) -> torch.Tensor:
-    """
-    (B, 1, T or 1, columns) bool, which of a row's columns are tokens of its own: of its first `lengths` (B,), and for
-    each of T tokens that are written behind them itself and those before it.
-    """
-    last = lengths[:, None] + torch.arange(tokens, device=lengths.device) if tokens else lengths[:, None] - 1
-    return (torch.arange(columns, device=lengths.device) <= last[..., None])[:, None]
 
 
 def listed(counts: Counts) -> list[int]:
