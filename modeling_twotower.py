@@ -933,8 +933,10 @@ class TwoTowerAttention(NemotronHAttention):
             (past, own), present = past.read_with(KeyValues(key, value)), None
         attended = block_attention(
             query,
-            *(own or (None, None)),
-            *(past or (None, None)),
+            None if own is None else own.key,
+            None if own is None else own.value,
+            None if past is None else past.key,
+            None if past is None else past.value,
             layout.context_lengths,
             layout.context_mask,
             layout.block_mask,

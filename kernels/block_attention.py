@@ -112,9 +112,7 @@ def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None)
         return _at_once(query, run.key, run.value, run.visible(query, 0, run.key.shape[2]), scale)
     # In float32, kernels of other devices hold all scores where heads share keys.
     if len(runs) == 1 and run.mask is None and (on_cpu or query.element_size() == 2):
-        return F.scaled_dot_product_attention(
-            query, run.key, run.value, is_causal=True, scale=scale, enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(query, run.key, run.value, is_causal=True, scale=scale, enable_gqa=True)
     if sum(each.key.shape[2] for each in runs) <= JOINED:
         key, value = (torch.cat(parts, dim=2) for parts in zip(*(each[:2] for each in runs), strict=True))
         return _at_once(query, key, value, _visible(query, runs), scale)
