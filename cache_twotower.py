@@ -25,6 +25,7 @@ from torch import nn
 from transformers import Cache
 
 from .configuration_twotower import TwoTowerConfig
+from .kernels.block_attention import JOINED
 from .kernels.causal_conv import conv_state
 from .kernels.ssd import ssd_state
 
@@ -130,11 +131,11 @@ class KeyValueSlot(NamedTuple):
 
     def read_with(self, chunk: KeyValues) -> tuple[KeyValues, KeyValues | None]:
         """
-        Write (B, Hkv, T, D); returns the context (B, Hkv, width, D) and the chunk, or where one token is all of it,
-        which costs attention less, context and token as one run of columns (B, Hkv, width + 1, D) and None.
+        Write (B, Hkv, T, D); returns the context (B, Hkv, width, D) and the chunk. Where these are one token or few
+        columns, attention costs less over them as one: (B, Hkv, width + T, D) and None.
         """
-        columns = self.update(chunk)
-        if chunk.key.shape[2] == 1:
+        columns, tokens = self.update(chunk), chunk.key.shape[2]
+        if tokens == 1 or self.width + tokens <= JOINED:
             return columns, None
         return KeyValues(*(part[:, :, : self.width] for part in columns)), chunk
 
@@ -465,15 +466,9 @@ class TwoTowerCache(Cache):
         if self.whole is not None and self.version is not self.whole.version:
             raise ValueError("the rows of this part's cache have changed since it was taken; take a new part")
 
-    def context_lengths(self, tokens: int = 0) -> torch.Tensor | None:
-        """
-        (B,) how many columns of its context a row may see, or a chunk of so many tokens that is read behind it; None
-        for all. (A lone token's context is all it sees, itself included.)
-        """
-        if self.columns is None and not self.ragged:
-            return None
-        assert self.lengths is not None
-        return self.lengths + 1 if tokens == 1 else self.lengths
+    def context_lengths(self) -> torch.Tensor | None:
+        """(B,) how many columns of its context a row may see; None for all of its `width`."""
+        return None if self.columns is None and not self.ragged else self.lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width

@@ -114,8 +114,7 @@ class ChunkLayout(NamedTuple):
     Args:
         mask: (B, T) bool, True on tokens; None when all columns are.
         ends: (B,) the column after each row's last token; None when it is T.
-        context_lengths: (B,) how many of the context's columns a row may see; None for all. A lone token that is read
-            into a cache stands among them.
+        context_lengths: (B,) how many of the context's columns a row may see; None for all.
         context_mask: (B or B / n, L) bool, True on the context's columns that hold tokens; None for all.
         block_mask: (B, T) bool, True on the chunk's columns that others may see; None for all.
         causal: whether a column sees only itself and earlier columns of the chunk.
@@ -785,7 +784,7 @@ class ContextTower(TwoTowerBackbone):
         if own is not None and not tentative:
             ends = uploaded(own, input_ids.device)
             mask = torch.arange(length, device=input_ids.device) < ends[:, None]
-        lengths = None if cache is None else cache.context_lengths(length)
+        lengths = None if cache is None else cache.context_lengths()
         keep: Literal["state", "update"] = "update" if tentative else "state"
         layout = ChunkLayout(mask, ends, context_lengths=lengths, causal=True, keep=keep)
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds

@@ -33,7 +33,8 @@ class Columns(NamedTuple):
         key, value: (B or B / n, Hkv, columns, D); with fewer rows than the query, n consecutive query rows share one.
         lengths: (B,) how many of the first columns a row may see; None for all.
         mask: (B or B / n, columns) bool, the columns that hold tokens; None for all.
-        causal: whether a query sees only as many columns as its place in the chunk says, itself included.
+        causal: whether the chunk's own columns are among them, behind those `lengths`, or the last: then a query
+            sees itself, too, and what is before it.
     """
 
     key: torch.Tensor
@@ -44,20 +45,23 @@ class Columns(NamedTuple):
 
     def visible(self, query: torch.Tensor, first: int, end: int) -> torch.Tensor | None:
         """What queries see of some columns: bool, (B or 1, 1, S or 1, end - first); None for everything."""
-        visible = None
-        if self.lengths is None and self.mask is None and not self.causal:
+        tokens, total = query.shape[2], self.key.shape[2]
+        causal = self.causal and (tokens > 1 or self.lengths is not None)
+        if self.lengths is None and self.mask is None and not causal:
             return None
-        columns = torch.arange(first, end, device=query.device)
+        columns, visible = torch.arange(first, end, device=query.device), None
         if self.lengths is not None:
-            visible = columns < self.lengths.view(-1, 1, 1, 1)
+            ends = self.lengths.view(-1, 1, 1, 1)
+            if tokens > 1 and causal:
+                ends = ends + torch.arange(tokens, device=query.device)[:, None]
+            visible = columns <= ends if causal else columns < ends
+        elif causal:
+            visible = columns <= torch.arange(total - tokens, total, device=query.device).view(1, 1, -1, 1)
         if self.mask is not None:
             mask = self.mask[:, None, None, first:end]
             if len(mask) != len(query):
                 mask = mask.repeat_interleave(len(query) // len(mask), dim=0)
             visible = mask if visible is None else visible & mask
-        if self.causal:
-            earlier = columns <= torch.arange(query.shape[2], device=query.device)[:, None]
-            visible = earlier[None, None] if visible is None else visible & earlier
         return visible
 
 
@@ -79,7 +83,8 @@ def block_attention(
 
     Args:
         query: (B, Hq, S, D).
-        key, value: (B, Hkv, S, D), the chunk's own; None where they stand among the context's columns already.
+        key, value: (B, Hkv, S, D), the chunk's own; None, of a causal chunk, where they stand among the context's
+            columns, behind those a row may see, or the last.
         context_key, context_value: (B or B / n, Hkv, L, D), default no context; with fewer rows than the query,
             n consecutive query rows share one (the blocks of one training sequence).
         context_lengths: (B,) int, how many of the context's first columns a row may see; default all.
@@ -92,31 +97,41 @@ def block_attention(
     Returns:
         (B, S, Hq * D) in query's dtype; softmax in float32 at least. Of a query that sees no column something finite.
     """
+    within = key is None or value is None
+    if within and query.shape[2] == 1 and backend == "sdpa" and context_lengths is None and context_mask is None:
+        # An autoregressive step at batch size 1, in which every microsecond counts, is no more than this.
+        if context_key is not None and context_value is not None and len(context_key) == len(query) and causal:
+            folded = _folded(query, context_key)
+            return F.scaled_dot_product_attention(folded, context_key, context_value, scale=scale).view(
+                len(query), 1, -1
+            )
     runs = []
     if context_key is not None and context_value is not None and context_key.shape[2] > 0:
-        runs.append(Columns(context_key, context_value, context_lengths, context_mask))
+        runs.append(Columns(context_key, context_value, context_lengths, context_mask, within))
     if key is not None and value is not None:
-        runs.append(Columns(key, value, None, block_mask, causal and query.shape[2] > 1))
-    if not runs:
-        raise ValueError("block_attention got neither key and value nor a context; give one of them")
+        runs.append(Columns(key, value, None, block_mask, causal))
+    if within and not (runs and causal):
+        raise ValueError("block_attention got no key and value; leave them out of a causal chunk with a context only")
     attend = block_attention_reference if backend == "eager" else _by_torch
     return attend(query, runs, scale).transpose(1, 2).flatten(2)
 
 
 def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None) -> torch.Tensor:
     """With torch's kernels, where these neither repeat keys nor hold all scores of a long context."""
-    run, on_cpu = runs[-1], query.device.type == "cpu"
-    if any(len(each.key) != len(query) for each in runs):
+    run, tokens = runs[-1], query.shape[2]
+    alone, total = len(runs) == 1, sum([each.key.shape[2] for each in runs])
+    if len(runs[0].key) != len(query):
         return block_attention_reference(query, runs, scale)
-    if len(runs) == 1 and not run.causal:
-        return _at_once(query, run.key, run.value, run.visible(query, 0, run.key.shape[2]), scale)
+    if alone and (tokens == 1 or not run.causal or total <= JOINED):
+        return _at_once(query, run.key, run.value, run.visible(query, 0, total), scale)
     # In float32, kernels of other devices hold all scores where heads share keys.
-    if len(runs) == 1 and run.mask is None and (on_cpu or query.element_size() == 2):
+    on_cpu = query.device.type == "cpu"
+    if alone and total == tokens and run.mask is None and (on_cpu or query.element_size() == 2):
         return F.scaled_dot_product_attention(query, run.key, run.value, is_causal=True, scale=scale, enable_gqa=True)
-    if sum(each.key.shape[2] for each in runs) <= JOINED:
-        key, value = (torch.cat(parts, dim=2) for parts in zip(*(each[:2] for each in runs), strict=True))
+    if total <= JOINED:
+        key, value = (torch.cat([each[part] for each in runs], dim=2) for part in (0, 1))
         return _at_once(query, key, value, _visible(query, runs), scale)
-    if on_cpu and not _wants_gradient(query, runs):
+    if on_cpu and run.key.shape[2] == tokens and not _wants_gradient(query, runs):
         return _by_flash_on_cpu(query, runs, scale)
     return block_attention_reference(query, runs, scale)
 
@@ -148,8 +163,7 @@ def _by_flash_on_cpu(query: torch.Tensor, runs: Sequence[Columns], scale: float 
 
 def _flash_on_cpu(query: torch.Tensor, run: Columns, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, Hq, S, D) and the logsumexps of scores (B, Hq, S)."""
-    visible = run._replace(causal=False).visible(query, 0, run.key.shape[2])
-    bias = None
+    visible, bias = run._replace(causal=False).visible(query, 0, run.key.shape[2]), None
     if visible is not None:
         bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
     # Places count in a causal chunk, so that its heads are not folded; its columns are few.

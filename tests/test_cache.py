@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from twotower.cache_twotower import KeyValues, MambaState, MambaUpdate, TwoTowerCache
 from twotower.generation_twotower import MODES
+from twotower.kernels.block_attention import JOINED
 
 HEADS, HEAD_DIM = 2, 3
 
@@ -97,27 +98,27 @@ def test_a_view_is_no_copy():
     assert first.key.data_ptr() == second.key.data_ptr() == cache.layers[0].buffers.key.data_ptr()
 
 
-def test_how_much_of_its_context_a_chunk_may_see():
+def test_how_much_of_its_context_a_row_may_see():
     cache = attention_cache()
-    assert cache.context_lengths(3) is None
+    assert cache.context_lengths() is None
     read(cache, key_values(2, 2))
-    assert cache.context_lengths(1) is cache.context_lengths(3) is None, "all of it"
+    assert cache.context_lengths() is None, "all of it"
     read(cache, key_values(2, 2, first=2), counts=[0, 2])
-    assert cache.context_lengths(3).tolist() == cache.context_lengths().tolist() == [2, 4]
-    assert cache.context_lengths(1).tolist() == [3, 5], "a lone token's context includes it"
+    assert cache.context_lengths().tolist() == [2, 4]
 
 
-def test_a_chunk_is_read_beside_its_context_and_a_lone_token_as_the_last_of_it():
+@pytest.mark.parametrize(("held", "tokens"), [(2, 3), (2, 1), (JOINED, 1), (JOINED - 3, 3), (JOINED - 2, 3)])
+def test_a_chunk_is_read_beside_a_long_context_and_as_the_last_of_a_short_one(held, tokens):
     cache = attention_cache()
-    read(cache, key_values(2, 2), counts=[2, 1])
-    for tokens in (3, 1):
-        chunk = key_values(2, tokens, first=2)
-        context, own = cache.slots(torch.zeros(2, tokens))[0].read_with(chunk)
-        assert (own is chunk) == (tokens > 1)
-        assert context.key.shape[2] == (2 if tokens > 1 else 3)
-        written = cache.layers[0].buffers.key
-        assert written[0, 0, 2 : 2 + tokens, 0].tolist() == chunk.key[0, 0, :, 0].tolist()
-        assert written[1, 0, 1 : 1 + tokens, 0].tolist() == chunk.key[1, 0, :, 0].tolist()
+    read(cache, key_values(2, held), counts=[held, 1])
+    chunk = key_values(2, tokens, first=held)
+    context, own = cache.slots(torch.zeros(2, tokens))[0].read_with(chunk)
+    beside = tokens > 1 and held + tokens > JOINED
+    assert own is (chunk if beside else None)
+    assert context.key.shape[2] == (held if beside else held + tokens)
+    written = cache.layers[0].buffers.key
+    assert written[0, 0, held : held + tokens, 0].tolist() == chunk.key[0, 0, :, 0].tolist()
+    assert written[1, 0, 1 : 1 + tokens, 0].tolist() == chunk.key[1, 0, :, 0].tolist()
 
 
 def test_growing_is_rare():

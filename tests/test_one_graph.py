@@ -28,7 +28,7 @@ class Passes:
             return model.context_lm_head(hidden_states), updates
 
         def step(ids, lengths, slots):
-            layout = ChunkLayout(context_lengths=lengths + 1)
+            layout = ChunkLayout(context_lengths=lengths, causal=True)
             hidden_states, states = tower.run_layers(tower.embeddings(ids), slots, layout)
             write(slots, states)
             return model.context_lm_head(hidden_states)

@@ -94,12 +94,17 @@ def test_rows_of_their_own_lengths(length, context, lengths, causal, dtype, back
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
-@pytest.mark.parametrize("lengths", [None, (1, 300), (17, 18)])
-def test_a_lone_query_among_its_contexts_columns(lengths, kv_heads, backend):
-    query, _, _, key, value = draw(2, 1, 300, kv_heads, dtype=torch.float64)
-    given = None if lengths is None else torch.tensor(lengths)
-    out = block_attention(query, None, None, key, value, given, backend=backend)
-    visible = seen(2, 1, 300, lengths)[..., :300]
+@pytest.mark.parametrize("columns", [50, 300])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_chunk_among_its_contexts_columns(ragged, length, columns, kv_heads, backend):
+    query, _, _, key, value = draw(2, length, columns, kv_heads, dtype=torch.float64)
+    lengths = (columns // 3, 0) if ragged else (columns - length,) * 2
+    out = block_attention(
+        query, None, None, key, value, torch.tensor(lengths) if ragged else None, causal=True, backend=backend
+    )
+    last = torch.tensor(lengths)[:, None] + torch.arange(length)
+    visible = torch.arange(columns) <= last[..., None]
     assert_close(out, written_out(query, key, value, visible=visible))
 
 
@@ -286,12 +291,13 @@ def test_whose_gradient_is_wanted_does_not_change_the_result(wanted):
     assert_close(gradient, expected)
 
 
-def test_no_columns_at_all_are_refused():
-    query, key, _, _, _ = draw()
-    with pytest.raises(ValueError, match="neither key and value nor a context; give one of them"):
-        block_attention(query, None, None)
-    with pytest.raises(ValueError, match="neither key and value nor a context"):
-        block_attention(query, None, None, key[:, :, :0], key[:, :, :0])
+def test_a_chunk_without_columns_of_its_own_is_causal_and_has_a_context():
+    query, key, value, _, _ = draw()
+    for arguments in ({}, {"context_key": key[:, :, :0], "context_value": value[:, :, :0]}):
+        with pytest.raises(ValueError, match="leave them out of a causal chunk with a context only"):
+            block_attention(query, None, None, **arguments, causal=True)
+    with pytest.raises(ValueError, match="leave them out of a causal chunk with a context only"):
+        block_attention(query, None, None, key, value)
 
 
 @pytest.mark.parametrize("causal", [False, True])
