@@ -2,13 +2,14 @@
 What attention over a long context costs, on one core: written to long_context.json beside this file, or where the one
 argument says. Takes ten minutes on an idle core.
 
-- growth: an autoregressive step and a denoiser's block of 16, of one attention layer, over contexts of 1K to 128K tokens,
-  beside the time of reading its keys and values, summed and copied; the slope of the one over that of the others.
+- growth: an autoregressive step and a denoiser's block of 16, of one attention layer, over contexts of 1K to 128K
+  tokens, beside the time of reading its keys and values, summed and copied; the slopes of the former over the latter.
 - prefill: 16,384 tokens at once and in chunks of 2,048.
 - chunks: 131,072 tokens in chunks of 2,048; peak memory over the loaded model, of the process, relative to the cache.
 
-The released model does not fit in such a machine: growth is that of the embedded checkpoint's attention (4 query and 2
-key/value heads of 32) and of the released one's (32 and 2 of 128), the rest of the embedded checkpoint's context tower.
+The released model does not fit in such a machine: growth is that of the embedded checkpoint's attention (4 query and
+2 key/value heads of 32) and of the released one's (32 and 2 of 128), the rest of the embedded checkpoint's context
+tower.
 Times are of the thread, not of the wall, since other processes run beside this one.
 """
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +64,10 @@ def growth(name: str) -> dict[str, Any]:
         step, block = torch.randn(1, heads, 1, head_dim), torch.randn(1, heads, 16, head_dim)
         with torch.inference_mode():
             timed: dict[str, Callable[[], Any]] = {
-                "sum": lambda keys=keys, values=values: (keys.sum(), values.sum()),
-                "copy": lambda keys=keys, values=values, target=target: (target.copy_(keys), target.copy_(values)),
-                "step": lambda keys=keys, values=values, step=step: block_attention(
-                    step, None, None, keys, values, causal=True
-                ),
-                "block": lambda keys=keys, values=values, block=block, own=own: block_attention(
-                    block, own[0], own[1], keys, values
-                ),
+                "sum": partial(_sum, keys, values),
+                "copy": partial(_copy, target, keys, values),
+                "step": partial(block_attention, step, None, None, keys, values, causal=True),
+                "block": partial(block_attention, block, own[0], own[1], keys, values),
             }
             rows.append({"context": context} | medians(timed))
         print(name, rows[-1], flush=True)
@@ -78,6 +76,16 @@ def growth(name: str) -> dict[str, Any]:
         f"{part}_over_{read}": slopes[part] / slopes[read] for part in ("step", "block") for read in ("sum", "copy")
     }
     return {"heads": name, "rows": rows, **ratios}
+
+
+def _sum(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        tensor.sum()
+
+
+def _copy(target: torch.Tensor, *tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        target.copy_(tensor)
 
 
 def medians(timed: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:

@@ -98,13 +98,11 @@ def block_attention(
         (B, S, Hq * D) in query's dtype; softmax in float32 at least. Of a query that sees no column something finite.
     """
     within = key is None or value is None
-    if within and query.shape[2] == 1 and backend == "sdpa" and context_lengths is None and context_mask is None:
-        # An autoregressive step at batch size 1, in which every microsecond counts, is no more than this.
-        if context_key is not None and context_value is not None and len(context_key) == len(query) and causal:
-            folded = _folded(query, context_key)
-            return F.scaled_dot_product_attention(folded, context_key, context_value, scale=scale).view(
-                len(query), 1, -1
-            )
+    if backend == "sdpa" and within and causal and query.shape[2] == 1 and context_key is not None:
+        everything = context_lengths is None and context_mask is None and len(context_key) == len(query)
+        # A step of autoregression is no more than this, and short enough for what else is asked here to be felt.
+        if everything and context_value is not None and context_key.shape[2] > 0:
+            return _at_once(query, context_key, context_value, None, scale).view(len(query), 1, -1)
     runs = []
     if context_key is not None and context_value is not None and context_key.shape[2] > 0:
         runs.append(Columns(context_key, context_value, context_lengths, context_mask, within))
