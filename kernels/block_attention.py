@@ -127,7 +127,8 @@ def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None)
     if alone and total == tokens and run.mask is None and (on_cpu or query.element_size() == 2):
         return F.scaled_dot_product_attention(query, run.key, run.value, is_causal=True, scale=scale, enable_gqa=True)
     if total <= JOINED:
-        key, value = (torch.cat([each[part] for each in runs], dim=2) for part in (0, 1))
+        key = torch.cat([each.key for each in runs], dim=2)
+        value = torch.cat([each.value for each in runs], dim=2)
         return _at_once(query, key, value, _visible(query, runs), scale)
     if on_cpu and run.key.shape[2] == tokens and not _wants_gradient(query, runs):
         return _by_flash_on_cpu(query, runs, scale)
