@@ -25,6 +25,7 @@ from torch import nn
 from transformers import Cache
 
 from .configuration_twotower import TwoTowerConfig
+from .kernels.block_attention import JOINED
 from .kernels.causal_conv import conv_state
 from .kernels.ssd import ssd_state
 
@@ -127,6 +128,16 @@ class KeyValueSlot(NamedTuple):
             for buffer, new in zip(buffers, chunk, strict=True):
                 buffer.transpose(1, 2)[rows[:, None], places] = new.transpose(1, 2)
         return rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in buffers)), self.rows)
+
+    def read_with(self, chunk: KeyValues) -> tuple[KeyValues, KeyValues | None]:
+        """
+        Write (B, Hkv, T, D); returns the context (B, Hkv, width, D) and the chunk. Where these are one token or few
+        columns, attention costs less over them as one: (B, Hkv, width + T, D) and None.
+        """
+        columns, tokens = self.update(chunk), chunk.key.shape[2]
+        if tokens == 1 or self.width + tokens <= JOINED:
+            return columns, None
+        return KeyValues(*(part[:, :, : self.width] for part in columns)), chunk
 
 
 class MambaLayer:
@@ -455,26 +466,9 @@ class TwoTowerCache(Cache):
         if self.whole is not None and self.version is not self.whole.version:
             raise ValueError("the rows of this part's cache have changed since it was taken; take a new part")
 
-    def context_mask(self) -> torch.Tensor | None:
-        """(B, 1, 1, L) bool, True on a row's own tokens; None while all rows are equally long."""
-        if self.columns is None and not self.ragged:
-            return None
-        assert self.lengths is not None
-        return visible_columns(self.lengths, self.columns or self.width)
-
-    def visible_to(self, tokens: int) -> torch.Tensor | None:
-        """
-        (B or 1, 1, T, width + T) bool, what each of T columns behind a row's own may see; None when that is all of
-        them, or at the beginning, where causality says the same.
-        """
-        if self.columns is None and (self.width == 0 or (tokens == 1 and not self.ragged)):
-            return None
-        if self.columns is None and not self.ragged:
-            starts = torch.full((1,), self.width, device=self.device)
-        else:
-            assert self.lengths is not None
-            starts = self.lengths
-        return visible_columns(starts, self.columns or self.width + tokens, tokens)
+    def context_lengths(self) -> torch.Tensor | None:
+        """(B,) how many columns of its context a row may see; None for all of its `width`."""
+        return None if self.columns is None and not self.ragged else self.lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
@@ -653,15 +647,6 @@ class TwoTowerCache(Cache):
                 everyone[row] = length
             self.whole._set_lengths(everyone)
             self.version = self.whole.version
-
-
-def visible_columns(lengths: torch.Tensor, columns: int, tokens: int = 0) -> torch.Tensor:
-    """
-    (B, 1, T or 1, columns) bool, which of a row's columns are tokens of its own: of its first `lengths` (B,), and for
-    each of T tokens that are written behind them itself and those before it.
-    """
-    last = lengths[:, None] + torch.arange(tokens, device=lengths.device) if tokens else lengths[:, None] - 1
-    return (torch.arange(columns, device=lengths.device) <= last[..., None])[:, None]
 
 
 def listed(counts: Counts) -> list[int]:

@@ -117,9 +117,9 @@ class ChunkLayout(NamedTuple):
     Args:
         mask: (B, T) bool, True on tokens; None when all columns are.
         ends: (B,) the column after each row's last token; None when it is T.
-        context_mask: bool, broadcastable to (B, 1, T, L), the context columns a row may see; None for all.
-        block_mask: bool, broadcastable to (B, 1, T, T), the chunk's columns a column may see; None for all. Of a
-            chunk that is read into a cache (B, 1, T, L + T), the context's columns included.
+        context_lengths: (B,) how many of the context's columns a row may see; None for all.
+        context_mask: (B or B / n, L) bool, True on the context's columns that hold tokens; None for all.
+        block_mask: (B, T) bool, True on the chunk's columns that others may see; None for all.
         causal: whether a column sees only itself and earlier columns of the chunk.
         state_every: return Mamba states before every so many columns rather than after the last.
         keep: of Mamba layers, return the "state", the "update" that takes one through any number of the columns, or
@@ -128,6 +128,7 @@ class ChunkLayout(NamedTuple):
 
     mask: torch.Tensor | None = None
     ends: torch.Tensor | None = None
+    context_lengths: torch.Tensor | None = None
     context_mask: torch.Tensor | None = None
     block_mask: torch.Tensor | None = None
     causal: bool = False
@@ -533,7 +534,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if timestep is None:
             timestep = _masked_fraction(packed.ids == self.config.mask_token_id, mask)
         timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
-        logits = self.denoiser_pass(packed.ids, cache.views(), cache.context_mask(), timestep, mask)
+        logits = self.denoiser_pass(packed.ids, cache.views(), cache.context_lengths(), timestep, mask)
         return logits if mask is None else packed.unpack(logits)
 
     @accepts_past_key_values
@@ -549,13 +550,13 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (B, V) float32 logits of the token after it.
         """
         self._check_ids("input_ids", input_ids, cache)
-        return self.denoiser_pass(input_ids, cache.views(), cache.context_mask(), None)[:, -1]
+        return self.denoiser_pass(input_ids, cache.views(), cache.context_lengths(), None)[:, -1]
 
     def denoiser_pass(
         self,
         block_ids: torch.Tensor,
         pasts: Sequence[Past],
-        context_mask: torch.Tensor | None,
+        context_lengths: torch.Tensor | None,
         timestep: torch.Tensor | None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -565,15 +566,14 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Args:
             block_ids: (B, S).
             pasts: the cache's `views()`.
-            context_mask: the cache's `context_mask()`.
+            context_lengths: the cache's `context_lengths()`.
             timestep: (B,) float32; None for no time conditioning.
             mask: (B, S) bool, True on tokens, which come first; default all.
 
         Returns:
             (B, S, V) float32 logits.
         """
-        block_mask = None if mask is None else _visible_tokens(mask)
-        layout = ChunkLayout(mask, context_mask=context_mask, block_mask=block_mask)
+        layout = ChunkLayout(mask, context_lengths=context_lengths, block_mask=mask)
         modulations = None if timestep is None else self._modulations(timestep)
         logits = self.lm_head(self.denoiser_tower(block_ids, pasts, layout, modulations))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -803,9 +803,9 @@ class ContextTower(TwoTowerBackbone):
         if own is not None and not tentative:
             ends = uploaded(own, input_ids.device)
             mask = torch.arange(length, device=input_ids.device) < ends[:, None]
-        visible = None if cache is None else cache.visible_to(length)
-        causal = visible is None and (cache is None or cache.width == 0)
-        layout = ChunkLayout(mask, ends, None, visible, causal, keep="update" if tentative else "state")
+        lengths = None if cache is None else cache.context_lengths()
+        keep: Literal["state", "update"] = "update" if tentative else "state"
+        layout = ChunkLayout(mask, ends, context_lengths=lengths, causal=True, keep=keep)
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         pasts = None if cache is None else cache.slots(input_ids)
         hidden_states, presents = self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
@@ -834,8 +834,7 @@ class ContextTower(TwoTowerBackbone):
         Returns:
             Per layer: keys and values (B, Hkv, T, D), or states before each block (B x T / S, ...).
         """
-        block_mask = None if mask is None else _causal_over_tokens(mask)
-        layout = ChunkLayout(mask, block_mask=block_mask, causal=mask is None, state_every=block_size)
+        layout = ChunkLayout(mask, block_mask=mask, causal=True, state_every=block_size)
         return self.run_layers(self.embeddings(input_ids), None, layout, all_hidden_states=all_hidden_states)[1]
 
 
@@ -976,15 +975,16 @@ class TwoTowerAttention(NemotronHAttention):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         present: KeyValues | None = KeyValues(key, value)
+        own = present
         if isinstance(past, KeyValueSlot):
-            # Written behind the context first, the chunk and its context are one run of columns.
-            (key, value), past, present = past.update(KeyValues(key, value)), None, None
+            (past, own), present = past.read_with(KeyValues(key, value)), None
         attended = block_attention(
             query,
-            key,
-            value,
+            None if own is None else own.key,
+            None if own is None else own.value,
             None if past is None else past.key,
             None if past is None else past.value,
+            layout.context_lengths,
             layout.context_mask,
             layout.block_mask,
             causal=layout.causal,
@@ -1241,18 +1241,11 @@ def _training_layout(
     mask: torch.Tensor | None, first: int, blocks: int, size: int, batch: int, device: torch.device
 ) -> tuple[ChunkLayout, torch.Tensor]:
     """Layout of blocks `first` and later, folded into rows (R, S), and how many tokens each row has (R,)."""
+    lengths = (torch.arange(first, blocks, device=device) * size).repeat(batch)
     if mask is None:
-        mask = torch.ones(batch, blocks * size, dtype=torch.bool, device=device)
-    starts = torch.arange(first, blocks, device=device) * size
-    before = torch.arange(blocks * size, device=device) < starts[:, None]
-    context_mask = (before & mask[:, None]).flatten(0, 1)[:, None, None]
+        return ChunkLayout(context_lengths=lengths), torch.full_like(lengths, size)
     tokens = mask.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
-    return ChunkLayout(tokens, None, context_mask, _visible_tokens(tokens)), tokens.sum(-1)
-
-
-def _visible_tokens(mask: torch.Tensor) -> torch.Tensor:
-    """(R, S) -> (R, 1, S, S): all of a block's tokens and, so that no column sees nothing, itself."""
-    return mask[:, None, None] | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    return ChunkLayout(tokens, None, lengths, mask, tokens), tokens.sum(-1)
 
 
 def _time_per_row(timestep: Any, rows: int, device: torch.device) -> torch.Tensor:
@@ -1271,13 +1264,6 @@ def _masked_fraction(masked: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     if mask is None:
         return masked.float().mean(-1)
     return (masked & mask).sum(-1) / mask.sum(-1).clamp(min=1)
-
-
-def _causal_over_tokens(mask: torch.Tensor) -> torch.Tensor:
-    """(B, T) -> (B, 1, T, T): earlier tokens and, so that no column sees nothing, itself."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    earlier = columns < columns[:, None]
-    return (earlier & mask[:, None]).logical_or_(columns == columns[:, None])[:, None]
 
 
 register_checkpoint_layout()

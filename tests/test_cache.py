@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from twotower.cache_twotower import KeyValues, MambaState, MambaUpdate, TwoTowerCache
 from twotower.generation_twotower import MODES
+from twotower.kernels.block_attention import JOINED
 
 HEADS, HEAD_DIM = 2, 3
 
@@ -52,7 +53,7 @@ def test_an_empty_cache():
     assert cache.get_seq_length() == cache.width == 0
     assert cache.lengths is None
     assert cache.batch_size == -1
-    assert cache.context_mask() is None
+    assert cache.context_lengths() is None
 
 
 def test_every_kind_of_layer_holds_its_own_state():
@@ -87,7 +88,7 @@ def test_chunks_are_appended():
     read(cache, key_values(2, 1, first=3))
     read(cache, key_values(2, 2, first=4))
     assert keys(cache).tolist() == [[0, 1, 2, 3, 4, 5], [100, 101, 102, 103, 104, 105]]
-    assert cache.context_mask() is None
+    assert cache.context_lengths() is None
 
 
 def test_a_view_is_no_copy():
@@ -97,15 +98,27 @@ def test_a_view_is_no_copy():
     assert first.key.data_ptr() == second.key.data_ptr() == cache.layers[0].buffers.key.data_ptr()
 
 
-def test_what_a_chunk_may_see():
+def test_how_much_of_its_context_a_row_may_see():
     cache = attention_cache()
-    assert cache.visible_to(3) is None, "from the beginning, causality says it all"
+    assert cache.context_lengths() is None
     read(cache, key_values(2, 2))
-    assert cache.visible_to(1) is None
-    assert cache.visible_to(3).tolist() == [[[[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]]]
+    assert cache.context_lengths() is None, "all of it"
     read(cache, key_values(2, 2, first=2), counts=[0, 2])
-    assert cache.visible_to(1)[:, 0, 0].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
-    assert cache.visible_to(2).sum(-1).tolist() == [[[3, 4]], [[5, 6]]]
+    assert cache.context_lengths().tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(("held", "tokens"), [(2, 3), (2, 1), (JOINED, 1), (JOINED - 3, 3), (JOINED - 2, 3)])
+def test_a_chunk_is_read_beside_a_long_context_and_as_the_last_of_a_short_one(held, tokens):
+    cache = attention_cache()
+    read(cache, key_values(2, held), counts=[held, 1])
+    chunk = key_values(2, tokens, first=held)
+    context, own = cache.slots(torch.zeros(2, tokens))[0].read_with(chunk)
+    beside = tokens > 1 and held + tokens > JOINED
+    assert own is (chunk if beside else None)
+    assert context.key.shape[2] == (held if beside else held + tokens)
+    written = cache.layers[0].buffers.key
+    assert written[0, 0, held : held + tokens, 0].tolist() == chunk.key[0, 0, :, 0].tolist()
+    assert written[1, 0, 1 : 1 + tokens, 0].tolist() == chunk.key[1, 0, :, 0].tolist()
 
 
 def test_growing_is_rare():
@@ -130,18 +143,18 @@ def test_ragged_rows_are_packed():
     read(cache, key_values(2, 4), counts=[4, 1])
     assert cache.lengths.tolist() == [4, 1]
     assert cache.width == 4
-    assert cache.context_mask()[:, 0, 0].tolist() == [[True] * 4, [True, False, False, False]]
+    assert cache.context_lengths().tolist() == [4, 1]
     read(cache, key_values(2, 3, first=4), counts=[1, 3])
     assert keys(cache)[0].tolist() == [0, 1, 2, 3, 4]
     assert keys(cache)[1, :4].tolist() == [100, 104, 105, 106]
-    assert cache.context_mask()[:, 0, 0].sum(-1).tolist() == [5, 4]
+    assert cache.context_lengths().tolist() == [5, 4]
 
 
 def test_rows_that_become_equally_long_need_no_mask():
     cache = attention_cache()
     read(cache, key_values(2, 3), counts=[3, 1])
     read(cache, key_values(2, 2, first=3), counts=[0, 2])
-    assert cache.context_mask() is None
+    assert cache.context_lengths() is None
     assert keys(cache).tolist() == [[0, 1, 2], [100, 103, 104]]
 
 
@@ -164,7 +177,7 @@ def test_select_rows(rows):
     cache.select_rows(torch.tensor(rows))
     assert cache.lengths.tolist() == [[6, 3, 4][row] for row in rows]
     assert cache.width == max(cache.lengths)
-    assert (cache.context_mask() is None) == (len(set(cache.lengths.tolist())) == 1)
+    assert (cache.context_lengths() is None) == (len(set(cache.lengths.tolist())) == 1)
     assert cache.batch_size == len(rows)
     for layer, held in enumerate(before):
         for part, expected in zip(cache.view(layer) or (), held or (), strict=True):
@@ -222,7 +235,7 @@ def test_copies_of_rows_are_their_own_and_hold_no_more_than_they_use(rows):
     assert isinstance(copied, TwoTowerCache)
     assert_same_rows(copied, list(range(len(rows))), cache, rows)
     assert copied.width == copied.lengths.max()
-    assert (copied.context_mask() is None) == (len(set(copied.lengths.tolist())) == 1)
+    assert (copied.context_lengths() is None) == (len(set(copied.lengths.tolist())) == 1)
     untouched = cache.copy_rows(torch.arange(3))
     for layer in copied.layers:
         for part in (getattr(layer, "buffers", None) or getattr(layer, "state", None)) or ():

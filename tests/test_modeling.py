@@ -341,7 +341,7 @@ def test_cycle_after_cycle(size):
 def test_rows_that_keep_equally_much_stay_equally_long(counts):
     model = tiny_model("all kinds")
     cache, rows = draft_by_draft(model, random_ids(2, 3), (3, 3), [(random_ids(2, 4, seed=1), counts)])
-    assert cache.context_mask() is None
+    assert cache.context_lengths() is None
     assert cache.width == 3 + counts[0]
     assert_reads_on_as(model, cache, rows)
 

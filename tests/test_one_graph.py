@@ -6,7 +6,7 @@ from tiny import random_block, random_ids, tiny_model
 from tolerances import assert_close
 from torch._dynamo.testing import CompileCounter
 
-from twotower.cache_twotower import MambaState, TwoTowerCache, visible_columns
+from twotower.cache_twotower import MambaState, TwoTowerCache
 from twotower.modeling_twotower import ChunkLayout
 
 ROWS, TOKENS, COLUMNS = 2, 4, 128
@@ -20,15 +20,15 @@ class Passes:
         tower = model.context_tower
 
         def denoise(ids, lengths, pasts, timestep):
-            return model.denoiser_pass(ids, pasts, visible_columns(lengths, COLUMNS), timestep)
+            return model.denoiser_pass(ids, pasts, lengths, timestep)
 
         def read(ids, lengths, slots):
-            layout = ChunkLayout(block_mask=visible_columns(lengths, COLUMNS, ids.shape[1]), keep="update")
+            layout = ChunkLayout(context_lengths=lengths, causal=True, keep="update")
             hidden_states, updates = tower.run_layers(tower.embeddings(ids), slots, layout)
             return model.context_lm_head(hidden_states), updates
 
         def step(ids, lengths, slots):
-            layout = ChunkLayout(block_mask=visible_columns(lengths, COLUMNS, 1))
+            layout = ChunkLayout(context_lengths=lengths, causal=True)
             hidden_states, states = tower.run_layers(tower.embeddings(ids), slots, layout)
             write(slots, states)
             return model.context_lm_head(hidden_states)
