@@ -1089,7 +1089,8 @@ def _grouped_experts(
     activated = experts.act_fn(grouped_mm(grouped, experts.up_proj.transpose(1, 2), ends))
     outputs = grouped_mm(activated, experts.down_proj.transpose(1, 2), ends)
     by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
-    return torch.bmm(weights[:, None].to(by_token.dtype), by_token)[:, 0]
+    # Weights are of NVIDIA's precision, float32, so the outputs are summed in it.
+    return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0].to(hidden_states.dtype)
 
 
 GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"

@@ -50,9 +50,10 @@ ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "cache", "use_cache", "engine")
 
 
 class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
-    """`generate`, as a caller of the engine. Whoever mixes it in gives `strategies` by mode."""
+    """`generate`, as a caller of the engine. Whoever mixes it in gives `strategies` by mode, and `prepared`."""
 
     strategies: dict[str, Any]
+    prepared: Callable[[], Any]
 
     @accepts_past_key_values
     @torch.no_grad()
@@ -362,7 +363,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if engine is not None:
             return request
         loop = Engine(self, cache, request.device, synced, len(request.rows))
-        with cache.undone_on_error():
+        with self.prepared(), cache.undone_on_error():
             try:
                 loop.admit(request)
                 while loop.rows:
