@@ -66,6 +66,7 @@ from .configuration_twotower import TwoTowerConfig
 from .decoding.released import ReleasedInterface
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .inputs_twotower import (
+    PackedTokens,
     check_arguments,
     check_attention_mask,
     check_ids,
@@ -529,11 +530,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
         self._check_ids("block_ids", block_ids, cache)
-        packed = pack_tokens(block_ids, attention_mask, cache.width)
-        mask = packed.mask()
+        packed, mask = PackedTokens(block_ids), None
+        if attention_mask is not None:
+            packed = pack_tokens(block_ids, attention_mask, cache.width)
+            mask = packed.mask()
         if timestep is None:
             timestep = _masked_fraction(packed.ids == self.config.mask_token_id, mask)
-        timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
+        elif not (isinstance(timestep, torch.Tensor) and timestep.shape == block_ids.shape[:1]):
+            timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
+        timestep = timestep.to(block_ids.device, torch.float32)
         logits = self.denoiser_pass(packed.ids, cache.views(), cache.context_lengths(), timestep, mask)
         return logits if mask is None else packed.unpack(logits)
 
@@ -1111,15 +1116,18 @@ class TwoTowerMoE(NemotronHMoE):
         super().__init__(config, layer_idx)
         self.gate, self.experts = TwoTowerRouter(config), TwoTowerExperts(config)
         # Of what is not projected any more, the factor can be part of the sum.
-        self.scale = 1.0
-        if config.moe_latent_size is None:
+        self.scale, self.is_latent = 1.0, config.moe_latent_size is not None
+        if not self.is_latent:
             self.scale, self.gate.routed_scaling_factor = self.gate.routed_scaling_factor, 1.0
         self.experts.register_load_state_dict_pre_hook(merge_expert_matrices)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
         _, weights, indices = self.gate(tokens)
-        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
+        if self.is_latent:
+            routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
+        else:
+            routed = self.experts(tokens, indices, weights)
         return torch.add(self.shared_experts(hidden_states), routed.view_as(hidden_states), alpha=self.scale)
 
 
