@@ -19,7 +19,7 @@ from ..generation_twotower import TwoTowerGenerationConfig
 from ..inputs_twotower import pack_tokens
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .batches import IGNORED, Batch, training_batches
-from .optimizer import ExpertBalancer, MatrixOptimizer
+from ..training.optimizer import ExpertBalancer, MatrixOptimizer
 from .problems import training_problems
 from .tokenizer import train_tokenizer
 

@@ -3,7 +3,7 @@
 import torch
 from tiny import random_ids, tiny_model
 
-from twotower.demo.optimizer import ExpertBalancer, MatrixOptimizer
+from twotower.training.optimizer import ExpertBalancer, MatrixOptimizer
 from twotower.modeling_twotower import TwoTowerRouter
 
 
