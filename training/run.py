@@ -25,7 +25,7 @@ from .data import Batches, Documents, sizes_of
 from .models import build_model, with_adapter
 from .optimizer import ExpertBalancer, build_optimizer, lr_factor
 from .recipe import DataRecipe, Recipe, changed_key
-from .saving import FolderLock, checkpoints, clean, cut_lines, load_checkpoint, save_checkpoint, write_whole
+from .saving import FolderLock, checkpoints, clean, cut_lines, load_checkpoint, prune, save_checkpoint, write_whole
 
 LOG, SAMPLES = "log.jsonl", "samples.jsonl"
 MODEL, ADAPTER = "model", "adapter"
@@ -96,6 +96,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.batches.go_to(state["data"])
         if accelerator.is_main_process:
+            prune(folder, recipe.save.keep)
             for name in (LOG, SAMPLES):
                 cut_lines(folder / name, self.step)
 

@@ -130,9 +130,14 @@ def save_checkpoint(
         (new / STATE).write_text(json.dumps(content), encoding="utf-8")
 
     write_whole(place, fill)
+    prune(folder, keep)
+    return place
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
     for old in checkpoints(folder)[:-keep]:
         delete(old)
-    return place
 
 
 def load_checkpoint(place: Path) -> dict[str, Any]:
@@ -207,6 +212,7 @@ __all__ = [
     "cut_lines",
     "delete",
     "load_checkpoint",
+    "prune",
     "save_checkpoint",
     "write_file",
     "write_whole",
