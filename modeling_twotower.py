@@ -359,7 +359,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Put a denoiser to train on a NemotronH backbone.
 
         Context tower and denoiser, and their heads, are separate copies of the backbone; time conditioning is the
-        identity, so that the untrained denoiser's layers compute what the backbone's do.
+        identity, so that the untrained denoiser's layers compute what the backbone's do. A path is read once for each
+        tower, so that the two towers are all that is in memory; for a TwoTower that does not fit there,
+        [`~checkpoints.conversion.convert_backbone`] writes it to disk.
 
         Args:
             path_or_model: folder or Hub id of any NemotronH checkpoint, or a loaded [`NemotronHForCausalLM`].
@@ -369,28 +371,34 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         """
         check_trained_towers(trained_towers)
         added = {name: kwargs.pop(name) for name in TwoTowerConfig.__annotations__ if name in kwargs}
+        given = isinstance(path_or_model, PreTrainedModel)
         backbone = load_backbone(path_or_model, **kwargs)
         with torch.device("meta"):
             model = cls(config_of_backbone(backbone, **added)).to(backbone.dtype)
-        for tower, head in (
-            (model.context_tower, model.context_lm_head),
-            (model.denoiser_tower, model.lm_head),
-        ):
-            for part, source in ((tower, backbone.model), (head, backbone.lm_head)):
-                copies = {name: cls._stored(name, tensor, backbone) for name, tensor in source.state_dict().items()}
-                part.load_state_dict(copies, assign=True)
+        device = backbone.device
+        cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
+        if not given:
+            # The context tower's now; a second reading is the denoiser's.
+            del backbone
+            backbone = load_backbone(path_or_model, **kwargs)
+        cls._take_over(model.denoiser_tower, model.lm_head, backbone, copy=given)
         for conditioning in (model.t_embedder, model.t_block, model.scale_shift_tables):
-            conditioning.to_empty(device=backbone.device)
+            conditioning.to_empty(device=device)
         model.t_embedder.apply(model._init_weights)
         model.reset_time_conditioning()
         model.set_trained_towers(trained_towers)
         return model.eval()
 
     @classmethod
-    def _stored(cls, name: str, tensor: torch.Tensor, backbone: PreTrainedModel) -> torch.Tensor:
-        """A copy of a backbone's tensor in the dtype we keep it in, whatever transformers does."""
-        in_float32 = any(kept in name for kept in cls._keep_in_fp32_modules_strict)
-        return tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=True)
+    def _take_over(cls, tower: nn.Module, head: nn.Module, backbone: PreTrainedModel, copy: bool) -> None:
+        """Put a backbone's tensors, or copies, into a tower and its head, in the dtype we keep them in."""
+        for part, source in ((tower, backbone.model), (head, backbone.lm_head)):
+            tensors = {}
+            for name, tensor in source.state_dict().items():
+                in_float32 = any(kept in name for kept in cls._keep_in_fp32_modules_strict)
+                # Whatever transformers does.
+                tensors[name] = tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=copy)
+            part.load_state_dict(tensors, assign=True)
 
     @can_return_tuple
     @accepts_past_key_values

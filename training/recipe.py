@@ -281,6 +281,8 @@ class Recipe:
         _at_least(self, 0, "seed")
         if self.model.trained_towers == "context" and self.objective != DiffusionObjective():
             raise ValueError("objective is the denoiser's; leave it out under trained_towers: context")
+        if self.hub is not None and self.model.lora is not None and not self.model.lora.merge:
+            raise ValueError("hub uploads a whole model; leave it out, or set model.lora.merge: true")
 
 
 def read_recipe(file: str | Path) -> Recipe:

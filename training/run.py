@@ -63,7 +63,7 @@ def train(recipe: Recipe) -> Path:
         run = Run(recipe, folder, accelerator)
         run.go()
         accelerator.wait_for_everyone()
-    return folder / MODEL
+    return folder / run.finished
 
 
 class Run:
@@ -339,19 +339,29 @@ class Run:
         self.tokenizer.save_pretrained(place)
 
     def _finish(self) -> None:
-        if not self.accelerator.is_main_process or (self.folder / MODEL).exists():
+        """The finished model, and where there is one its adapter; and again to the Hub, if it was there before."""
+        lora, hub = self.recipe.model.lora, self.recipe.hub
+        if not self.accelerator.is_main_process:
             return
-        lora = self.recipe.model.lora
-        if lora is not None:
-            write_whole(self.folder / ADAPTER, self._write_model)
-        if lora is None or lora.merge:
-            model = self._inner() if lora is None else self._inner().merge_and_unload()
-            write_whole(self.folder / MODEL, lambda new: (model.save_pretrained(new), self.tokenizer.save_pretrained(new)))
-        if self.recipe.hub is not None:
+        if not (self.folder / self.finished).exists():
+            if lora is not None:
+                write_whole(self.folder / ADAPTER, self._write_model)
+            if self.finished == MODEL:
+                model = self._inner() if lora is None else self._inner().merge_and_unload()
+                write_whole(self.folder / MODEL, partial(self._write_finished, model))
+        if hub is not None:
             from ..checkpoints.export import export
 
-            place = self.folder / "export"
-            export(self.folder / MODEL, place, self.recipe.hub.repository, self.recipe.hub.private, overwrite=True)
+            export(self.folder / MODEL, self.folder / "export", hub.repository, hub.private, overwrite=True)
+
+    @property
+    def finished(self) -> str:
+        lora = self.recipe.model.lora
+        return MODEL if lora is None or lora.merge else ADAPTER
+
+    def _write_finished(self, model: TwoTowerForBlockDiffusion, place: Path) -> None:
+        model.save_pretrained(place)
+        self.tokenizer.save_pretrained(place)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
