@@ -58,13 +58,26 @@ class Examples:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The rest of the epoch; afterwards the next epoch's."""
-        for example in islice(self._source(), self._left()):
+        source = islice(self._source(), self._left())
+        while (example := self._next(source)) is not None:
             self.taken += 1
             yield example
         self.taken = 0
         if self.stream is not None:
             # A stream that has ended, or is left early, would go on there.
             self.stream = self._open()
+
+    def _next(self, source: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        if self.stream is None:
+            return next(source, None)
+        from datasets.exceptions import DatasetsError
+        from pyarrow import ArrowException
+
+        try:
+            return next(source, None)
+        except (DatasetsError, ArrowException, ValueError) as error:
+            problem = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{self.origin} cannot be read after example {self.taken}: {problem}") from error
 
     def _left(self) -> int | None:
         return None if self.recipe.examples is None else self.recipe.examples - self.taken
