@@ -133,7 +133,7 @@ class Run:
             model = TwoTowerForBlockDiffusion.from_pretrained(self.last, dtype=dtype)
             model.set_trained_towers(recipe.trained_towers)
         model.objective = self.recipe.objective
-        return model, tokenizer
+        return in_own_memory(model), tokenizer
 
     def _adapted(self) -> Any:
         model: Any = self.plain
@@ -362,6 +362,18 @@ class Run:
     def _write_finished(self, model: TwoTowerForBlockDiffusion, place: Path) -> None:
         model.save_pretrained(place)
         self.tokenizer.save_pretrained(place)
+
+
+def in_own_memory(model: TwoTowerForBlockDiffusion) -> TwoTowerForBlockDiffusion:
+    """
+    Move weights to memory that torch allocates.
+
+    Loaded ones lie where they lie in their file, at addresses a checkpoint of another layout has them not, and what a
+    matrix product of a CPU rounds depends on how they are aligned: a resumed run would differ in the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -186,7 +186,7 @@ def _with_tensors(value: Any, tensors: Any) -> Any:
         return [_with_tensors(each, tensors) for each in value]
     if isinstance(value, dict):
         if "tensor" in value:
-            return tensors.get_tensor(value["tensor"])
+            return tensors.get_tensor(value["tensor"]).clone()
         return {key: _with_tensors(each, tensors) for key, each in value["pairs"]}
     return value
 
