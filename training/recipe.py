@@ -45,6 +45,8 @@ class LoraRecipe:
         _shares(self, "dropout")
         if not self.targets:
             raise ValueError("targets is empty; name a part of the denoiser, e.g. attention")
+        if self.dropout and "routed_experts" in self.targets:
+            raise ValueError("dropout cannot be of routed_experts (peft); set it to 0, or leave them out of targets")
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ WRONG = {
     "a rank of 0": (content(model={"checkpoint": "a", "lora": {"rank": 0}}), "model.lora.rank is 0; it must be at least 1"),
     "no targets": (content(model={"checkpoint": "a", "lora": {"targets": []}}), "model.lora.targets is empty"),
     "too much dropout": (content(model={"checkpoint": "a", "lora": {"dropout": 2}}), r"model.lora.dropout is 2.0; give a"),
+    "dropout of experts": (
+        content(model={"checkpoint": "a", "lora": {"dropout": 0.1}}),
+        "model.lora.dropout cannot be of routed_experts",
+    ),
     "an unmerged upload": (
         content(model={"checkpoint": "a", "lora": {"merge": False}}, hub={"repository": "r"}),
         "hub uploads a whole model",
