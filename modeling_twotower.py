@@ -463,9 +463,11 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_hidden_states: list[torch.Tensor] | None = [] if keep_all else None
         if labels is not None:
-            chosen = {"weighting": loss_weighting, "corruptions": corruptions}
-            chosen = {name: value for name, value in chosen.items() if value is not None}
-            objective = replace(self.objective, **chosen) if chosen else self.objective
+            objective = replace(
+                self.objective,
+                weighting=self.objective.weighting if loss_weighting is None else loss_weighting,
+                corruptions=self.objective.corruptions if corruptions is None else corruptions,
+            )
             size = self.config.block_size if block_size is None else block_size
             if size < 1:
                 raise ValueError(f"block_size is {size}; it must be at least 1")
@@ -629,7 +631,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         block_ids, masked = corruption
         timestep = masked.sum(-1) / tokens.clamp(min=1)
         logits = self.lm_head(denoised(block_ids, timestep)[masked])
-        teaching = (None, None)
+        teaching: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if objective.distillation:
             teaching = self._teaching(hidden_states, mask, masked, first, blocks, corruptions)
         loss = weighted_mean(

@@ -177,9 +177,7 @@ def decoded_corruption(
     chosen = ((draws.to(left.device) < objective.decoded_masks) & left.any(-1))[:, None]
     shown = tokens if objective.decoded_tokens == "own" else targets
     block_ids = torch.where(committed, shown, targets).masked_fill(left, mask_token_id)
-    return Corruption(
-        torch.where(chosen, block_ids, at_random.block_ids), torch.where(chosen, left, at_random.masked)
-    )
+    return Corruption(torch.where(chosen, block_ids, at_random.block_ids), torch.where(chosen, left, at_random.masked))
 
 
 def position_losses(

@@ -239,7 +239,7 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
 
 
 def config_of_backbone(backbone: NemotronHForCausalLM | NemotronHConfig, **fields: Any) -> TwoTowerConfig:
-    """The config of a TwoTower on a backbone, or on one of such a config; `fields` are those that TwoTowerConfig adds."""
+    """The config of a TwoTower on a backbone, or of its config; `fields` are those that TwoTowerConfig adds."""
     config = (backbone if isinstance(backbone, NemotronHConfig) else backbone.config).to_dict()
     for name in BACKBONE_ONLY_FIELDS.split():
         config.pop(name, None)

@@ -240,7 +240,9 @@ def train(
     """
     if recipe.suffix in (".yaml", ".yml"):
         if (seed, context_steps, denoiser_steps, threads) != (0, None, None, 1):
-            raise ValueError("--seed, --context-steps, --denoiser-steps and --threads go with a folder; edit the recipe")
+            raise ValueError(
+                "--seed, --context-steps, --denoiser-steps and --threads go with a folder; edit the recipe"
+            )
         _train_recipe(recipe, folder, push_to_hub)
         return
     if folder is not None or push_to_hub is not None:
@@ -264,7 +266,7 @@ def _train_recipe(file: Path, folder: Path | None, push_to_hub: str | None) -> N
     if folder is not None:
         asked = replace(asked, folder=str(folder))
     if push_to_hub is not None:
-        asked = replace(asked, hub=HubRecipe(push_to_hub, asked.hub and asked.hub.private))
+        asked = replace(asked, hub=HubRecipe(push_to_hub, None if asked.hub is None else asked.hub.private))
     from ..training.run import train as train_by
 
     _quiet_unless_watched(None)

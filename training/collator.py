@@ -3,8 +3,8 @@
 A document's blocks begin anywhere in it, as those of generating do: columns of padding before it move it on the grid.
 The block this cuts off at its beginning is read and not trained on; the last block is filled with end-of-text, as the
 denoiser is to fill it. Documents are never joined in a row: a Mamba state would have to be forgotten between them, and
-attention kept apart. Instead documents of alike lengths share a batch ([`grouped`]), which costs little padding and can
-not leak, since no row of a batch sees another.
+attention kept apart. Instead documents of alike lengths share a batch ([`grouped`]), which costs little padding and
+cannot leak, since no row of a batch sees another.
 
 Shapes: B rows, T columns (a multiple of S), S block.
 """
@@ -22,8 +22,8 @@ IGNORED = -100
 
 class Document(NamedTuple):
     """
-    Token ids, how many at the beginning are a prompt (read, not trained on), and whether the text ends with them or was
-    cut for being too long.
+    Token ids, how many at the beginning are a prompt (read, not trained on), and whether the text ends with them or
+    was cut for being too long.
     """
 
     ids: list[int]
@@ -71,8 +71,8 @@ class BlockCollator:
     def __call__(self, rows: Sequence[Document | Mapping[str, Any]], salt: int = 0) -> dict[str, Any]:
         """
         Args:
-            rows: documents, or mappings with "input_ids" and, where a prompt is not to be trained on, "labels" (-100 on
-                it) or TRL's "completion_mask" (0 on it).
+            rows: documents, or mappings with "input_ids" and, where a prompt is not to be trained on, "labels" (-100
+                on it) or TRL's "completion_mask" (0 on it).
             salt: another one lays the same documents out otherwise, in another epoch say.
 
         Returns:
@@ -126,7 +126,9 @@ def _first_trained(prompt: int, lead: int, size: int) -> int:
 def document_of(row: Mapping[str, Any]) -> Document:
     """A document of a row that a Trainer's dataset has."""
     if "input_ids" not in row:
-        raise ValueError(f"a row has {', '.join(map(str, row)) or 'nothing'}, but no input_ids; tokenize the texts first")
+        raise ValueError(
+            f"a row has {', '.join(map(str, row)) or 'nothing'}, but no input_ids; tokenize the texts first"
+        )
     ids = [int(token) for token in row["input_ids"]]
     wanted = [True] * len(ids)
     if row.get("completion_mask") is not None:
@@ -138,8 +140,8 @@ def document_of(row: Mapping[str, Any]) -> Document:
     prompt = wanted.index(True) if True in wanted else len(ids)
     if not all(wanted[prompt:]):
         raise ValueError(
-            "a row's labels have a gap: the collator lays out a prompt without labels and a text with; give each turn a "
-            "row of its own, or collate such rows yourself"
+            "a row's labels have a gap: the collator lays out a prompt without labels and a text with; give each turn "
+            "a row of its own, or collate such rows yourself"
         )
     return Document(ids, prompt)
 

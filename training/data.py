@@ -1,8 +1,8 @@
 """Documents of a recipe's data, in an order that a resumed run goes on with.
 
-`datasets` streams files or a repository. Documents are read a pool at a time; a pool is shuffled, put together by length
-and cut into batches. What a run has to remember is where its pool began and how many batches of it are done: the pool
-is read again, and its order is drawn from seed, epoch and pool alone.
+`datasets` streams files or a repository. Documents are read a pool at a time; a pool is shuffled, put together by
+length and cut into batches. What a run has to remember is where its pool began and how many batches of it are done:
+the pool is read again, and its order is drawn from seed, epoch and pool alone.
 """
 
 import glob

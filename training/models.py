@@ -31,10 +31,10 @@ def build_model(recipe: ModelRecipe) -> tuple[TwoTowerForBlockDiffusion, PreTrai
         model = TwoTowerForBlockDiffusion.from_pretrained(origin, dtype=dtype)
     elif recipe.backbone is not None:
         added = {"mask_token_id": recipe.mask_token_id, "block_size": recipe.block_size}
-        given = {name: value for name, value in added.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in added.items() if value is not None}
         model = TwoTowerForBlockDiffusion.from_backbone(origin, dtype=dtype, **given)
     else:
-        model = TwoTowerForBlockDiffusion(TwoTowerConfig(**copy.deepcopy(recipe.config))).to(dtype)
+        model = TwoTowerForBlockDiffusion(TwoTowerConfig(**copy.deepcopy(recipe.config or {}))).to(dtype)
     if recipe.reset_denoiser:
         model.reset_denoiser()
     model.set_trained_towers(recipe.trained_towers)
@@ -47,8 +47,8 @@ def check_tokens(model: TwoTowerForBlockDiffusion, tokenizer: PreTrainedTokenize
     eos, vocabulary, mask = tokenizer.eos_token_id, model.config.vocab_size, model.config.mask_token_id
     if eos is None:
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; set its eos_token, save it, and name "
-            "its folder as model.tokenizer"
+            f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; set its eos_token, save it, and "
+            "name its folder as model.tokenizer"
         )
     if mask in (eos, tokenizer.bos_token_id):
         raise ValueError(f"mask_token_id is {mask}, which begins or ends a text; choose one that no text has")
@@ -78,7 +78,7 @@ def with_adapter(model: TwoTowerForBlockDiffusion, recipe: LoraRecipe, adapter: 
         model,
         LoraConfig(
             r=recipe.rank,
-            lora_alpha=recipe.alpha,
+            lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # any number
             lora_dropout=recipe.dropout,
             target_modules=modules,
             target_parameters=experts or None,

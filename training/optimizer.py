@@ -69,11 +69,16 @@ class DecayedOptimizer(PeakOptimizer):
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, ...]):
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         groups = [
-            {"params": [param for name, param in named if _is_hidden_matrix(name, param) == decays], "weight_decay": each}
+            {
+                "params": [param for name, param in named if _is_hidden_matrix(name, param) == decays],
+                "weight_decay": each,
+            }
             for decays, each in ((True, weight_decay), (False, 0.0))
         ]
         self.params = [param for _, param in named]
-        self.optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)]
+        self.optimizers = [
+            torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(betas[0], betas[1]))
+        ]
         self.peaks = [lr]
 
 
@@ -112,7 +117,7 @@ class MatrixOptimizer(PeakOptimizer):
         self.params = [param for _, param in named]
         self.optimizers = [
             torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=other_lr, betas=betas, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=other_lr, betas=(betas[0], betas[1]), weight_decay=0.0),
         ]
         self.peaks = [matrix_lr, other_lr]
 

@@ -291,7 +291,7 @@ def read_recipe(file: str | Path) -> Recipe:
     """A recipe from a YAML file; a ValueError of one line names what is wrong in it."""
     file = Path(file)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:

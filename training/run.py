@@ -52,8 +52,8 @@ def train(recipe: Recipe) -> Path:
     accelerator = Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.mixed_precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate is set to {accelerator.distributed_type.value}, whose sharded weights `twotower train` cannot "
-            "store; use plain processes (accelerate launch --multi_gpu), or transformers' Trainer for FSDP"
+            f"accelerate is set to {accelerator.distributed_type.value}, whose sharded weights `twotower train` "
+            "cannot store; use plain processes (accelerate launch --multi_gpu), or transformers' Trainer for FSDP"
         )
     folder = Path(recipe.folder).expanduser()
     with FolderLock(folder) if accelerator.is_main_process else nullcontext():
@@ -120,8 +120,8 @@ class Run:
         processes = self.accelerator.num_processes
         if state["processes"] != processes:
             raise ValueError(
-                f"{self.folder} was begun with {state['processes']} processes, not {processes}; start as many, or give "
-                "another folder"
+                f"{self.folder} was begun with {state['processes']} processes, not {processes}; start as many, or "
+                "give another folder"
             )
 
     def _model(self) -> tuple[TwoTowerForBlockDiffusion, PreTrainedTokenizerBase]:
@@ -224,7 +224,9 @@ class Run:
     def _next_token_loss(self, batch: dict[str, Any], items: int) -> torch.Tensor:
         output = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         targets = batch["labels"][:, 1:]
-        total = F.cross_entropy(output.logits[:, :-1][targets != IGNORED], targets[targets != IGNORED], reduction="sum")
+        total = F.cross_entropy(
+            output.logits[:, :-1][targets != IGNORED], targets[targets != IGNORED], reduction="sum"
+        )
         return total / max(items, 1)
 
     def _check_finite(self, loss: float, norm: float) -> None:
@@ -233,8 +235,8 @@ class Run:
             if not torch.tensor(value).isfinite():
                 good = f"the last good checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
                 raise ValueError(
-                    f"the {name} of step {self.step + 1} is {value}; {good}. Nothing was changed: lower optimizer.lr or "
-                    "look at the step's data, in another folder with that checkpoint as model.checkpoint"
+                    f"the {name} of step {self.step + 1} is {value}; {good}. Nothing was changed: lower optimizer.lr "
+                    "or look at the step's data, in another folder with that checkpoint as model.checkpoint"
                 )
 
     @torch.no_grad()
@@ -300,7 +302,9 @@ class Run:
         self.model.eval()
         model = self.accelerator.unwrap_model(self.model)
         for prompt in samples.prompts:
-            inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.accelerator.device)
+            inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(
+                self.accelerator.device
+            )
             with torch.no_grad():
                 output = model.generate(
                     **inputs, max_new_tokens=samples.max_new_tokens, mode=samples.mode, do_sample=False
@@ -313,7 +317,9 @@ class Run:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        bad = [name for name, tensor in self._inner().named_parameters() if tensor.requires_grad and not _finite(tensor)]
+        bad = [
+            name for name, tensor in self._inner().named_parameters() if tensor.requires_grad and not _finite(tensor)
+        ]
         if bad:
             good = f"the last good checkpoint is {self.last}" if self.last else "there is none"
             raise ValueError(f"{bad[0]} is no number after step {self.step}, and was not stored; {good}")

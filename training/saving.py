@@ -36,7 +36,7 @@ class FolderLock:
 
     def __enter__(self) -> "FolderLock":
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.opened = open(self.file, "a+")  # noqa: SIM115, held until the end
+        self.opened = open(self.file, "a+")
         try:
             fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -54,7 +54,9 @@ def test_on_disk_it_is_what_from_backbone_makes(original, dtype, tmp_path):
     model, info = TwoTowerForBlockDiffusion.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not info["unexpected_keys"]
     assert (model.config.block_size, model.config.mask_token_id) == (8, 5)
-    expected = TwoTowerForBlockDiffusion.from_backbone(tmp_path / "backbone", dtype=dtype, block_size=8, mask_token_id=5)
+    expected = TwoTowerForBlockDiffusion.from_backbone(
+        tmp_path / "backbone", dtype=dtype, block_size=8, mask_token_id=5
+    )
     for name, tensor in expected.state_dict().items():
         if "t_embedder" not in name:  # drawn anew
             assert torch.equal(model.state_dict()[name], tensor), name

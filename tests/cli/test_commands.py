@@ -270,7 +270,10 @@ def test_train_follows_a_recipe(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["recipe.yaml", "--seed", 3], "--denoiser-steps and --threads go with a folder; edit the recipe"),
-        (["folder", "--push-to-hub", "me/mine"], "--folder and --push-to-hub go with a recipe; folder is no .yaml file"),
+        (
+            ["folder", "--push-to-hub", "me/mine"],
+            "--folder and --push-to-hub go with a recipe; folder is no .yaml file",
+        ),
         (["absent.yaml"], "No such file or directory"),
     ],
 )

@@ -105,7 +105,12 @@ def in_process(work: Callable[[], Any], kill_after: float | None = None) -> bool
 
 def killed_at_random(inputs: Path, place: Path, kills: int) -> dict[str, Any]:
     """Kill runs at random moments, so many times in all, and let each go on to its end."""
-    asked = {**GENERATED, "steps": 6, "save__keep": 2, "samples": {"prompts": ["Question:"], "every": 3, "max_new_tokens": 8}}
+    asked = {
+        **GENERATED,
+        "steps": 6,
+        "save__keep": 2,
+        "samples": {"prompts": ["Question:"], "every": 3, "max_new_tokens": 8},
+    }
     times = []
     for _ in range(2):  # the second time there is nothing left but to begin
         began = time.monotonic()

@@ -108,9 +108,21 @@ def test_every_document_comes_once_an_epoch(tokenizer, tmp_path):
 WRONG = {
     "no such column": ([{"body": "a"}], {}, "has no column 'text', but body; name one in data.text"),
     "no text": ([{"text": TEXTS[0]}, {"text": 3}], {"text": "text"}, "example [12] of .*data.jsonl .*(int|could not)"),
-    "an empty document": ([{"text": " \n"}], {}, "example 1 of .* is empty in 'text': give it text, or .*unusable: skip"),
-    "a short one": ([{"text": "Tom"}], {}, "example 1 of .* has 4 tokens, and a document must have 8.*data.min_tokens"),
-    "a block too long": ([{"text": TEXTS[0]}], {"max_tokens": 7}, "data.max_tokens is 7, less than a block of 8 tokens"),
+    "an empty document": (
+        [{"text": " \n"}],
+        {},
+        "example 1 of .* is empty in 'text': give it text, or .*unusable: skip",
+    ),
+    "a short one": (
+        [{"text": "Tom"}],
+        {},
+        "example 1 of .* has 4 tokens, and a document must have 8.*data.min_tokens",
+    ),
+    "a block too long": (
+        [{"text": TEXTS[0]}],
+        {"max_tokens": 7},
+        "data.max_tokens is 7, less than a block of 8 tokens",
+    ),
     "a prompt too long": (
         [{"q": " ".join(TEXTS), "a": "b"}],
         {"prompt": "q", "completion": "a", "max_tokens": 64},
@@ -136,7 +148,9 @@ def test_unusable_documents_may_be_skipped_and_short_ones_filled(tokenizer, tmp_
 def test_the_mask_in_a_text_is_refused(tokenizer, tmp_path):
     recipe = DataRecipe(files=[write(tmp_path, [{"text": TEXTS[0]}])])
     read = Documents(recipe, tokenizer, SIZE, tokenizer(TEXTS[0]).input_ids[4], seed=0)
-    with pytest.raises(ValueError, match=r"example 1 of .* has token \d+, which is to be \[MASK\]; choose as mask_token_id"):
+    with pytest.raises(
+        ValueError, match=r"example 1 of .* has token \d+, which is to be \[MASK\]; choose as mask_token_id"
+    ):
         [read.of(example) for example in read.examples]
 
 

@@ -102,5 +102,5 @@ def test_an_adapter_is_trained_resumed_and_merged(case, inputs, tmp_path, monkey
 
 def test_adapters_on_what_the_model_has_not_are_refused(tmp_path):
     inputs = make_inputs(tmp_path, "only -")
-    with pytest.raises(ValueError, match="lora.targets are attention, of which the model has no layer"):
+    with pytest.raises(ValueError, match=r"lora\.targets are attention, of which the model has no layer"):
         train(recipe(inputs, tmp_path / "run", model__lora={"targets": ["attention"]}))

@@ -214,7 +214,7 @@ def test_masks_by_decoding_hide_what_the_denoiser_is_unsure_of():
     targets = ids.unflatten(1, (-1, 4)).flatten(0, 1)
     assert torch.equal(partly[partly != MASK], targets[partly != MASK])
     left = (partly == MASK).sum(-1)
-    assert 0 < left.min() and left.max() < 4 and len(left.unique()) > 1
+    assert left.min() > 0 and left.max() < 4 and len(left.unique()) > 1
 
 
 # In expectation
@@ -246,7 +246,9 @@ def test_the_expectation_over_masks_is_their_enumeration(option):
             block = OneBlock(model, ids[0], torch.ones(8).bool(), start, size)
             with torch.no_grad():
                 found = torch.stack(block.losses(block.ids, masked, objective)).sum()
-            value = float(found if objective.weighting == "mean" else found / masked.float().mean().double()) / (8 * share)
+            value = float(found if objective.weighting == "mean" else found / masked.float().mean().double()) / (
+                8 * share
+            )
             chance = chance_of(sum(bits), size)
             total, squares = total + chance * value, squares + chance * value**2
     deviation = (squares / draws) ** 0.5
@@ -265,7 +267,9 @@ def test_one_over_t_is_the_likelihood():
     for bits in itertools.product((False, True), repeat=3):
         if not any(bits):
             continue
-        seen = joint[tuple(slice(None) if hidden else slice(token, token + 1) for hidden, token in zip(bits, text, strict=True))]
+        seen = joint[
+            tuple(slice(None) if hidden else slice(token, token + 1) for hidden, token in zip(bits, text, strict=True))
+        ]
         rows = []
         for at in range(3):
             marginal = seen.sum([axis for axis in range(3) if axis != at])

@@ -24,7 +24,9 @@ def test_defaults_numbers_and_parts():
 def test_numbers_as_people_write_them(tmp_path):
     """YAML takes 1e-4 for text."""
     file = tmp_path / "recipe.yaml"
-    file.write_text("folder: run\nsteps: 3\nmodel: {checkpoint: demo}\ndata: {files: [a.txt]}\noptimizer: {lr: 1e-4}\n")
+    file.write_text(
+        "folder: run\nsteps: 3\nmodel: {checkpoint: demo}\ndata: {files: [a.txt]}\noptimizer: {lr: 1e-4}\n"
+    )
     assert read_recipe(file).optimizer.lr == 1e-4
 
 
@@ -41,7 +43,10 @@ def _plain(value: Any) -> Any:
 WRONG = {
     "no mapping": ([1], r"the recipe is \[1\]; give keys and values, of folder, model"),
     "a key nobody knows": (content(step=3), "step is no key of a recipe; did you mean steps"),
-    "one within": (content(data={"files": ["a"], "colum": "x"}), "data.colum is no key of a recipe; (use|did you mean)"),
+    "one within": (
+        content(data={"files": ["a"], "colum": "x"}),
+        "data.colum is no key of a recipe; (use|did you mean)",
+    ),
     "a missing key": ({"folder": "run"}, "model is missing in the recipe; see docs/training.md"),
     "one missing within": (content(hub={}), "hub.repository is missing"),
     "text for a number": (content(steps="many"), "steps is 'many'; give a whole number"),
@@ -58,7 +63,10 @@ WRONG = {
     "no steps": (content(steps=0), "steps is 0; it must be at least 1"),
     "a negative seed": (content(seed=-1), "seed is -1; it must be at least 0"),
     "no model": (content(model={}), "model.none given; give one of checkpoint, backbone, config"),
-    "two models": (content(model={"checkpoint": "a", "backbone": "b"}), "model.checkpoint and backbone given; give one"),
+    "two models": (
+        content(model={"checkpoint": "a", "backbone": "b"}),
+        "model.checkpoint and backbone given; give one",
+    ),
     "a backbone without a mask": (content(model={"backbone": "b"}), r"model.mask_token_id is missing; .*for \[MASK\]"),
     "a mask with a checkpoint": (
         content(model={"checkpoint": "a", "mask_token_id": 3}),
@@ -73,9 +81,15 @@ WRONG = {
         content(model={"checkpoint": "a", "trained_towers": "context"}, objective={"confidence": 1}),
         "objective is the denoiser's",
     ),
-    "a rank of 0": (content(model={"checkpoint": "a", "lora": {"rank": 0}}), "model.lora.rank is 0; it must be at least 1"),
+    "a rank of 0": (
+        content(model={"checkpoint": "a", "lora": {"rank": 0}}),
+        "model.lora.rank is 0; it must be at least 1",
+    ),
     "no targets": (content(model={"checkpoint": "a", "lora": {"targets": []}}), "model.lora.targets is empty"),
-    "too much dropout": (content(model={"checkpoint": "a", "lora": {"dropout": 2}}), r"model.lora.dropout is 2.0; give a"),
+    "too much dropout": (
+        content(model={"checkpoint": "a", "lora": {"dropout": 2}}),
+        r"model.lora.dropout is 2.0; give a",
+    ),
     "dropout of experts": (
         content(model={"checkpoint": "a", "lora": {"dropout": 0.1}}),
         "model.lora.dropout cannot be of routed_experts",
@@ -93,7 +107,10 @@ WRONG = {
     ),
     "no pool": (content(data={"files": ["a"], "pool": 0}), "data.pool is 0; it must be at least 1"),
     "blocks of 0": (content(data={"files": ["a"], "block_sizes": [0]}), r"data.block_sizes is \[0\]; give lengths"),
-    "a share above 1": (content(data={"files": ["a"], "aligned": 2}), r"data.aligned is 2.0; give a share in \[0, 1\]"),
+    "a share above 1": (
+        content(data={"files": ["a"], "aligned": 2}),
+        r"data.aligned is 2.0; give a share in \[0, 1\]",
+    ),
     "no learning": (content(optimizer={"lr": 0}), "optimizer.lr is 0.0; it must be positive and finite"),
     "a rising end": (content(optimizer={"last_lr": 1}), "optimizer.last_lr is 1.0; it must lie between 0 and lr"),
     "one beta": (content(optimizer={"betas": [0.9]}), r"optimizer.betas is \[0.9\]; give two numbers in \[0, 1\)"),
@@ -140,4 +157,4 @@ def test_changed_keys_are_named_and_free_ones_are_not():
     assert changed_key(before, recipe_of(content(optimizer={"lr": 1e-3}))) == ("optimizer.lr", 1e-4, 1e-3)
     lora = recipe_of(content(model={"checkpoint": "demo", "lora": {}}))
     key, old, new = changed_key(before, lora)
-    assert key.startswith("model.lora") and old is None or new is None
+    assert (key.startswith("model.lora") and old is None) or new is None

@@ -160,7 +160,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_stored(inputs, tmp_pa
         return real(run, *arguments) * (torch.nan if run.step == 2 else 1)
 
     monkeypatch.setattr(running.Run, "_loss", loss)
-    with pytest.raises(ValueError, match=r"the loss of step 3 is nan; the last good checkpoint is .*checkpoint-00000002"):
+    with pytest.raises(
+        ValueError, match=r"the loss of step 3 is nan; the last good checkpoint is .*checkpoint-00000002"
+    ):
         train(recipe(inputs, tmp_path))
     assert checkpoints(tmp_path)[-1].name == "checkpoint-00000002"
     assert all(tensor.isfinite().all() for tensor in weights(checkpoints(tmp_path)[-1]).values())
@@ -240,5 +242,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
     start, one, two = (weights(tmp_path / name) for name in ("model", "one/model", "two/model"))
     for name, tensor in one.items():
         assert_close(two[name] - start[name], tensor - start[name], slack=100 * GRADIENTS)
-    for first, second in zip(lines(tmp_path / "one" / "log.jsonl"), lines(tmp_path / "two" / "log.jsonl"), strict=True):
+    for first, second in zip(
+        lines(tmp_path / "one" / "log.jsonl"), lines(tmp_path / "two" / "log.jsonl"), strict=True
+    ):
         assert abs(first["loss"] - second["loss"]) < 1e-4 and first["items"] == second["items"]

@@ -11,7 +11,9 @@ from twotower.training.saving import checkpoints, cut_lines, load_checkpoint, sa
 
 
 def test_state_comes_back_as_it_was(tmp_path):
-    optimizer = [{"state": {0: {"step": torch.tensor(3.0), "m": torch.randn(2, 3)}}, "param_groups": [{"lr": 0.1, "b": None}]}]
+    optimizer = [
+        {"state": {0: {"step": torch.tensor(3.0), "m": torch.randn(2, 3)}}, "param_groups": [{"lr": 0.1, "b": None}]}
+    ]
     place = save_checkpoint(tmp_path, 7, lambda new: None, optimizer, {"recipe": {}, "data": {"a": [1]}}, keep=1)
     state = load_checkpoint(place)
     assert (state["step"], state["data"]) == (7, {"a": [1]})
@@ -31,8 +33,16 @@ BROKEN = {
     "cut off state": ("state.json", lambda data: data[: len(data) // 2], "state.json cannot be read"),
     "no object": ("state.json", lambda _: b"[1]", "state.json cannot be read"),
     "empty object": ("state.json", lambda _: b"{}", r"state.json cannot be read \(KeyError"),
-    "cut off moments": ("optimizer.safetensors", lambda data: data[:-5], r"optimizer.safetensors has \d+ bytes of \d+"),
-    "other moments": ("optimizer.safetensors", lambda data: b"x" * len(data), "optimizer.safetensors does not hold what"),
+    "cut off moments": (
+        "optimizer.safetensors",
+        lambda data: data[:-5],
+        r"optimizer.safetensors has \d+ bytes of \d+",
+    ),
+    "other moments": (
+        "optimizer.safetensors",
+        lambda data: b"x" * len(data),
+        "optimizer.safetensors does not hold what",
+    ),
     "cut off weights": ("model.safetensors", lambda data: data[:-5], r"model.safetensors has \d+ bytes of \d+"),
     "no weights": ("model.safetensors", None, "model.safetensors is missing"),
     "no state": ("state.json", None, "state.json is missing"),
@@ -56,7 +66,9 @@ def test_broken_checkpoints_are_named(case, finished):
             (place / name).unlink()
         else:
             (place / name).write_bytes(broken(good))
-        with pytest.raises(ValueError, match=rf"{message}.*; copy the checkpoint again, or delete .*{place.name}") as caught:
+        with pytest.raises(
+            ValueError, match=rf"{message}.*; copy the checkpoint again, or delete .*{place.name}"
+        ) as caught:
             train(recipe(finished, finished / "run", steps=1))
         assert "\n" not in str(caught.value)
     finally:
