@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -79,12 +79,15 @@ from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32
 from .kernels.ssd import ssd_scan
 from .objective_twotower import (
+    Corruption,
+    DiffusionObjective,
     LossWeighting,
-    check_objective,
     content_masked,
+    decoded_corruption,
     expected_weight,
-    masked_cross_entropy,
+    position_losses,
     sample_masked,
+    weighted_mean,
 )
 
 
@@ -243,6 +246,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         self.scale_shift_tables = nn.ParameterList(
             nn.Parameter(torch.empty(3, config.hidden_size)) for _ in range(config.num_hidden_layers)
         )
+        # What `labels` mean where `forward` is not told; a Trainer has no way to tell it.
+        self.objective = DiffusionObjective()
         self.post_init()
 
     # The embeddings and the head that callers see are those `forward` uses.
@@ -359,7 +364,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Put a denoiser to train on a NemotronH backbone.
 
         Context tower and denoiser, and their heads, are separate copies of the backbone; time conditioning is the
-        identity, so that the untrained denoiser's layers compute what the backbone's do.
+        identity, so that the untrained denoiser's layers compute what the backbone's do. A path is read once for each
+        tower, so that the two towers are all that is in memory; for a TwoTower that does not fit there,
+        [`~checkpoints.conversion.convert_backbone`] writes it to disk.
 
         Args:
             path_or_model: folder or Hub id of any NemotronH checkpoint, or a loaded [`NemotronHForCausalLM`].
@@ -369,28 +376,34 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         """
         check_trained_towers(trained_towers)
         added = {name: kwargs.pop(name) for name in TwoTowerConfig.__annotations__ if name in kwargs}
+        given = isinstance(path_or_model, PreTrainedModel)
         backbone = load_backbone(path_or_model, **kwargs)
         with torch.device("meta"):
             model = cls(config_of_backbone(backbone, **added)).to(backbone.dtype)
-        for tower, head in (
-            (model.context_tower, model.context_lm_head),
-            (model.denoiser_tower, model.lm_head),
-        ):
-            for part, source in ((tower, backbone.model), (head, backbone.lm_head)):
-                copies = {name: cls._stored(name, tensor, backbone) for name, tensor in source.state_dict().items()}
-                part.load_state_dict(copies, assign=True)
+        device = backbone.device
+        cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
+        if not given:
+            # The context tower's now; a second reading is the denoiser's.
+            del backbone
+            backbone = load_backbone(path_or_model, **kwargs)
+        cls._take_over(model.denoiser_tower, model.lm_head, backbone, copy=given)
         for conditioning in (model.t_embedder, model.t_block, model.scale_shift_tables):
-            conditioning.to_empty(device=backbone.device)
+            conditioning.to_empty(device=device)
         model.t_embedder.apply(model._init_weights)
         model.reset_time_conditioning()
         model.set_trained_towers(trained_towers)
         return model.eval()
 
     @classmethod
-    def _stored(cls, name: str, tensor: torch.Tensor, backbone: PreTrainedModel) -> torch.Tensor:
-        """A copy of a backbone's tensor in the dtype we keep it in, whatever transformers does."""
-        in_float32 = any(kept in name for kept in cls._keep_in_fp32_modules_strict)
-        return tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=True)
+    def _take_over(cls, tower: nn.Module, head: nn.Module, backbone: PreTrainedModel, copy: bool) -> None:
+        """Put a backbone's tensors, or copies, into a tower and its head, in the dtype we keep them in."""
+        for part, source in ((tower, backbone.model), (head, backbone.lm_head)):
+            tensors = {}
+            for name, tensor in source.state_dict().items():
+                in_float32 = any(kept in name for kept in cls._keep_in_fp32_modules_strict)
+                # Whatever transformers does.
+                tensors[name] = tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=copy)
+            part.load_state_dict(tensors, assign=True)
 
     @can_return_tuple
     @accepts_past_key_values
@@ -403,9 +416,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         logits_to_keep: int | torch.Tensor = 0,
         labels: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
-        loss_weighting: LossWeighting = "mean",
-        corruptions: int = 1,
+        loss_weighting: LossWeighting | None = None,
+        corruptions: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        block_size: int | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -426,12 +440,13 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             generator: of the masking, with `labels`. Default: in `train()` mode torch's global one. In `eval()` mode
                 none: a row's masks are a hash of its own tokens, so that an evaluation's loss is the same every time,
                 whatever else is in the batch, in whatever order (see [`content_masked`]).
-            loss_weighting: see [`masked_cross_entropy`], with `labels`.
-            corruptions: how often each block is masked and denoised per pass of the context tower, with `labels`.
+            loss_weighting, corruptions: with `labels`, instead of those of `self.objective`, the
+                [`DiffusionObjective`] that says what the loss is.
             num_items_in_batch: how many labels that are not -100 all batches of an optimiser step have, as
                 transformers' Trainer counts them. The loss is then this batch's share of the step's: the sum over its
                 masked positions divided by the expected one over the step's (see [`expected_weight`]), not a mean over
                 those of this batch alone. Summed over any division of the step into batches it is the same loss.
+            block_size: with `labels`, tokens per block of this batch; default `config.block_size`.
             position_ids: (B or 1, T), without an effect, since nothing in the model encodes positions; they may not
                 begin anew within a row, as those of packed texts do.
             inputs_embeds: (B, T, H) what the context tower is given instead of its embeddings. Not with `labels`.
@@ -453,15 +468,16 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_hidden_states: list[torch.Tensor] | None = [] if keep_all else None
         if labels is not None:
+            objective = replace(
+                self.objective,
+                weighting=self.objective.weighting if loss_weighting is None else loss_weighting,
+                corruptions=self.objective.corruptions if corruptions is None else corruptions,
+            )
+            size = self.config.block_size if block_size is None else block_size
+            if size < 1:
+                raise ValueError(f"block_size is {size}; it must be at least 1")
             output = self._diffusion_loss(
-                input_ids,
-                attention_mask,
-                labels,
-                generator,
-                loss_weighting,
-                corruptions,
-                num_items_in_batch,
-                all_hidden_states,
+                input_ids, attention_mask, labels, generator, objective, size, num_items_in_batch, all_hidden_states
             )
             if all_hidden_states:
                 output.hidden_states = tuple(each[:, : input_ids.shape[1]] for each in all_hidden_states)
@@ -596,46 +612,94 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
         generator: torch.Generator | None,
-        weighting: LossWeighting,
-        corruptions: int,
+        objective: DiffusionObjective,
+        size: int,
         num_items_in_batch: torch.Tensor | int | None,
         all_hidden_states: list[torch.Tensor] | None,
     ) -> TwoTowerOutput:
         """All blocks from the first one with a label on, denoised at once from one frozen context pass."""
-        check_objective(weighting, corruptions)
+        corruptions, fixed = objective.corruptions, generator is None and not self.training
         # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
-        size = self.config.block_size
         ids, mask, trainable = _whole_blocks(input_ids, attention_mask, labels, size)
         # 2. What each block finds in the context tower's cache.
         with torch.no_grad():
-            presents = self.context_tower.read_blocks(ids, mask, size, all_hidden_states)
+            hidden_states, presents = self.context_tower.read_blocks(ids, mask, size, all_hidden_states)
         ids, trainable = (part.repeat_interleave(corruptions, dim=0) for part in (ids, trainable))
         mask = None if mask is None else mask.repeat_interleave(corruptions, dim=0)
-        # 3. Corrupt, and drop the leading blocks in which no row has a label.
-        if generator is None and not self.training:
+        # 3. Fold the blocks from the first one in which a row has a label on into rows (R, S).
+        blocks = ids.shape[1] // size
+        first = int(trainable.any(0).nonzero()[0]) // size if trainable.any() else blocks - 1
+        pasts = [_blocks_from(present, first, blocks, corruptions) for present in presents]
+        layout, tokens = _training_layout(mask, first, blocks, size, len(ids), ids.device)
+
+        def denoised(block_ids: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.denoiser_tower(block_ids, pasts, layout, self._modulations(timestep))
+
+        # 4. Corrupt them: always at random, so that draws do not depend on what decoding would do.
+        if fixed:
             masked = content_masked(ids, mask, trainable, size, corruptions)
         else:
             masked = sample_masked(trainable, size, generator)
-        blocks = ids.shape[1] // size
-        first = int(trainable.any(0).nonzero()[0]) // size if trainable.any() else blocks - 1
-        block_ids = torch.where(masked, self.config.mask_token_id, ids).unflatten(1, (blocks, size))[:, first:]
-        masked = masked.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
-        targets = ids.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
-        pasts = [_blocks_from(present, first, blocks, corruptions) for present in presents]
-        # 4. Denoise (R, S) and average over the masked positions, of which there may be none.
-        layout, tokens = _training_layout(mask, first, blocks, size, len(ids), ids.device)
-        timestep = masked.sum(-1) / tokens.clamp(min=1)
-        hidden_states = self.denoiser_tower(block_ids.flatten(0, 1), pasts, layout, self._modulations(timestep))
-        loss = masked_cross_entropy(
-            self.lm_head(hidden_states[masked]),
-            targets[masked],
-            timestep[:, None].expand_as(masked)[masked],
-            weighting,
-            None if num_items_in_batch is None else expected_weight(num_items_in_batch, weighting, corruptions),
+        masked, targets, trainable = (
+            part.unflatten(1, (blocks, size))[:, first:].flatten(0, 1) for part in (masked, ids, trainable)
         )
-        if generator is None and not self.training and loss.requires_grad:
+        corruption = Corruption(targets.masked_fill(masked, self.config.mask_token_id), masked)
+        if objective.decoded_masks and not fixed:
+            with torch.no_grad():
+                all_masked = targets.masked_fill(trainable, self.config.mask_token_id)
+                logits = self.lm_head(denoised(all_masked, trainable.sum(-1) / tokens.clamp(min=1)))
+            corruption = decoded_corruption(
+                corruption, logits, targets, trainable, self.config.mask_token_id, objective, generator
+            )
+        # 5. Denoise and average over the masked positions, of which there may be none.
+        block_ids, masked = corruption
+        timestep = masked.sum(-1) / tokens.clamp(min=1)
+        logits = self.lm_head(denoised(block_ids, timestep)[masked])
+        teaching: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if objective.distillation:
+            teaching = self._teaching(hidden_states, mask, masked, first, blocks, corruptions)
+        loss = weighted_mean(
+            position_losses(logits, targets[masked], objective, *teaching),
+            timestep[:, None].expand_as(masked)[masked],
+            objective.weighting,
+            None
+            if num_items_in_batch is None
+            else expected_weight(num_items_in_batch, objective.weighting, corruptions),
+        )
+        if fixed and loss.requires_grad:
             loss.register_hook(_warn_of_fixed_masks)
         return TwoTowerOutput(loss=loss, masked_tokens=masked.sum())
+
+    @torch.no_grad()
+    def _teaching(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None,
+        masked: torch.Tensor,
+        first: int,
+        blocks: int,
+        corruptions: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The context tower's prediction of each masked position, from the token before it.
+
+        Args:
+            hidden_states: (B, T, H) the context tower's.
+            mask: (B x corruptions, T) bool, True on tokens; None when all are.
+            masked: (R, S), of each row the blocks from `first` on, of its `blocks`.
+
+        Returns:
+            (M, V) logits, and (M,) bool, False where there is no token before.
+        """
+        size = masked.shape[1]
+        rows, offsets = masked.nonzero(as_tuple=True)
+        texts, numbers = rows // (blocks - first), rows % (blocks - first) + first
+        before = numbers * size + offsets - 1
+        taught = before >= 0
+        before = before.clamp(min=0)
+        if mask is not None:
+            taught = taught & mask[texts, before]
+        return self.context_lm_head(hidden_states[texts // corruptions, before]), taught
 
     def _ids_or_placeholders(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor | None
@@ -826,7 +890,7 @@ class ContextTower(TwoTowerBackbone):
         mask: torch.Tensor | None,
         block_size: int,
         all_hidden_states: list[torch.Tensor] | None = None,
-    ) -> list[Present]:
+    ) -> tuple[torch.Tensor, list[Present]]:
         """
         Read whole sequences once and keep, per layer, what every block of them would find in the cache.
 
@@ -837,10 +901,11 @@ class ContextTower(TwoTowerBackbone):
             all_hidden_states: a list to which what each layer is given, (B, T, H), is added, and then the normed ones.
 
         Returns:
-            Per layer: keys and values (B, Hkv, T, D), or states before each block (B x T / S, ...).
+            (B, T, H) normed hidden states, and per layer keys and values (B, Hkv, T, D), or states before each block
+            (B x T / S, ...).
         """
         layout = ChunkLayout(mask, block_mask=mask, causal=True, state_every=block_size)
-        return self.run_layers(self.embeddings(input_ids), None, layout, all_hidden_states=all_hidden_states)[1]
+        return self.run_layers(self.embeddings(input_ids), None, layout, all_hidden_states=all_hidden_states)
 
 
 class DenoiserTower(TwoTowerBackbone):

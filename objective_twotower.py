@@ -1,21 +1,85 @@
 """The masked-diffusion training objective, as pure functions of tokens and hidden states.
 
 Corruption and loss follow NVIDIA's Megatron-LM training: t ~ U[0.001, 1], every token masked with probability t,
-mean cross-entropy over masked positions against the token at the same position. Here each block draws its own t.
+mean cross-entropy over masked positions against the token at the same position. Here each block draws its own t. What
+a [`DiffusionObjective`] adds to it are options.
 
-Shapes: B batch, T tokens (a multiple of S), S block, M masked positions, V vocabulary.
+Shapes: B batch, T tokens (a multiple of S), S block, R blocks, M masked positions, V vocabulary.
 """
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 
+from .decoding.rules import commit_confident, entropy_of
 from .decoding.sampling import content_seeds, derived_seeds, uniform_noise
 from .kernels.precision import at_least_float32
 
 MIN_TIMESTEP = 1e-3
 LossWeighting = Literal["mean", "inverse_timestep"]
+
+
+@dataclass(frozen=True)
+class DiffusionObjective:
+    """
+    What the training loss is, beyond NVIDIA's; `model.objective` is the one that `model(..., labels=...)` computes.
+
+    Args:
+        weighting: "mean" or "inverse_timestep", see [`masked_cross_entropy`].
+        corruptions: how often each block is masked and denoised per pass of the context tower.
+        distillation: w in [0, 1], how much of the cross-entropy is replaced by the divergence from the context
+            tower's own next-token distribution at the same position, (1 - w) CE + w T^2 KL (Hinton et al. 2015,
+            arXiv 1503.02531). Its logits come from the one frozen pass that is taken anyway. For text of high entropy,
+            of which a token tells less than a distribution does; the first token of a text has no such distribution.
+        distillation_temperature: T, which divides both towers' logits in the divergence.
+        confidence: weight of the entropy of those predictions that are right (LLaDA 2.0's confidence-aware loss, arXiv
+            2512.15745; dParallel, arXiv 2509.26488). It makes them sure enough to be committed together, and leaves
+            alone what is wrong or undecided.
+        decoded_masks: share of blocks, in [0, 1], that are masked as decoding leaves them: all masked, denoised once
+            without gradients, predictions committed by the released code's rule, and trained on the rest. For one
+            more denoiser pass per batch. Where the pass commits a whole block, it is masked at random as the others.
+        decoded_tokens: what such a block shows at committed positions: the "true" tokens, so that the loss stays a
+            conditional likelihood of the text, or the denoiser's "own", right or wrong, as in generating (scheduled
+            sampling, Bengio et al. 2015, arXiv 1506.03099).
+        confidence_threshold: in (0, 1], above which such a pass commits.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    weighting: LossWeighting = "mean"
+    corruptions: int = 1
+    distillation: float = 0.0
+    distillation_temperature: float = 1.0
+    confidence: float = 0.0
+    decoded_masks: float = 0.0
+    decoded_tokens: Literal["true", "own"] = "true"
+    confidence_threshold: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_objective(self.weighting, self.corruptions)
+        for name in ("distillation", "decoded_masks"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a share in [0, 1]")
+        if not 0 < self.distillation_temperature < float("inf"):
+            raise ValueError(
+                f"distillation_temperature is {self.distillation_temperature}; it must be positive and finite"
+            )
+        if not 0 <= self.confidence < float("inf"):
+            raise ValueError(f"confidence is {self.confidence}; it must be at least 0 and finite")
+        if self.decoded_tokens not in ("true", "own"):
+            raise ValueError(f"decoded_tokens is {self.decoded_tokens!r}; use true or own")
+        if not 0 < self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold is {self.confidence_threshold}; it must be in (0, 1]")
+
+
+class Corruption(NamedTuple):
+    """Blocks as the denoiser gets them, (R, S) ids, and which of their positions are masked, (R, S) bool."""
+
+    block_ids: torch.Tensor
+    masked: torch.Tensor
 
 
 def check_objective(weighting: str, corruptions: int) -> None:
@@ -83,6 +147,99 @@ def expected_weight(items: torch.Tensor | int, weighting: LossWeighting, corrupt
     return torch.as_tensor(items).flatten()[0].clamp(min=1) * corruptions * share
 
 
+def decoded_corruption(
+    at_random: Corruption,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    trainable: torch.Tensor,
+    mask_token_id: int,
+    objective: DiffusionObjective,
+    generator: torch.Generator | None = None,
+) -> Corruption:
+    """
+    Replace some blocks' random masks by those that one pass of decoding leaves.
+
+    Args:
+        at_random: (R, S) what blocks are otherwise.
+        logits: (R, S, V) the denoiser's, of the blocks with all `trainable` positions masked.
+        targets: (R, S) the tokens of the text.
+        trainable: (R, S) bool, True where a token may be masked.
+        mask_token_id: which is never committed.
+        objective: its `decoded_masks`, `decoded_tokens` and `confidence_threshold`.
+        generator: of the choice of blocks; default torch's global one.
+    """
+    probabilities = at_least_float32(logits).index_fill(-1, logits.new_tensor([mask_token_id]).long(), -torch.inf)
+    confidence, tokens = probabilities.softmax(-1).max(-1)
+    committed = commit_confident(confidence, trainable, trainable.shape[1], objective.confidence_threshold)
+    left = trainable & ~committed
+    draws = torch.rand(len(left), generator=generator, device=None if generator is None else generator.device)
+    # A share of 1 is all blocks: draws lie in [0, 1).
+    chosen = ((draws.to(left.device) < objective.decoded_masks) & left.any(-1))[:, None]
+    shown = tokens if objective.decoded_tokens == "own" else targets
+    block_ids = torch.where(committed, shown, targets).masked_fill(left, mask_token_id)
+    return Corruption(torch.where(chosen, block_ids, at_random.block_ids), torch.where(chosen, left, at_random.masked))
+
+
+def position_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    objective: DiffusionObjective,
+    teacher_logits: torch.Tensor | None = None,
+    taught: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Each masked position's loss, before it is weighted.
+
+    Args:
+        logits: (M, V) the denoiser's.
+        targets: (M,) token ids.
+        objective: its `distillation`, `distillation_temperature` and `confidence`.
+        teacher_logits: (M, V) the context tower's for the same positions, with `distillation`.
+        taught: (M,) bool, False where there are none: there it is the cross-entropy alone.
+
+    Returns:
+        (M,) float32 (float64 for float64).
+    """
+    logits = at_least_float32(logits)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    if teacher_logits is not None and taught is not None:
+        temperature = objective.distillation_temperature
+        teacher = (at_least_float32(teacher_logits) / temperature).log_softmax(-1)
+        student = (logits / temperature).log_softmax(-1)
+        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+        losses = torch.where(taught, losses.lerp(divergence, objective.distillation), losses)
+    if objective.confidence:
+        right = logits.detach().argmax(-1) == targets
+        losses = losses + objective.confidence * torch.where(right, entropy_of(logits), 0)
+    return losses
+
+
+def weighted_mean(
+    losses: torch.Tensor,
+    timestep: torch.Tensor,
+    weighting: LossWeighting = "mean",
+    total_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Average the losses of masked positions.
+
+    Args:
+        losses: (M,).
+        timestep: (M,) masked fraction of each position's block.
+        weighting: "mean" counts every position alike (NVIDIA's objective); "inverse_timestep" divides each by its
+            timestep, so that every block counts alike however much of it is masked (the 1 / t of masked diffusion's
+            likelihood bound, Sahoo et al. 2024, arXiv 2406.07524).
+        total_weight: scalar, what to divide the weighted sum by; default the sum of the weights, for an average.
+
+    Returns:
+        Scalar; 0 (with gradient 0) where nothing is masked.
+    """
+    weights = torch.ones_like(losses) if weighting == "mean" else 1 / timestep.to(losses.dtype)
+    if total_weight is None:
+        total_weight = weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return (losses * weights).sum() / total_weight.to(losses.device)
+
+
 def masked_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -91,32 +248,29 @@ def masked_cross_entropy(
     total_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Average the cross-entropy of masked positions.
+    Average the cross-entropy of masked positions: [`weighted_mean`] of [`position_losses`] without options.
 
     Args:
         logits: (M, V).
         targets: (M,) token ids.
-        timestep: (M,) masked fraction of each position's block.
-        weighting: "mean" counts every position alike (NVIDIA's objective); "inverse_timestep" divides each by its
-            timestep, so that every block counts alike however much of it is masked (the 1 / t of masked diffusion's
-            likelihood bound, Sahoo et al. 2024).
-        total_weight: scalar, what to divide the weighted sum by; default the sum of the weights, for an average.
+        timestep, weighting, total_weight: see [`weighted_mean`].
 
     Returns:
         Scalar float32 (float64 for float64); 0 (with gradient 0) where nothing is masked.
     """
-    losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
-    weights = torch.ones_like(losses) if weighting == "mean" else 1 / timestep.to(losses.dtype)
-    if total_weight is None:
-        total_weight = weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return (losses * weights).sum() / total_weight.to(losses.device)
+    return weighted_mean(position_losses(logits, targets, DiffusionObjective()), timestep, weighting, total_weight)
 
 
 __all__ = [
+    "Corruption",
+    "DiffusionObjective",
     "LossWeighting",
     "check_objective",
     "content_masked",
+    "decoded_corruption",
     "expected_weight",
     "masked_cross_entropy",
+    "position_losses",
     "sample_masked",
+    "weighted_mean",
 ]

@@ -238,9 +238,9 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
     return backbone
 
 
-def config_of_backbone(backbone: NemotronHForCausalLM, **fields: Any) -> TwoTowerConfig:
-    """The config of a TwoTower on a backbone; `fields` are those that TwoTowerConfig adds."""
-    config = backbone.config.to_dict()
+def config_of_backbone(backbone: NemotronHForCausalLM | NemotronHConfig, **fields: Any) -> TwoTowerConfig:
+    """The config of a TwoTower on a backbone, or of its config; `fields` are those that TwoTowerConfig adds."""
+    config = (backbone if isinstance(backbone, NemotronHConfig) else backbone.config).to_dict()
     for name in BACKBONE_ONLY_FIELDS.split():
         config.pop(name, None)
     return TwoTowerConfig(**{**config, **fields})

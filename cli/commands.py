@@ -217,13 +217,33 @@ def info(
 
 @app.command()
 def train(
-    folder: Annotated[Path, typer.Argument(help="Gets tokenizer, model and log; continues what it holds.")],
-    seed: Annotated[int, typer.Option(help="Of weights, problems and masks.")] = 0,
-    context_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the context tower.")] = None,
-    denoiser_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the denoiser.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A YAML file, see docs/training.md; or a folder, which gets the demonstration model."),
+    ],
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the finished model here, NAME or OWNER/NAME; before the recipe's.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Train here; before the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="FOLDER: of weights, problems and masks.")] = 0,
+    context_steps: Annotated[int | None, typer.Option(min=1, help="FOLDER: steps of the context tower.")] = None,
+    denoiser_steps: Annotated[int | None, typer.Option(min=1, help="FOLDER: steps of the denoiser.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="FOLDER: CPU threads.")] = 1,
 ) -> None:
-    """Train the demonstration model, the context tower first, then the denoiser; resumable."""
+    """
+    Train as a recipe says, or, into a folder, the demonstration model: the context tower first, then the denoiser.
+
+    Either goes on where it was stopped, killed or not, when it is called again.
+    """
+    if recipe.suffix in (".yaml", ".yml"):
+        if (seed, context_steps, denoiser_steps, threads) != (0, None, None, 1):
+            raise ValueError(
+                "--seed, --context-steps, --denoiser-steps and --threads go with a folder; edit the recipe"
+            )
+        _train_recipe(recipe, folder, push_to_hub)
+        return
+    if folder is not None or push_to_hub is not None:
+        raise ValueError(f"--folder and --push-to-hub go with a recipe; {recipe} is no .yaml file")
     import torch
 
     from ..demo.training import CONTEXT, DENOISER, train_demo
@@ -233,7 +253,21 @@ def train(
         replace(CONTEXT, steps=context_steps or CONTEXT.steps),
         replace(DENOISER, steps=denoiser_steps or DENOISER.steps),
     )
-    train_demo(folder, stages, seed)
+    train_demo(recipe, stages, seed)
+
+
+def _train_recipe(file: Path, folder: Path | None, push_to_hub: str | None) -> None:
+    from ..training.recipe import HubRecipe, read_recipe
+
+    asked = read_recipe(file)
+    if folder is not None:
+        asked = replace(asked, folder=str(folder))
+    if push_to_hub is not None:
+        asked = replace(asked, hub=HubRecipe(push_to_hub, None if asked.hub is None else asked.hub.private))
+    from ..training.run import train as train_by
+
+    _quiet_unless_watched(None)
+    typer.echo(train_by(asked))
 
 
 @app.command("eval")
@@ -579,3 +613,7 @@ def _whole_numbers(text: str, option: str) -> list[int]:
     if min(numbers, default=0) < 1:
         raise ValueError(f"{option} is {text!r}; give whole numbers of at least 1 separated by commas, e.g. 1,16")
     return numbers
+
+
+if __name__ == "__main__":  # accelerate launch -m twotower.cli.commands train RECIPE.yaml
+    app()

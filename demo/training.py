@@ -18,8 +18,8 @@ from ..configuration_twotower import TwoTowerConfig
 from ..generation_twotower import TwoTowerGenerationConfig
 from ..inputs_twotower import pack_tokens
 from ..modeling_twotower import TwoTowerForBlockDiffusion
+from ..training.optimizer import ExpertBalancer, MatrixOptimizer
 from .batches import IGNORED, Batch, training_batches
-from .optimizer import ExpertBalancer, MatrixOptimizer
 from .problems import training_problems
 from .tokenizer import train_tokenizer
 

@@ -21,6 +21,7 @@ from twotower.demo import evaluation, rules_evaluation, training
 from twotower.demo.problems import training_problems
 from twotower.demo.rules_evaluation import draw_rules
 from twotower.demo.tokenizer import train_tokenizer
+from twotower.training import run as training_run
 
 QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 
@@ -252,6 +253,34 @@ def test_train_hands_its_options_on(tmp_path, monkeypatch):
     assert (folder, seed) == (tmp_path, 4)
     assert [(stage.name, stage.steps) for stage in stages] == [("context", 5), ("denoiser", training.DENOISER.steps)]
     assert run("train", tmp_path, "--denoiser-steps", 0, code=2)
+
+
+def test_train_follows_a_recipe(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(training_run, "train", lambda recipe: calls.append(recipe) or tmp_path / "model")
+    file = tmp_path / "recipe.yaml"
+    file.write_text("folder: run\nsteps: 3\nmodel: {checkpoint: demo}\ndata: {files: [a.jsonl]}\n")
+    assert run("train", file).stdout.strip() == str(tmp_path / "model")
+    run("train", file, "--folder", tmp_path / "other", "--push-to-hub", "me/mine")
+    first, second = calls
+    assert (first.folder, first.hub, first.steps) == ("run", None, 3)
+    assert (second.folder, second.hub.repository) == (str(tmp_path / "other"), "me/mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe.yaml", "--seed", 3], "--denoiser-steps and --threads go with a folder; edit the recipe"),
+        (
+            ["folder", "--push-to-hub", "me/mine"],
+            "--folder and --push-to-hub go with a recipe; folder is no .yaml file",
+        ),
+        (["absent.yaml"], "No such file or directory"),
+    ],
+)
+def test_train_refuses_what_does_not_go_together(arguments, message):
+    result = run("train", *arguments, code=1 if "absent.yaml" in arguments else 2)
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_export_writes_a_hub_folder(checkpoint, tmp_path):

@@ -10,6 +10,8 @@ from tolerances import GRADIENTS, assert_close
 from transformers import Trainer, TrainingArguments, set_seed
 
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+from twotower.objective_twotower import DiffusionObjective
+from twotower.training.collator import BlockCollator
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in random_ids(6, 12)]
 
@@ -75,6 +77,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(shards, tmp_path):
     whole.train()
     files = len(list((tmp_path / "checkpoint-2").glob("*.safetensors")))
     assert files == 1 if shards == "one file" else files > 2
+    resumed, rest = run(seed=1)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(weights(resumed), weights(model))
+
+
+def test_with_our_collator_and_objective_it_resumes_as_exactly(tmp_path):
+    """Layouts are no draws, so a resumed run does not repeat them; block lengths are mixed on the way."""
+    objective = DiffusionObjective(confidence=0.1, distillation=0.2)
+
+    def run(seed):
+        model = student_model("all kinds", seed=seed)
+        model.objective = objective
+        set_seed(0)
+        made = trainer(model, tmp_path, save_strategy="steps", save_steps=2, max_steps=5)
+        made.data_collator = BlockCollator(2, [4, 8])
+        return model, made
+
+    model, whole = run(seed=0)
+    whole.train()
     resumed, rest = run(seed=1)
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(weights(resumed), weights(model))

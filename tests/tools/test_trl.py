@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from twotower.demo.problems import training_problems
 from twotower.demo.tokenizer import train_tokenizer
+from twotower.training.collator import BlockCollator
 
 
 class DenoiserSFTTrainer(SFTTrainer):
@@ -31,8 +32,9 @@ def train(kind: type[SFTTrainer], model, tokenizer, folder: Path, **arguments) -
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     defaults = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+    collator = {"data_collator": arguments.pop("data_collator")} if "data_collator" in arguments else {}
     config = SFTConfig(str(folder), **{**defaults, **quiet, **arguments})
-    kind(model, config, train_dataset=Dataset.from_list(problems), processing_class=tokenizer).train()
+    kind(model, config, **collator, train_dataset=Dataset.from_list(problems), processing_class=tokenizer).train()
     return {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
@@ -40,6 +42,23 @@ def test_the_denoiser_learns_with_our_loss(tokenizer, tmp_path):
     model = student_model("all kinds", vocab_size=len(tokenizer))
     changed = train(DenoiserSFTTrainer, model, tokenizer, tmp_path)
     assert changed == {"denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables"}
+
+
+def test_it_takes_our_collator(tokenizer, tmp_path):
+    """Which lays out what SFTTrainer makes of prompts and completions."""
+    model, widths = student_model("all kinds", vocab_size=len(tokenizer)), []
+    collate = BlockCollator(tokenizer.eos_token_id, model.config.block_size)
+
+    def watched(rows):
+        batch = collate(rows)
+        widths.append(batch["input_ids"].shape[1] % model.config.block_size)
+        # A prompt is read and not trained on.
+        assert (batch["labels"] == -100).sum() > (batch["attention_mask"] == 0).sum()
+        return batch
+
+    changed = train(DenoiserSFTTrainer, model, tokenizer, tmp_path, data_collator=watched)
+    assert changed == {"denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables"}
+    assert set(widths) == {0}
 
 
 def test_the_context_tower_learns_with_its_own_if_asked_to(tokenizer, tmp_path):

@@ -3,8 +3,8 @@
 import torch
 from tiny import random_ids, tiny_model
 
-from twotower.demo.optimizer import ExpertBalancer, MatrixOptimizer
 from twotower.modeling_twotower import TwoTowerRouter
+from twotower.training.optimizer import ExpertBalancer, MatrixOptimizer
 
 
 def trained(steps, optimizer=None, model=None):

@@ -1,0 +1,182 @@
+"""Documents from files: every kind, in an order that can be gone on with, and what is refused about them."""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from twotower.demo.problems import training_problems
+from twotower.demo.tokenizer import train_tokenizer
+from twotower.training.collator import BlockCollator, Document
+from twotower.training.data import Batches, Documents, found_files
+from twotower.training.recipe import DataRecipe
+
+SIZE, MASK = 8, 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(islice(training_problems(0), 50), 280)
+
+
+def write(folder: Path, rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
+    file = folder / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def documents(tokenizer, recipe: DataRecipe) -> list[Document]:
+    read = Documents(recipe, tokenizer, SIZE, MASK, seed=0)
+    return [document for example in read.examples for document in read.of(example)]
+
+
+TEXTS = [f"Tom has {number} apples and buys 3 more at the fair." for number in range(30)]
+
+
+def test_every_kind_of_file_and_a_repository_give_the_same(tokenizer, tmp_path):
+    write(tmp_path, [{"text": text} for text in TEXTS])
+    (tmp_path / "data.txt").write_text("\n".join(TEXTS) + "\n")
+    (tmp_path / "repository").mkdir()
+    for place in (tmp_path / "data.parquet", tmp_path / "repository" / "train.parquet"):
+        Dataset.from_list([{"text": text} for text in TEXTS]).to_parquet(place)
+    expected = [Document(tokenizer(text).input_ids) for text in TEXTS]
+    for kind in ("jsonl", "txt", "parquet"):
+        assert documents(tokenizer, DataRecipe(files=[str(tmp_path / f"data.{kind}")])) == expected, kind
+    assert documents(tokenizer, DataRecipe(dataset=str(tmp_path / "repository"))) == expected
+    assert len(documents(tokenizer, DataRecipe(dataset=str(tmp_path / "repository"), examples=7))) == 7
+
+
+def test_a_prompt_and_its_completion(tokenizer, tmp_path):
+    file = write(tmp_path, [{"q": TEXTS[0], "a": " He has 3."}])
+    (document,) = documents(tokenizer, DataRecipe(files=[file], prompt="q", completion="a"))
+    prompt = tokenizer(TEXTS[0]).input_ids
+    answer = tokenizer(" He has 3.", add_special_tokens=False).input_ids
+    assert document == Document(prompt + answer, len(prompt))
+
+
+def test_long_texts_are_cut_and_lose_nothing(tokenizer, tmp_path):
+    file = write(tmp_path, [{"text": " ".join(TEXTS[:5])}])
+    cut = documents(tokenizer, DataRecipe(files=[file], max_tokens=20))
+    assert [token for piece in cut for token in piece.ids] == tokenizer(" ".join(TEXTS[:5])).input_ids
+    assert [piece.ends for piece in cut] == [False] * (len(cut) - 1) + [True]
+    assert all(SIZE <= len(piece.ids) <= 20 + SIZE for piece in cut)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet", "generated"])
+def test_batches_go_on_where_they_were(kind, tokenizer, tmp_path):
+    """Over epochs and pools, from a position that went through JSON."""
+    write(tmp_path, [{"text": text} for text in TEXTS])
+    (tmp_path / "data.txt").write_text("\n".join(TEXTS) + "\n")
+    Dataset.from_list([{"text": text} for text in TEXTS]).to_parquet(tmp_path / "data.parquet")
+    origin = {"files": [str(tmp_path / f"data.{kind}")]}
+    if kind == "generated":
+        origin = {"generated": "word_problems"}
+    recipe = DataRecipe(**origin, pool=12)
+
+    def batches() -> Batches:
+        return Batches(Documents(recipe, tokenizer, SIZE, MASK, 0), BlockCollator(2, SIZE), 5, seed=4)
+
+    whole = batches()
+    taken, positions = [], []
+    for _ in range(20):
+        positions.append(json.dumps(whole.position()))
+        taken.append(next(whole)["input_ids"].tolist())
+    assert whole.epoch == (0 if kind == "generated" else 2)
+    for at in (0, 1, 3, 7, 8, 13):
+        rest = batches()
+        rest.go_to(json.loads(positions[at]))
+        assert [next(rest)["input_ids"].tolist() for _ in range(4)] == taken[at : at + 4], at
+
+
+def test_every_document_comes_once_an_epoch(tokenizer, tmp_path):
+    recipe = DataRecipe(files=[write(tmp_path, [{"text": text} for text in TEXTS])], pool=12)
+    batches = Batches(Documents(recipe, tokenizer, SIZE, MASK, 0), BlockCollator(2, SIZE), 4, seed=0)
+    orders: list[list[str]] = [[], []]
+    while True:
+        batch = next(batches)
+        if batches.epoch == 2:
+            break
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            orders[batches.epoch].append(tokenizer.decode(row[mask], skip_special_tokens=True).strip())
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(TEXTS)
+    assert orders[0] != orders[1] and orders[0] != TEXTS
+
+
+WRONG = {
+    "no such column": ([{"body": "a"}], {}, "has no column 'text', but body; name one in data.text"),
+    "no text": ([{"text": TEXTS[0]}, {"text": 3}], {"text": "text"}, "example [12] of .*data.jsonl .*(int|could not)"),
+    "an empty document": (
+        [{"text": " \n"}],
+        {},
+        "example 1 of .* is empty in 'text': give it text, or .*unusable: skip",
+    ),
+    "a short one": (
+        [{"text": "Tom"}],
+        {},
+        "example 1 of .* has 4 tokens, and a document must have 8.*data.min_tokens",
+    ),
+    "a block too long": (
+        [{"text": TEXTS[0]}],
+        {"max_tokens": 7},
+        "data.max_tokens is 7, less than a block of 8 tokens",
+    ),
+    "a prompt too long": (
+        [{"q": " ".join(TEXTS), "a": "b"}],
+        {"prompt": "q", "completion": "a", "max_tokens": 64},
+        "has a prompt of [0-9]+ tokens, of at most 64 in all; raise data.max_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_a_document_is_named(case, tokenizer, tmp_path):
+    rows, options, message = WRONG[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        documents(tokenizer, DataRecipe(files=[write(tmp_path, rows)], **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_documents_may_be_skipped_and_short_ones_filled(tokenizer, tmp_path):
+    file = write(tmp_path, [{"text": "Tom"}, {"text": ""}, {"text": TEXTS[0]}])
+    assert len(documents(tokenizer, DataRecipe(files=[file], unusable="skip"))) == 1
+    assert len(documents(tokenizer, DataRecipe(files=[file], unusable="skip", min_tokens=1))) == 2
+
+
+def test_the_mask_in_a_text_is_refused(tokenizer, tmp_path):
+    recipe = DataRecipe(files=[write(tmp_path, [{"text": TEXTS[0]}])])
+    read = Documents(recipe, tokenizer, SIZE, tokenizer(TEXTS[0]).input_ids[4], seed=0)
+    with pytest.raises(
+        ValueError, match=r"example 1 of .* has token \d+, which is to be \[MASK\]; choose as mask_token_id"
+    ):
+        [read.of(example) for example in read.examples]
+
+
+def test_data_without_a_usable_document_is_refused(tokenizer, tmp_path):
+    recipe = DataRecipe(files=[write(tmp_path, [{"text": ""}])], unusable="skip")
+    batches = Batches(Documents(recipe, tokenizer, SIZE, MASK, 0), BlockCollator(2, SIZE), 5, seed=4)
+    with pytest.raises(ValueError, match="holds no usable document; give data with some"):
+        next(batches)
+
+
+def test_files_that_are_refused(tmp_path):
+    for name in ("a.jsonl", "b.txt", "c.csv"):
+        (tmp_path / name).write_text("")
+    for patterns, message in (
+        (["absent.jsonl"], "data.files has '.*absent.jsonl', which names no file"),
+        (["c.csv"], "data.files are .csv; give .jsonl, .json, .txt, .parquet"),
+        (["a.jsonl", "b.txt"], "data.files are .jsonl, .txt; give files of one kind"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found_files([str(tmp_path / pattern) for pattern in patterns])
+    assert found_files([str(tmp_path / "*.jsonl")]) == [str(tmp_path / "a.jsonl")]
+
+
+def test_a_broken_file_is_named(tokenizer, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"data.jsonl cannot be read") as caught:
+        documents(tokenizer, DataRecipe(files=[str(file)]))
+    assert "\n" not in str(caught.value)

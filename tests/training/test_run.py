@@ -1,0 +1,248 @@
+"""Runs from recipes: what is trained and left behind, and that one that was stopped anyhow ends as if it was not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import GRADIENTS, assert_close
+from training.runs import left_behind, lines, make_inputs, recipe
+from transformers import AutoTokenizer
+
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
+from twotower.training import run as running
+from twotower.training.run import train
+from twotower.training.saving import FolderLock, checkpoints
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return TwoTowerForBlockDiffusion.from_pretrained(folder).state_dict()
+
+
+def test_a_finished_run_leaves_a_model_and_its_log(inputs, tmp_path):
+    folder = train(recipe(inputs, tmp_path, samples={"prompts": ["Question:"], "every": 2, "max_new_tokens": 8}))
+    assert folder == tmp_path / "model"
+    model, tokenizer = TwoTowerForBlockDiffusion.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.generate(**tokenizer("Question:", return_tensors="pt"), max_new_tokens=8).shape[1] > 2
+    before = weights(inputs / "model")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name.startswith("context_") or "correction_bias" in name), name
+    logged = lines(tmp_path / "log.jsonl")
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["items"] > 0 for line in logged)
+    assert [line["step"] for line in lines(tmp_path / "samples.jsonl")] == [2, 4]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000003", "checkpoint-00000004"]
+    # Each of them is a model, too.
+    assert_equal(weights(tmp_path / "checkpoint-00000004"), model.state_dict())
+
+
+def assert_equal(actual, expected):
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_a_finished_run_is_not_run_again(inputs, tmp_path, monkeypatch):
+    train(recipe(inputs, tmp_path))
+    before = left_behind(tmp_path)
+    monkeypatch.setattr(running.Run, "_take_step", None)
+    train(recipe(inputs, tmp_path))
+    assert left_behind(tmp_path) == before
+
+
+def test_killed_at_ten_random_moments_and_at_every_change_of_its_folder_it_ends_the_same(tmp_path):
+    """Bit for bit: weights, moments, tokenizer, log and samples; and nothing half-written stays."""
+    inputs = make_inputs(tmp_path / "inputs", "only -")
+    done = python(TESTS / "training" / "runs.py", inputs, tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["stored"]) == 10 and len(set(result["stored"])) > 2, f"not at unlike moments: {result}"
+    assert all(result["equal"]), result
+    assert len(result["changes"]) > 5 and all(result["changes"]), result
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"name": "muon", "lr": 1e-2, "balance_experts": 1e-3}},
+        {"model__trained_towers": "context"},
+        {"accumulation": 2, "data__block_sizes": [4, 8], "gradient_checkpointing": True},
+        {"objective": {"decoded_masks": 0.5, "distillation": 0.3}},
+        {"data__generated": "word_problems", "data__files": None, "data__prompt": None, "data__completion": None},
+    ],
+    ids=["muon", "context tower", "accumulation", "objective", "generated"],
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(changes, inputs, tmp_path, monkeypatch):
+    """In the middle of the second epoch's pool."""
+    train(recipe(inputs, tmp_path / "whole", steps=9, **changes))
+    real = running.Run._take_step
+
+    def take(run):
+        if run.step == 7:
+            raise KeyboardInterrupt
+        return real(run)
+
+    monkeypatch.setattr(running.Run, "_take_step", take)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(inputs, tmp_path / "parts", steps=9, **changes))
+    monkeypatch.undo()
+    train(recipe(inputs, tmp_path / "parts", steps=9, **changes))
+    whole, parts = left_behind(tmp_path / "whole"), left_behind(tmp_path / "parts")
+    for name, content in whole.items():
+        assert parts[name] == content, name
+
+
+def test_what_a_resumed_run_needs_is_all_stored(inputs, tmp_path, monkeypatch):
+    """Without the optimiser's moments, or from the beginning of the data, it would end otherwise."""
+    train(recipe(inputs, tmp_path / "whole"))
+    real = running.load_checkpoint
+    for name, broken in (("optimizer", None), ("data", {"epoch": 0, "pool": 0, "done": 0, "start": None})):
+        folder = tmp_path / name
+        train(recipe(inputs, folder))
+        for place in (folder / "model", folder / "checkpoint-00000004"):
+            running.write_whole(place, lambda new: None)
+            place.rmdir()
+
+        def load(place, name=name, broken=broken):
+            state = real(place)
+            return state | {name: broken}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "load_checkpoint", load)
+            if broken is None:
+                patch.setattr("twotower.training.optimizer.PeakOptimizer.load_state_dict", lambda *_: None)
+            train(recipe(inputs, folder))
+        found, expected = weights(folder / "model"), weights(tmp_path / "whole" / "model")
+        assert any(not torch.equal(found[key], expected[key]) for key in expected), name
+
+
+def test_other_recipes_data_and_processes_are_refused_by_name(inputs, tmp_path):
+    own = make_inputs(tmp_path / "own")
+    folder = tmp_path / "run"
+    train(recipe(own, folder, steps=1))
+    for changes, message in (
+        ({"steps": 2}, "steps is 2, but .* was begun with 1; put it back, or give another folder"),
+        ({"optimizer": {"lr": 2e-2}}, "optimizer.lr is 0.02, but .* was begun with 0.01"),
+        ({"data__aligned": 0.5}, "data.aligned is 0.5, but .* was begun with 0.6"),
+        ({"objective": {"confidence": 0.1}}, "objective.confidence is 0.1, but"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(recipe(own, folder, **{"steps": 1, **changes}))
+    # What changes no weight may change.
+    train(recipe(own, folder, steps=1, log__every=7, save={"every": 5, "keep": 1}))
+    with open(own / "data.jsonl", "a") as file:
+        file.write('{"question": "more", "answer": "text"}\n')
+    with pytest.raises(ValueError, match=r"data.jsonl has \d+ bytes, but had \d+ when .* was begun"):
+        train(recipe(own, folder, steps=1))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_stored(inputs, tmp_path, monkeypatch):
+    real = running.Run._loss
+
+    def loss(run, *arguments):
+        return real(run, *arguments) * (torch.nan if run.step == 2 else 1)
+
+    monkeypatch.setattr(running.Run, "_loss", loss)
+    with pytest.raises(
+        ValueError, match=r"the loss of step 3 is nan; the last good checkpoint is .*checkpoint-00000002"
+    ):
+        train(recipe(inputs, tmp_path))
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-00000002"
+    assert all(tensor.isfinite().all() for tensor in weights(checkpoints(tmp_path)[-1]).values())
+    monkeypatch.undo()
+    train(recipe(inputs, tmp_path))  # goes on from there
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_too(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    with pytest.raises(ValueError, match=r"the gradients' norm of step 1 is inf; there is no checkpoint yet"):
+        train(recipe(inputs, tmp_path))
+    assert not checkpoints(tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_not_stored(inputs, tmp_path, monkeypatch):
+    real = running.Run._take_step
+
+    def take(run):
+        step = real(run)
+        if run.step == 2:
+            run.plain.lm_head.weight.data[0, 0] = torch.nan
+        return step
+
+    monkeypatch.setattr(running.Run, "_take_step", take)
+    with pytest.raises(ValueError, match=r"lm_head.weight is no number after step 3.*checkpoint-00000002"):
+        train(recipe(inputs, tmp_path))
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-00000002"
+
+
+def test_two_trainers_in_one_folder_are_refused(inputs, tmp_path):
+    with FolderLock(tmp_path), pytest.raises(ValueError, match=rf"is being trained in by process {os.getpid()} on .*"):
+        train(recipe(inputs, tmp_path))
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(inputs, tmp_path):
+    script = (
+        "import os, signal\nfrom pathlib import Path\nfrom twotower.training.saving import FolderLock\n"
+        f"FolderLock(Path({str(tmp_path)!r})).__enter__()\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert python("-c", script).returncode == -9
+    assert "process" in (tmp_path / "lock").read_text()
+    train(recipe(inputs, tmp_path, steps=1))
+    assert (tmp_path / "lock").read_text() == ""
+
+
+def test_an_evaluation_is_the_same_every_time_and_takes_no_draws(inputs, tmp_path):
+    asked = {"evaluation": {"data": {"files": [str(inputs / "data.jsonl")], "text": "text"}, "every": 2}}
+    train(recipe(inputs, tmp_path / "with", **asked))
+    train(recipe(inputs, tmp_path / "without"))
+    assert_equal(weights(tmp_path / "with" / "model"), weights(tmp_path / "without" / "model"))
+    logged = [line for line in lines(tmp_path / "with" / "log.jsonl") if "eval_loss" in line]
+    assert [line["step"] for line in logged] == [2, 4]
+    run = running.Run(recipe(inputs, tmp_path / "with", **asked), tmp_path / "with", running.Accelerator(cpu=True))
+    assert run.evaluate() == logged[-1]["eval_loss"]
+
+
+def test_accumulated_batches_are_those_of_a_larger_step(inputs, tmp_path):
+    """Of the same documents under the same masks the gradients would be equal; here it is that all are counted."""
+    train(recipe(inputs, tmp_path / "one", batch_size=1, accumulation=2, steps=2))
+    train(recipe(inputs, tmp_path / "two", batch_size=2, accumulation=1, steps=2))
+    first, second = (lines(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    assert sum(line["items"] for line in first) > 0 and sum(line["items"] for line in second) > 0
+
+
+def test_two_processes_train_as_one_that_accumulates(tmp_path):
+    inputs = make_inputs(tmp_path)
+    train(recipe(inputs, tmp_path / "one", accumulation=2))
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nimport torch\nfrom training.runs import recipe\n"
+        "from twotower.training.run import train\ntorch.set_num_threads(1)\n"
+        f"train(recipe(Path({str(inputs)!r}), Path({str(tmp_path / 'two')!r})))\n"
+    )
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    done = python(*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", script)
+    assert done.returncode == 0, done.stderr[-4000:]
+    start, one, two = (weights(tmp_path / name) for name in ("model", "one/model", "two/model"))
+    for name, tensor in one.items():
+        assert_close(two[name] - start[name], tensor - start[name], slack=100 * GRADIENTS)
+    for first, second in zip(
+        lines(tmp_path / "one" / "log.jsonl"), lines(tmp_path / "two" / "log.jsonl"), strict=True
+    ):
+        assert abs(first["loss"] - second["loss"]) < 1e-4 and first["items"] == second["items"]

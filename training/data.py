@@ -1,0 +1,256 @@
+"""Documents of a recipe's data, in an order that a resumed run goes on with.
+
+`datasets` streams files or a repository. Documents are read a pool at a time; a pool is shuffled, put together by
+length and cut into batches. What a run has to remember is where its pool began and how many batches of it are done:
+the pool is read again, and its order is drawn from seed, epoch and pool alone.
+"""
+
+import glob
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .collator import BlockCollator, Document, grouped
+from .recipe import DataRecipe
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+GENERATED = "generated problem"
+
+
+class Examples:
+    """A recipe's examples as mappings of columns, from a position on that can be stored."""
+
+    def __init__(self, recipe: DataRecipe, seed: int = 0):
+        self.recipe, self.seed = recipe, seed
+        self.origin = recipe.dataset or GENERATED
+        self.stream: Any = None
+        if recipe.generated is None:
+            self.stream = self._open()
+        self.taken = 0
+
+    def _open(self) -> Any:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError('reading data needs datasets; pip install "twotower[train]"') from error
+        recipe = self.recipe
+        if recipe.files is not None:
+            files = found_files(recipe.files)
+            self.origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+            kind = BUILDERS[Path(files[0]).suffix]
+            options = {"sample_by": recipe.text_by} if kind == "text" else {}
+            return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+        assert recipe.dataset is not None
+        return load_dataset(recipe.dataset, recipe.subset, split=recipe.split, streaming=True)
+
+    def state(self) -> Any:
+        """Where the next example is."""
+        return {"taken": self.taken, "stream": None if self.stream is None else self.stream.state_dict()}
+
+    def load_state(self, state: Any) -> None:
+        self.taken = state["taken"]
+        if self.stream is not None and state["stream"] is not None:
+            self.stream.load_state_dict(state["stream"])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rest of the epoch; afterwards the next epoch's."""
+        source = islice(self._source(), self._left())
+        while (example := self._next(source)) is not None:
+            self.taken += 1
+            yield example
+        self.taken = 0
+        if self.stream is not None:
+            # A stream that has ended, or is left early, would go on there.
+            self.stream = self._open()
+
+    def _next(self, source: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        if self.stream is None:
+            return next(source, None)
+        from datasets.exceptions import DatasetsError
+        from pyarrow import ArrowException
+
+        try:
+            return next(source, None)
+        except (DatasetsError, ArrowException, ValueError) as error:
+            problem = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{self.origin} cannot be read after example {self.taken}: {problem}") from error
+
+    def _left(self) -> int | None:
+        return None if self.recipe.examples is None else self.recipe.examples - self.taken
+
+    def _source(self) -> Iterator[dict[str, Any]]:
+        if self.stream is not None:
+            return iter(self.stream)
+        from ..demo.problems import training_problems
+
+        problems = islice(training_problems(self.seed), self.taken, None)
+        return ({"prompt": each.prompt, "completion": " " + each.answer} for each in problems)
+
+
+class Documents:
+    """Examples as documents of token ids: checked, tokenized, and cut where they are too long."""
+
+    def __init__(
+        self, recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase, block_size: int, mask_token_id: int, seed: int
+    ):
+        self.recipe, self.tokenizer, self.mask_token_id = recipe, tokenizer, mask_token_id
+        self.examples = Examples(recipe, seed)
+        sizes = recipe.block_sizes or [block_size]
+        if recipe.max_tokens < max(sizes):
+            raise ValueError(
+                f"data.max_tokens is {recipe.max_tokens}, less than a block of {max(sizes)} tokens; give at least that"
+            )
+        self.min_tokens = max(sizes) if recipe.min_tokens is None else recipe.min_tokens
+        self.columns = [name for name in (recipe.text, recipe.prompt, recipe.completion) if name is not None]
+        if recipe.generated is not None:
+            self.columns = self.columns or ["prompt", "completion"]
+        self.columns = self.columns or ["text"]
+
+    def of(self, example: dict[str, Any]) -> list[Document]:
+        """An example's documents; none, where it is unusable and may be skipped."""
+        texts = [self._text(example, column) for column in self.columns]
+        ids = self._ids(texts[0], special=True)
+        prompt = 0
+        if len(texts) == 2:
+            prompt, ids = len(ids), ids + self._ids(texts[1], special=False)
+        problem = self._problem(texts, ids)
+        if problem is not None:
+            if self.recipe.unusable == "skip":
+                return []
+            raise ValueError(f"{self._where()} {problem}, or leave such out with data.unusable: skip")
+        if self.mask_token_id in ids:
+            raise ValueError(
+                f"{self._where()} has token {self.mask_token_id}, which is to be [MASK]; choose as mask_token_id one "
+                "that no text has"
+            )
+        if prompt >= self.recipe.max_tokens:
+            raise ValueError(
+                f"{self._where()} has a prompt of {prompt} tokens, of at most {self.recipe.max_tokens} in all; raise "
+                "data.max_tokens, or leave it out"
+            )
+        return self._cut(ids, prompt)
+
+    def _cut(self, ids: list[int], prompt: int) -> list[Document]:
+        """Pieces of at most `max_tokens`; a rest shorter than a document may be is left with the piece before it."""
+        size = self.recipe.max_tokens
+        starts = [start for start in range(0, len(ids), size) if start == 0 or len(ids) - start >= self.min_tokens]
+        ends = [*starts[1:], min(len(ids), starts[-1] + size)]
+        return [
+            Document(ids[start:end], prompt if start == 0 else 0, end == len(ids))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+
+    def _text(self, example: dict[str, Any], column: str) -> str:
+        if column not in example:
+            raise ValueError(
+                f"{self.examples.origin} has no column {column!r}, but {', '.join(map(str, example))}; name one in "
+                "data.text, or two in data.prompt and data.completion"
+            )
+        text = example[column]
+        if not isinstance(text, str):
+            raise ValueError(f"{self._where()} has a {type(text).__name__} as {column!r}; give text")
+        return text
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+
+    def _problem(self, texts: list[str], ids: list[int]) -> str | None:
+        for column, text in zip(self.columns, texts, strict=True):
+            if not text.strip():
+                return f"is empty in {column!r}: give it text"
+        if len(ids) < self.min_tokens:
+            return (
+                f"has {len(ids)} tokens, and a document must have {self.min_tokens}: fill it up with end-of-text by a "
+                "smaller data.min_tokens"
+            )
+        return None
+
+    def _where(self) -> str:
+        return f"example {self.examples.taken} of {self.examples.origin}"
+
+
+class Batches:
+    """
+    Laid-out batches without end, epoch after epoch.
+
+    `position()` is where the next batch is, as plain values; `go_to` a position of the same recipe goes on there.
+    """
+
+    def __init__(self, documents: Documents, collator: BlockCollator, batch_size: int, seed: int):
+        self.documents, self.collator, self.batch_size, self.seed = documents, collator, batch_size, seed
+        self.epoch = self.pool = self.done = 0
+        self.start: Any = None
+        self.batches: list[list[Document]] = []
+        self.examples: Iterator[dict[str, Any]] | None = None
+
+    def position(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"epoch": self.epoch, "pool": self.pool, "done": self.done, "start": self.start}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        self.epoch, self.pool, self.start = position["epoch"], position["pool"], position["start"]
+        if self.start is not None:
+            self.documents.examples.load_state(self.start)
+            self._read_pool()
+        self.done = position["done"]
+
+    def __next__(self) -> dict[str, Any]:
+        if self.done == len(self.batches):
+            self._next_pool()
+        batch = self.batches[self.done]
+        self.done += 1
+        return self.collator(batch, salt=self.epoch)
+
+    def _next_pool(self) -> None:
+        self.pool += 1
+        self._start_pool()
+        if self.batches:
+            return
+        # The epoch has ended. (Not "while": data without a usable document would be read for ever.)
+        self.epoch, self.pool, self.examples = self.epoch + 1, 0, None
+        self._start_pool()
+        if not self.batches:
+            raise ValueError(f"{self.documents.examples.origin} holds no usable document; give data with some")
+
+    def _start_pool(self) -> None:
+        self.start = self.documents.examples.state()
+        self._read_pool()
+
+    def _read_pool(self) -> None:
+        if self.examples is None:
+            self.examples = iter(self.documents.examples)
+        pool: list[Document] = []
+        for number, example in enumerate(self.examples, start=1):
+            pool += self.documents.of(example)
+            if number >= self.documents.recipe.pool and pool:
+                break
+        rng = random.Random(f"{self.seed} {self.epoch} {self.pool}")
+        self.batches, self.done = grouped(pool, self.batch_size, rng), 0
+
+
+def found_files(patterns: list[str]) -> list[str]:
+    """The files that paths and patterns name, of one kind."""
+    files: list[str] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        if not found:
+            raise ValueError(f"data.files has {pattern!r}, which names no file; give a path that exists")
+        files += found
+    kinds = {Path(file).suffix for file in files}
+    if unknown := sorted(kinds - BUILDERS.keys()):
+        raise ValueError(f"data.files are {', '.join(unknown)}; give {', '.join(BUILDERS)}")
+    if len({BUILDERS[kind] for kind in kinds}) > 1:
+        raise ValueError(f"data.files are {', '.join(sorted(kinds))}; give files of one kind")
+    return files
+
+
+def sizes_of(recipe: DataRecipe) -> dict[str, int]:
+    """Each file's size, by which a resumed run notices other data."""
+    return {} if recipe.files is None else {file: Path(file).stat().st_size for file in found_files(recipe.files)}
+
+
+__all__ = ["Batches", "Documents", "Examples", "found_files", "sizes_of"]
