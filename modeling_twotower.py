@@ -1143,8 +1143,8 @@ def _all_experts(
     """Every expert's output for every token, times its weight, which may be none."""
     shares = weights.new_zeros(len(weights), experts.num_experts).scatter(1, indices, weights)
     activated = experts.act_fn(hidden_states @ experts.up_proj.transpose(1, 2))  # (E, T, I)
-    weighted = (activated * shares.t()[..., None]).to(activated.dtype)
-    return torch.bmm(weighted, experts.down_proj.transpose(1, 2)).sum(0)
+    outputs = torch.bmm(activated, experts.down_proj.transpose(1, 2))
+    return (outputs * shares.t()[..., None]).sum(0).to(hidden_states.dtype)
 
 
 def _grouped_experts(

@@ -41,6 +41,8 @@ class Engine:
         self.model, self.cache, self.device, self.synced = model, cache, device, synced
         # A pass; with other ranks, once it is its turn.
         self.run = model._pass if synced else lambda part, *args: getattr(model, part)(*args)
+        # Quantised and sharded weights are more than tensors, and not made for inference mode.
+        self.special_weights = synced or any(type(weight) is not torch.nn.Parameter for weight in model.parameters())
         self.rows: list[Row] = []  # that go on, in the order of the cache's rows
         self.parked: list[Row] = []  # behind them, those that have ended and whose cache is kept
         self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
@@ -67,8 +69,8 @@ class Engine:
     def step(self) -> None:
         """One iteration: open canvases, at most one pass of each tower, and let the rows that have ended leave."""
         # In inference mode passes cost less, but what is shown to code of the user's could not be changed later, nor
-        # be a gradient's beginning; and FSDP2 cannot gather parameters in it.
-        ordinary = self.synced or any(row.request.runs_users_code for row in self.rows)
+        # be a gradient's beginning.
+        ordinary = self.special_weights or any(row.request.runs_users_code for row in self.rows)
         with torch.no_grad() if ordinary else torch.inference_mode():
             for rows in _groups([row for row in self.rows if row.phase == OPEN]):
                 with self.guarded(rows):
