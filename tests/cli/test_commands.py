@@ -21,6 +21,7 @@ from twotower.demo.problems import training_problems
 from twotower.demo.rules_evaluation import draw_rules
 from twotower.demo.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_training")
 QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 
 

@@ -35,6 +35,8 @@ from twotower.demo.problems import held_out_problems, training_problems
 from twotower.demo.rules_evaluation import SAMPLED, compare_rules, rules_table, seeds_of_prompts
 from twotower.demo.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_training")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
