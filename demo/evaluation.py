@@ -461,8 +461,9 @@ def title(report: dict[str, Any]) -> str:
 
 
 def asked_text(report: dict[str, Any]) -> str:
-    seeds = ", ".join(map(str, report["seeds"]))
-    return f"{report['problems']} held-out problems (seed{'s' * (len(report['seeds']) > 1)} {seeds})"
+    seeds = report.get("seeds") or [report["seed"]]  # older reports have one
+    named = ", ".join(map(str, seeds))
+    return f"{report['problems']} held-out problems (seed{'s' * (len(seeds) > 1)} {named})"
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
