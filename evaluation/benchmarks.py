@@ -7,7 +7,7 @@ card's need, and code that is run here) the tasks are ours, below. So difference
 card and one measured here may be the prompt's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,3 +228,12 @@ CARD = (
         dry_task="mgsm_native_cot_en",
     ),
 )
+
+
+def chosen(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
+    """The benchmarks of these keys, all by default."""
+    known = {benchmark.key: benchmark for benchmark in CARD}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{name!r} is no benchmark of the card; give some of {', '.join(known)}")
+    return CARD if names is None else tuple(known[name] for name in dict.fromkeys(names))

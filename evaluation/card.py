@@ -39,15 +39,6 @@ FEWSHOT_SEED = 1234
 DRY_SHOTS, DRY_TOKENS = 2, 48
 
 
-def chosen(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
-    """The benchmarks of these keys, all by default."""
-    known = {benchmark.key: benchmark for benchmark in CARD}
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"{name!r} is no benchmark of the card; give some of {', '.join(known)}")
-    return CARD if names is None else tuple(known[name] for name in dict.fromkeys(names))
-
-
 def settings_of(model: Any, name: str, limit: int | None, dry_run: bool) -> dict[str, Any]:
     """What cells of one file must agree in."""
     return {
@@ -223,13 +214,7 @@ def table(report: dict[str, Any], benchmarks: Sequence[Benchmark] = CARD) -> tup
     for benchmark in benchmarks:
         cells = report["cells"].get(benchmark.key, {})
         ar, diffusion = (cells.get(column, {"empty": "not run"}) for column in COLUMNS)
-        figures = {"ar": cell_figures(ar, ar), "diffusion": cell_figures(diffusion, diffusion)}
-        both = cell_figures(diffusion, ar)
-        shown = {
-            name: "-" if one is None else percent(one["accuracy"], one["accuracy_stderr"])
-            for name, one in figures.items()
-        }
-        count = next((str(one["questions"]) for one in figures.values() if one is not None), "-")
+        ours, theirs, both = cell_figures(ar, ar), cell_figures(diffusion, diffusion), cell_figures(diffusion, ar)
         rows.append(
             [
                 benchmark.name,

@@ -22,6 +22,7 @@ from ..demo.evaluation import (
     asked_text,
     end_ids,
     environment,
+    held_out_text,
     pass_figures,
     same_answers,
     speed_figures,
@@ -113,6 +114,17 @@ def fewer_passes(reference: Run, run: Run) -> dict[str, Any]:
 
 def title(report: dict[str, Any]) -> str:
     return f"{asked_text(report)}, greedy, batch {report['batch_size']}, {report['model']}"
+
+
+def footnote(report: dict[str, Any]) -> str:
+    """What the figures of a report are of."""
+    return (
+        f"± is one standard error over problems, of speeds over batches; what is next to AR's is paired. "
+        f"{held_out_text(report)}Passes are over both towers. Thresholds, block sizes and steps are of "
+        f"mask_diffusion, which stays at threshold 0.8, the block size trained and 16 steps; acceptance is of "
+        f"self_speculative.\n{report['dtype']} on {report['device']}, {report['machine']['threads']} of "
+        f"{report['machine']['cores']} cores; {report['date']}"
+    )
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
