@@ -330,9 +330,9 @@ def evaluate(
         _write_whole(json_file, lambda file: file.write_text(figures))
     console = output_console()
     shown: Any = curves if curve else evaluation
-    table = rules_evaluation.rules_table(report) if rules else shown.table(report)
+    header, rows = rules_evaluation.rules_table(report) if rules else shown.table(report)
     title = rules_evaluation.rules_title(report) if rules else shown.title(report)
-    show_table(console, title, *table, left_columns=2 if rules or curve else 1)
+    show_table(console, title, header, rows, left_columns=2 if rules or curve else 1)
     if not rules:
         console.print(shown.footnote(report), soft_wrap=True)
     if png_file is not None:

@@ -417,14 +417,15 @@ def _speed(run: Run) -> Estimate:
 
 def speedup_figures(runs: dict[int, dict[str, Run]], name: str, figure: str, over: str) -> dict[str, Any]:
     """Of one variant over another, timed side by side, by batch size; paired by batch."""
-    ratios, errors = {}, {}
+    ratios: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
     for size, run in runs.items():
         ours, theirs = run[name], run[over]
         ratios[str(size)] = ours.tokens_per_second / theirs.tokens_per_second
         errors[str(size)] = None
         if ours.batch_seconds:
-            above, below = [ours.batch_tokens, theirs.batch_seconds], [ours.batch_seconds, theirs.batch_tokens]
-            errors[str(size)] = quotient(above, below).stderr
+            above: list[Sequence[float]] = [ours.batch_tokens, theirs.batch_seconds]
+            errors[str(size)] = quotient(above, [ours.batch_seconds, theirs.batch_tokens]).stderr
     return {figure: ratios, f"{figure}_stderr": errors}
 
 

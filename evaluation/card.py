@@ -115,6 +115,7 @@ def measure_card(
             say(f"{benchmark.name}, {column}")
             requests = None if file is None else file.with_name(f"{file.name}.requests") / f"{benchmark.key}-{column}"
             cells[column] = measure_cell(lms[column], benchmark, report["settings"], run_code, requests)
+            report.setdefault("figures", {})[benchmark.key] = benchmark_figures(benchmark, cells)
             if file is not None:
                 write_whole(file, json.dumps(report, indent=1) + "\n")
                 if "right" in cells[column] and requests is not None:
@@ -186,6 +187,14 @@ def write_whole(file: Path, text: str) -> None:
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def benchmark_figures(benchmark: Benchmark, cells: dict[str, Any]) -> dict[str, Any]:
+    """For readers of the file: the card's columns and ours, mask diffusion's next to `ar`'s."""
+    ar, diffusion = (cells.get(column, {}) for column in COLUMNS)
+    card = {"ar": benchmark.ar, "diffusion": benchmark.diffusion, "shots": benchmark.shots}
+    ours = {"ar": cell_figures(ar, ar), "diffusion": cell_figures(diffusion, ar)}
+    return {"name": benchmark.name, "card": card, **ours}
 
 
 def cell_figures(cell: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any] | None:

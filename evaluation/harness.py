@@ -109,7 +109,7 @@ class TwoTowerLM(HFLM):
         seed, the prompt, and which repetition of the same request it is.
         """
         repetitions: Counter[str] = Counter()
-        asked = [self._arguments(*request.args, repetitions) for request in requests]
+        asked = [self._arguments(request.args[0], request.args[1], repetitions) for request in requests]
         # The longest first, so that what does not fit into memory fails at once, and a bar never promises too much.
         order = sorted(range(len(asked)), key=lambda number: -len(asked[number]["input_ids"]))
         texts = [""] * len(asked)
@@ -171,11 +171,11 @@ class TwoTowerLM(HFLM):
         """Of requests (texts, context ids, continuation ids): log-likelihood, and whether it is greedy."""
         if self.likelihood == "context":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        knobs = {"block_size": self.knobs.get("block_size"), "samples": self.likelihood_samples}
+        samples, block_size = self.likelihood_samples, self.knobs.get("block_size")
         answers = []
         for texts, context, continuation in requests:
             kept = context[len(continuation) - self.max_length :] if self.max_length < math.inf else context
-            estimate = denoiser_log_likelihood(self.model, kept, continuation, **knobs)
+            estimate = denoiser_log_likelihood(self.model, kept, continuation, samples, block_size)
             self.likelihood_errors.append(estimate.stderr)
             answers.append((estimate.value, estimate.is_first_guess))
             if texts is not None:

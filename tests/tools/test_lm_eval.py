@@ -7,7 +7,6 @@ Log-likelihoods are the context tower's, or estimates of the denoiser's.
 import json
 import sys
 from functools import partial
-from itertools import combinations
 
 import lm_eval
 import pytest
@@ -21,7 +20,6 @@ from lm_eval.tasks import TaskManager
 import twotower
 from twotower.demo.evaluation import context_tower_in_transformers
 from twotower.evaluation import harness
-from twotower.evaluation.denoiser_likelihood import denoiser_log_likelihood
 from twotower.evaluation.harness import TwoTowerLM
 from twotower.generation_twotower import MODES
 
@@ -157,46 +155,6 @@ def test_a_long_prompt_is_cut_on_the_left(model, tokenizer):
     assert lm.generate_until([long], True) == [tokenizer.decode(expected, skip_special_tokens=True)]
     with pytest.raises(ValueError, match="64 new tokens were asked of a model of 64"):
         lm.generate_until([Instance("generate_until", {}, ("a", {"max_gen_toks": 64}), 0)], True)
-
-
-def exact_bound(model, context, continuation):
-    """The same expectation by every mask there is."""
-    length, size = len(continuation), model.config.block_size
-    cache, total = model(torch.tensor([context]), use_cache=True).cache, 0.0
-    for count in range(1, length + 1):
-        masks = list(combinations(range(length), count))
-        for masked in masks:
-            block = torch.full((1, size), model.config.mask_token_id)
-            for place, token in enumerate(continuation):
-                block[0, place] = model.config.mask_token_id if place in masked else token
-            logits = model.denoise(block, cache)[0]
-            logits[:, model.config.mask_token_id] = float("-inf")
-            logs = logits.log_softmax(-1)
-            total += length / count * sum(float(logs[i, continuation[i]]) for i in masked) / len(masks) / length
-    return total
-
-
-@torch.no_grad()
-def test_the_denoisers_estimate_is_within_its_error_of_the_whole_sum(model, tokenizer):
-    context = tokenizer(PROMPTS[0]).input_ids
-    continuation = tokenizer(" After buying, 8", add_special_tokens=False).input_ids
-    assert 3 <= len(continuation) <= 6
-    exact = exact_bound(model, context, continuation)
-    found = denoiser_log_likelihood(model, context, continuation, samples=400)
-    assert 0 < found.stderr < 0.2 * abs(exact)
-    assert found.value == pytest.approx(exact, abs=4 * found.stderr)
-    one = denoiser_log_likelihood(model, context, continuation[:1], samples=2)
-    assert one.value == pytest.approx(exact_bound(model, context, continuation[:1]), rel=1e-5) and one.stderr < 1e-6
-
-
-def test_a_text_of_several_blocks_is_as_likely_as_its_blocks(model, tokenizer):
-    ids = tokenizer(PROMPTS[0] + " After buying, 124 + 57 = 181 apples. After giving, 181 - 38 = 143").input_ids
-    context, continuation = ids[:-20], ids[-20:]
-    whole = denoiser_log_likelihood(model, context, continuation, samples=300)
-    first = denoiser_log_likelihood(model, context, continuation[:16], samples=300)
-    second = denoiser_log_likelihood(model, ids[:-4], continuation[16:], samples=300)
-    error = (whole.stderr**2 + first.stderr**2 + second.stderr**2) ** 0.5
-    assert whole.value == pytest.approx(first.value + second.value, abs=4 * error)
 
 
 def test_estimates_come_with_their_errors(model, tokenizer):
