@@ -19,7 +19,7 @@ from typing import Any
 from zlib import crc32
 
 from .benchmarks import CARD, Benchmark
-from .examples import ROWS
+from .examples import ASKED_ROWS, ROWS
 from .figures import accuracy_figures, percent
 
 try:
@@ -175,8 +175,9 @@ def load_tasks(benchmark: Benchmark, dry_run: bool) -> tuple[TaskManager, list[A
 def _local_dataset(key: str, **_: Any) -> Any:
     from datasets import Dataset, DatasetDict
 
-    rows = Dataset.from_list(ROWS[key]())
-    return DatasetDict(dict.fromkeys(("train", "validation", "dev", "prompt", "test"), rows))
+    shown, asked = Dataset.from_list(ROWS[key]()), Dataset.from_list(ASKED_ROWS.get(key, ROWS[key])())
+    # Of WinoGrande what is asked is the validation split.
+    return DatasetDict(dict.fromkeys(("train", "validation", "dev", "prompt"), shown) | {"test": asked})
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -107,6 +107,11 @@ def _lite() -> list[dict[str, Any]]:
     ]
 
 
+def _mgsm_questions() -> list[dict[str, Any]]:
+    """Of the set that is asked, which comes without worked answers."""
+    return [{"question": text, "answer": None, "answer_number": right} for text, _, right in _SUMS]
+
+
 def _mgsm() -> list[dict[str, Any]]:
     return [
         {
@@ -131,3 +136,5 @@ ROWS = {
     "mmlu_global_lite": _lite,
     "mgsm": _mgsm,
 }
+# Where the rows that are asked are of another form than those shown before them.
+ASKED_ROWS = {"mgsm": _mgsm_questions}

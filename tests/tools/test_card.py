@@ -45,6 +45,8 @@ class Scripted(LM):
         return texts
 
     def _text(self, doc):
+        if "answer_number" in doc:
+            return f" It is so. The answer is {doc['answer_number']}."
         if "entry_point" in doc:
             return next(code for what, code in PROGRAMS.items() if what in doc["prompt"])
         if "code" in doc:
@@ -57,7 +59,7 @@ class Scripted(LM):
             return f" {'ABCD'[doc['answer']]}"
         if len(doc["answer"]) == 1:
             return f" {doc['answer']}."
-        return f" It is so. The answer is {doc.get('answer_number', doc['answer'].split('#### ')[-1])}."
+        return f" It is so. The answer is {doc['answer'].split('#### ')[-1]}."
 
 
 def scripted(diffusion=True, **options):
