@@ -21,6 +21,7 @@ from zlib import crc32
 from .benchmarks import CARD, Benchmark
 from .examples import ASKED_ROWS, ROWS
 from .figures import accuracy_figures, percent
+from .harness import TooLong
 
 try:
     import lm_eval
@@ -113,14 +114,22 @@ def measure_card(
                 say(f"{benchmark.name}, {column}: there already")
                 continue
             say(f"{benchmark.name}, {column}")
-            requests = None if file is None else file.with_name(f"{file.name}.requests") / f"{benchmark.key}-{column}"
+            requests = None if file is None else _requests_folder(file, benchmark, column, report["settings"])
             cells[column] = measure_cell(lms[column], benchmark, report["settings"], run_code, requests)
             report.setdefault("figures", {})[benchmark.key] = benchmark_figures(benchmark, cells)
             if file is not None:
                 write_whole(file, json.dumps(report, indent=1) + "\n")
                 if "right" in cells[column] and requests is not None:
                     shutil.rmtree(requests, ignore_errors=True)
+                    if requests.parent.is_dir() and not any(requests.parent.iterdir()):
+                        requests.parent.rmdir()
     return report
+
+
+def _requests_folder(file: Path, benchmark: Benchmark, column: str, settings: dict[str, Any]) -> Path:
+    """Where the answers of a cell are kept until it is done: of these settings, and no others."""
+    kind = crc32(json.dumps(settings, sort_keys=True).encode())
+    return file.with_name(f"{file.name}.requests") / f"{benchmark.key}-{column}-{kind:08x}"
 
 
 def measure_cell(
@@ -134,17 +143,20 @@ def measure_cell(
     except (ImportError, AssertionError, OSError) as error:  # what lm-eval's tasks and datasets raise on loading
         return {"empty": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     started = time.perf_counter()
-    results = lm_eval.simple_evaluate(
-        lm,
-        tasks=tasks,
-        task_manager=manager,
-        num_fewshot=shots or None,
-        gen_kwargs={"max_gen_toks": DRY_TOKENS} if settings["dry_run"] else None,
-        limit=settings["limit"],
-        use_cache=None if requests is None else str(requests / "answers"),
-        bootstrap_iters=0,
-        fewshot_random_seed=settings["fewshot_seed"],
-    )
+    try:
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=shots or None,
+            gen_kwargs={"max_gen_toks": DRY_TOKENS} if settings["dry_run"] else None,
+            limit=settings["limit"],
+            use_cache=None if requests is None else str(requests / "answers"),
+            bootstrap_iters=0,
+            fewshot_random_seed=settings["fewshot_seed"],
+        )
+    except TooLong as error:
+        return {"empty": str(error)}
     right = {
         task: "".join(
             str(round(sample[benchmark.metric])) for sample in samples if sample["filter"] == benchmark.filter

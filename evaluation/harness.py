@@ -12,7 +12,6 @@ with this model, too:
 
 import inspect
 import logging
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +43,10 @@ READING = (
     *("truncation", "logits_cache", "max_length", "softmax_dtype", "add_bos_token", "prefix_token_id"),
     *("think_end_token", "enable_thinking", "chat_template_args", "max_batch_size"),
 )
+
+
+class TooLong(ValueError):
+    """What is asked for does not fit into the model's longest text."""
 
 
 @register_model("twotower")
@@ -83,7 +86,8 @@ class TwoTowerLM(HFLM):
         **options: Any,
     ):
         self.knobs = {name: options.pop(name) for name in KNOBS if name in options}
-        reading = {name: options.pop(name) for name in READING if name in options}
+        known = inspect.signature(HFLM.__init__).parameters
+        reading = {name: options.pop(name) for name in READING if name in options and name in known}
         TwoTowerGenerationConfig(**self.knobs).validate()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size!r}; give a whole number of at least 1")
@@ -127,7 +131,7 @@ class TwoTowerLM(HFLM):
         knobs = self.knobs | {name: value for name, value in settings.items() if name not in ("until", *LENGTHS)}
         most = next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), self.max_gen_toks)
         if most >= self.max_length:
-            raise ValueError(
+            raise TooLong(
                 f"{most} new tokens were asked of a model of {self.max_length}; give a smaller max_gen_toks, or a "
                 "larger max_length"
             )
@@ -174,8 +178,10 @@ class TwoTowerLM(HFLM):
         samples, block_size = self.likelihood_samples, self.knobs.get("block_size")
         answers = []
         for texts, context, continuation in requests:
-            kept = context[len(continuation) - self.max_length :] if self.max_length < math.inf else context
-            estimate = denoiser_log_likelihood(self.model, kept, continuation, samples, block_size)
+            room = self.max_length - len(continuation)
+            if room < 1:
+                raise TooLong(f"a continuation has {len(continuation)} tokens, the model room for {self.max_length}")
+            estimate = denoiser_log_likelihood(self.model, context[-room:], continuation, samples, block_size)
             self.likelihood_errors.append(estimate.stderr)
             answers.append((estimate.value, estimate.is_first_guess))
             if texts is not None:
@@ -229,8 +235,6 @@ def main() -> None:
 
     cli_evaluate()
 
-
-assert set(READING) <= set(inspect.signature(HFLM.__init__).parameters)
 
 if __name__ == "__main__":
     main()

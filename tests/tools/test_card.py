@@ -124,7 +124,22 @@ def test_an_interrupted_run_goes_on_with_the_next_question(tmp_path):
     assert said[:2] == ["GSM8K, ar: there already", "GSM8K, diffusion: there already"]
     assert (len(second["ar"].asked), len(second["diffusion"].asked)) == (2, 4)
     assert set(report["cells"]["mgsm"]["ar"]["right"].values()) == {"1111"}
-    assert not list((tmp_path / "card.json.requests").iterdir()), "answers are kept no longer than needed"
+    assert not (tmp_path / "card.json.requests").exists(), "answers are kept no longer than needed"
+
+
+def test_answers_of_other_settings_are_not_taken_over(tmp_path):
+    file, benchmarks = tmp_path / "card.json", chosen(["gsm8k"])
+    with pytest.raises(KeyboardInterrupt):
+        measure_card(scripted(until_interrupted=2), open_report(file, SETTINGS), file, benchmarks)
+    other = scripted()
+    report = measure_card(other, open_report(file, {**SETTINGS, "model": "another"}), file, benchmarks)
+    assert len(other["ar"].asked) == 4 and report["settings"]["model"] == "another"
+
+
+def test_a_benchmark_that_asks_for_longer_texts_than_there_can_be_says_so(model, tokenizer):
+    lms = dict.fromkeys(COLUMNS, TwoTowerLM(model, tokenizer, mode="ar", max_length=40))
+    report = measure_card(lms, open_report(None, SETTINGS), None, chosen(["gsm8k"]))
+    assert report["cells"]["gsm8k"]["ar"]["empty"].startswith("48 new tokens were asked of a model of 40")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 import twotower
 from twotower.demo.evaluation import context_tower_in_transformers
 from twotower.evaluation import harness
+from twotower.evaluation.denoiser_likelihood import denoiser_log_likelihood
 from twotower.evaluation.harness import TwoTowerLM
 from twotower.generation_twotower import MODES
 
@@ -155,6 +156,12 @@ def test_a_long_prompt_is_cut_on_the_left(model, tokenizer):
     assert lm.generate_until([long], True) == [tokenizer.decode(expected, skip_special_tokens=True)]
     with pytest.raises(ValueError, match="64 new tokens were asked of a model of 64"):
         lm.generate_until([Instance("generate_until", {}, ("a", {"max_gen_toks": 64}), 0)], True)
+    estimating = TwoTowerLM(model, tokenizer, max_length=8, likelihood="denoiser", likelihood_samples=2)
+    kept = estimating.loglikelihood([Instance("loglikelihood", {}, (PROMPTS[0], " 21"), 0)], True)
+    ids = tokenizer(PROMPTS[0] + " 21").input_ids[-8:]
+    assert kept[0][0] == denoiser_log_likelihood(model, ids[:-3], ids[-3:], samples=2).value
+    with pytest.raises(ValueError, match=r"a continuation has \d+ tokens, the model room for 8"):
+        estimating.loglikelihood([Instance("loglikelihood", {}, ("a", PROMPTS[0]), 0)], True)
 
 
 def test_estimates_come_with_their_errors(model, tokenizer):
