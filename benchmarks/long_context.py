@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 import twotower
+from twotower.bench.reports import environment
 from twotower.cache_twotower import KeyValueLayer, TwoTowerCache
-from twotower.demo.evaluation import environment
 from twotower.kernels.block_attention import block_attention
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 

@@ -273,55 +273,96 @@ def _train_recipe(file: Path, folder: Path | None, push_to_hub: str | None) -> N
 @app.command("eval")
 def evaluate(
     model: Model = None,
-    problems: Annotated[int, typer.Option(help="Held-out word problems to ask.")] = 208,
-    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    problems: Annotated[int, typer.Option(help="Held-out word problems to ask, shared out among the seeds.")] = 2000,
+    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Of the problems, comma-separated.")] = "2,3,4",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures here; --card goes on with what it holds.")
+    ] = None,
     batch_sizes: Annotated[
-        str, typer.Option(help="Comma-separated; accuracy is that of the first, of --rules that of the last.")
+        str,
+        typer.Option(help="Comma-separated; accuracy is that of the first; --rules, --curve, --card take the last."),
     ] = "1,16",
     repeats: Annotated[int, typer.Option(help="Time everything so often, in turn; speeds are the median's.")] = 1,
     rules: Annotated[
         bool, typer.Option("--rules", help="Compare unmasking rules and verification instead of the modes.")
     ] = False,
-    png_file: Annotated[Path | None, typer.Option("--png", help="With --rules: draw the curves here.")] = None,
+    curve: Annotated[
+        bool,
+        typer.Option("--curve", help="Accuracy, passes, speed against threshold, block size, steps, acceptance."),
+    ] = False,
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="With --rules or --curve: draw the curves here.")
+    ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="The model card's benchmarks by lm-eval, beside its figures; resumable.")
+    ] = False,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="With --card: some of them, comma-separated, e.g. gsm8k,mmlu.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --card: so many questions of a task.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="With --card: run programs that the model writes, as two of them need.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --card: a few questions of our own, without network.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """
     Measure accuracy, passes and speed of every mode on held-out problems, next to transformers' own NemotronH; with
-    --rules accuracy against passes of every unmasking rule, and of drafts verified exactly or not.
+    --rules accuracy against passes of every unmasking rule, and of drafts verified exactly or not; with --curve
+    against the knobs of the modes; with --card the benchmarks of the model card. Every figure with its error.
     """
     import torch
     from transformers.utils import logging
 
     from ..bench.reports import write_json, write_whole
     from ..demo import evaluation, rules_evaluation
+    from ..evaluation import curves
+    from . import evaluating
     from .terminal import output_console, show_table, track
 
     sizes = _whole_numbers(batch_sizes, "--batch-sizes")
-    if png_file is not None and not rules:
-        raise ValueError("--png draws the unmasking rules; give --rules, too")
-    if rules and repeats != 1:
-        raise ValueError(f"--repeats is {repeats}, but --rules times nothing; leave it out")
+    names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
+    asked_seeds = _seeds(seeds)
+    if sum((rules, curve, card)) > 1:
+        raise ValueError("give one of --rules, --curve and --card")
+    if not card and (dry_run or run_code or limit is not None or benchmarks is not None):
+        raise ValueError("--benchmarks, --limit, --run-code and --dry-run are about --card; give it, too")
+    if png_file is not None and not (rules or curve):
+        raise ValueError("--png draws the unmasking rules or the curves of knobs; give --rules or --curve, too")
+    if (rules or curve or card) and repeats != 1:
+        what = "--rules times nothing" if rules else f"{'--curve' if curve else '--card'} measures once"
+        raise ValueError(f"--repeats is {repeats}, but {what}; leave it out")
+    if card:
+        evaluating.check_card(json_file, names, dry_run)
     _check_files(json_file, png_file)
     two_towers, tokenizer = _load(model)
     torch.set_num_threads(threads)
     # transformers' NemotronH says once per kernel that this machine has none.
     logging.set_verbosity_error()
-    if rules:
-        report = rules_evaluation.compare_rules(two_towers, tokenizer, problems, seed, sizes[-1], track=track)
+    if card:
+        evaluating.show_card(two_towers, tokenizer, model, json_file, names, sizes[-1], limit, run_code, dry_run)
+        return
+    if curve:
+        report = curves.measure_curves(two_towers, tokenizer, problems, asked_seeds, sizes[-1], track=track)
+    elif rules:
+        report = rules_evaluation.compare_rules(two_towers, tokenizer, problems, asked_seeds, sizes[-1], track=track)
     else:
-        report = evaluation.evaluate(two_towers, tokenizer, problems, seed, sizes, repeats, track)
+        report = evaluation.evaluate(two_towers, tokenizer, problems, asked_seeds, sizes, repeats, track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
         write_json(json_file, report)
     console = output_console()
-    table = rules_evaluation.rules_table(report) if rules else evaluation.table(report)
-    title = rules_evaluation.rules_title(report) if rules else evaluation.title(report)
-    show_table(console, title, *table, left_columns=2 if rules else 1)
+    shown: Any = curves if curve else evaluation
+    header, rows = rules_evaluation.rules_table(report) if rules else shown.table(report)
+    title = rules_evaluation.rules_title(report) if rules else shown.title(report)
+    show_table(console, title, header, rows, left_columns=2 if rules or curve else 1)
     if not rules:
-        console.print(evaluation.footnote(report), soft_wrap=True)
+        console.print(shown.footnote(report), soft_wrap=True)
     if png_file is not None:
-        write_whole(png_file, lambda file: rules_evaluation.draw_rules(report, file))
+        draw = rules_evaluation.draw_rules if rules else shown.draw
+        write_whole(png_file, lambda file: draw(report, file))
 
 
 @app.command()
@@ -392,6 +433,13 @@ def _check_files(json_file: Path | None, png_file: Path | None) -> None:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             check_writable(file)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds is {text!r}; give whole numbers separated by commas, e.g. 2,3,4") from None
 
 
 def _draft_length(text: str | None) -> int | str | None:

@@ -1,4 +1,4 @@
-"""Figures of a checkpoint on held-out word problems: exact match, passes and speed of every mode, side by side.
+"""Figures of a checkpoint on held-out word problems: accuracy, passes and speed of every mode, side by side.
 
 Every batch of problems goes through all variants before the next batch does, so that a busy machine slows all of them
 alike. The yardstick is transformers' own NemotronH with the same context tower's weights.
@@ -19,8 +19,18 @@ from transformers import BatchEncoding, NemotronHConfig, NemotronHForCausalLM, P
 from ..bench.reports import environment
 from ..bench.timing import timed
 from ..configuration_twotower import TwoTowerConfig
+from ..evaluation.figures import Estimate, accuracy_figures, mean, percent, plus_minus, quotient
+from ..evaluation.held_out import (
+    PROBLEMS,
+    SEEDS,
+    Seen,
+    has_unseen_equation,
+    seen_in_training,
+    shares,
+    strictly_held_out,
+)
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from .problems import Problem, extract_result, held_out_problems
+from .problems import Problem, extract_result
 
 # The longest answer has under 70 tokens.
 MAX_NEW_TOKENS = 96
@@ -68,6 +78,7 @@ class Run:
         seconds: wall time of all its `generate` calls, the median if the run was repeated.
         cpu_seconds: likewise, of this thread's own time.
         seconds_of_runs: of each repetition.
+        batch_tokens, batch_seconds: of each batch, likewise.
     """
 
     answers: list[list[int]] = field(default_factory=list)
@@ -77,6 +88,8 @@ class Run:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     seconds_of_runs: list[float] = field(default_factory=list)
+    batch_tokens: list[int] = field(default_factory=list)
+    batch_seconds: list[float] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -90,8 +103,8 @@ class Run:
 def evaluate(
     model: TwoTowerForBlockDiffusion,
     tokenizer: PreTrainedTokenizerBase,
-    problems: int = 208,
-    seed: int = 0,
+    problems: int = PROBLEMS,
+    seed: int | Sequence[int] = SEEDS,
     batch_sizes: Sequence[int] = (1, 16),
     repeats: int = 1,
     track: Callable[[list[BatchEncoding], str], Iterable[BatchEncoding]] = lambda batches, _: batches,
@@ -102,8 +115,8 @@ def evaluate(
     Args:
         model: on its device and in its dtype.
         tokenizer: with a padding token; batches are padded on the left.
-        problems: how many, at least 1.
-        seed: of the problems.
+        problems: how many, at least 1 per seed.
+        seed: of the problems; several share them out evenly.
         batch_sizes: accuracy and passes are those of the first one.
         repeats: how often everything is timed, in turn; speeds are those of the median run.
         track: wraps the batches of one batch size and a description, to show progress; default shows none.
@@ -117,7 +130,7 @@ def evaluate(
         raise ValueError(f"batch_sizes is {list(batch_sizes)}; give whole numbers of at least 1")
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; give at least 1")
-    asked = held_out_problems(problems, seed)
+    asked, whose = asked_problems(problems, seed)
     variants = [*twotower_variants(model), baseline_variant(model)]
     runs: dict[int, dict[str, Run]] = {}
     for batch_size in batch_sizes:
@@ -128,13 +141,26 @@ def evaluate(
                 for number in range(repeats)
             ]
         )
-    settings = {
+    settings = {**whose, "batch_sizes": list(batch_sizes), "repeats": repeats}
+    return settings | summarize(variants, runs, asked, tokenizer, whose["seeds"]) | conditions(model)
+
+
+def asked_problems(problems: int, seed: int | Sequence[int]) -> tuple[list[Problem], dict[str, Any]]:
+    """Those to ask, and for a report how many, of which seeds, and how many have a step training has not shown."""
+    if problems < 1:
+        raise ValueError(f"problems is {problems}; give at least 1")
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seen = seen_in_training()
+    asked = strictly_held_out(problems, seeds, seen)
+    unseen = sum(has_unseen_equation(problem, seen) for problem in asked)
+    return asked, {
         "problems": problems,
-        "seed": seed,
-        "batch_sizes": list(batch_sizes),
-        "repeats": repeats,
+        "seed": seeds[0],
+        "seeds": seeds,
+        "held_out": "no training problem has these numbers, in any order",
+        "with_unseen_equations": unseen,
+        "with_unseen_equations_share": unseen / problems,
     }
-    return settings | summarize(variants, runs, asked, tokenizer) | conditions(model)
 
 
 _TOKENIZED: dict[str, Any] = {
@@ -241,9 +267,11 @@ def answer(
         for variant in variants:
             run = runs[variant.name]
             (generated, rows), seconds = timed(partial(_answer_one, variant, batch, max_new_tokens or MAX_NEW_TOKENS))
+            run.batch_seconds.append(seconds.wall)
             run.seconds += seconds.wall
             run.cpu_seconds += seconds.cpu
             run.answers += [cut_after_end(row, ends) for row in rows]
+            run.batch_tokens.append(sum(map(len, run.answers[-len(rows) :])))
             if generated.denoiser_forwards is not None:
                 run.denoiser_forwards += generated.denoiser_forwards.tolist()
             if generated.context_forwards is not None:
@@ -265,6 +293,8 @@ def median_runs(repetitions: list[dict[str, Run]]) -> dict[str, Run]:
     for name, run in runs.items():
         run.seconds_of_runs = [repetition[name].seconds for repetition in repetitions]
         run.seconds = statistics.median(run.seconds_of_runs)
+        of_batches = zip(*(repetition[name].batch_seconds for repetition in repetitions), strict=True)
+        run.batch_seconds = [statistics.median(seconds) for seconds in of_batches]
     return runs
 
 
@@ -275,7 +305,11 @@ def cut_after_end(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def summarize(
-    variants: Sequence[Variant], runs: dict[int, dict[str, Run]], problems: list[Problem], tokenizer: Any
+    variants: Sequence[Variant],
+    runs: dict[int, dict[str, Run]],
+    problems: list[Problem],
+    tokenizer: Any,
+    seeds: Sequence[int] = (0,),
 ) -> dict[str, Any]:
     """
     Turn runs into figures.
@@ -285,6 +319,7 @@ def summarize(
         runs: per batch size and variant name; accuracy and passes are taken from the first batch size.
         problems: in the order of the answers.
         tokenizer: to read the answers.
+        seeds: that have shared out the problems.
 
     Returns:
         `rows`, one per variant, each with `same_answers_as_first`, how many answers of the first variant it gave
@@ -292,64 +327,96 @@ def summarize(
     """
     first = next(iter(runs.values()))
     correct = {variant.name: are_correct(first[variant.name].answers, problems, tokenizer) for variant in variants}
+    whole = {variant.name: are_whole(first[variant.name].answers, problems, tokenizer) for variant in variants}
     reference, yardstick = variants[0].name, variants[-1].name
     rows = [
         {"name": variant.name, **variant.options}
-        | accuracy_figures(correct[variant.name], correct[reference])
+        | answer_figures(correct, whole, variant.name, reference, problems, seeds)
         | pass_figures(first[variant.name])
         | speed_figures({size: runs[size][variant.name] for size in runs})
-        | {
-            "same_answers_as_first": same_answers([first[reference], first[variant.name]]),
-            "speedup": speedup(runs, variant.name, reference),
-            "speedup_over_transformers": speedup(runs, variant.name, yardstick),
-        }
+        | {"same_answers_as_first": same_answers([first[reference], first[variant.name]])}
+        | speedup_figures(runs, variant.name, "speedup", reference)
+        | speedup_figures(runs, variant.name, "speedup_over_transformers", yardstick)
         for variant in variants
     ]
     return {"rows": rows}
 
 
 def are_correct(answers: list[list[int]], problems: list[Problem], tokenizer: Any) -> list[bool]:
+    """Whether the final result is right."""
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [extract_result(text) == problem.result for text, problem in zip(texts, problems, strict=True)]
 
 
-def accuracy_figures(correct: list[bool], reference: list[bool]) -> dict[str, Any]:
-    """Accuracy and its ratio to the reference's on the same problems, each with its standard error (delta method)."""
-    count, accuracy, base = len(correct), sum(correct) / len(correct), sum(reference) / len(reference)
-    figures: dict[str, Any] = {
-        "correct": sum(correct),
-        "accuracy": accuracy,
-        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / count),
-        "retention": None,
-        "retention_stderr": None,
-    }
-    if base > 0:
-        ratio = accuracy / base
-        residuals = (ours - ratio * theirs for ours, theirs in zip(correct, reference, strict=True))
-        figures["retention"] = ratio
-        figures["retention_stderr"] = math.sqrt(sum(residual**2 for residual in residuals)) / count / base
+def are_whole(answers: list[list[int]], problems: list[Problem], tokenizer: Any) -> list[bool]:
+    """Whether the whole text is the worked answer, names and things included."""
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() == problem.answer for text, problem in zip(texts, problems, strict=True)]
+
+
+def answer_figures(
+    correct: dict[str, list[bool]],
+    whole: dict[str, list[bool]],
+    name: str,
+    reference: str,
+    problems: list[Problem],
+    seeds: Sequence[int],
+    seen: Seen | None = None,
+) -> dict[str, Any]:
+    """
+    Of one variant's answers: the final result's figures, those of the `whole_text`, the final result's `by_seed`, and
+    its figures on the problems that have a step training has not shown; each on its own and next to the reference's.
+    """
+    seen = seen or seen_in_training()
+    figures = accuracy_figures(correct[name], correct[reference])
+    figures["whole_text"] = accuracy_figures(whole[name], whole[reference])
+    figures["by_seed"], start = {}, 0
+    for seed, count in zip(seeds, shares(len(problems), len(seeds)), strict=True):
+        part = slice(start, start + count)
+        figures["by_seed"][str(seed)] = {"problems": count} | accuracy_figures(
+            correct[name][part], correct[reference][part]
+        )
+        start += count
+    unseen = [place for place, problem in enumerate(problems) if has_unseen_equation(problem, seen)]
+    figures["with_unseen_equations"] = {"problems": len(unseen)}
+    if unseen:
+        ours, theirs = ([correct[each][place] for place in unseen] for each in (name, reference))
+        figures["with_unseen_equations"] |= accuracy_figures(ours, theirs)
     return figures
 
 
 def pass_figures(run: Run) -> dict[str, Any]:
-    """Of both towers where they are counted, and of the denoiser alone."""
-    passes = sum(run.denoiser_forwards) if run.denoiser_forwards else None
-    reads = sum(run.context_forwards) if run.context_forwards else None
-    lengths = [length for length in run.accepted_lengths if not math.isnan(length)]
+    """Of both towers where they are counted, and of the denoiser alone; errors over problems."""
+    tokens = [len(answer) for answer in run.answers]
+    nothing = Estimate(None, None)
+    per_pass, of_denoiser, passes = nothing, nothing, list[int]()
+    if run.denoiser_forwards:
+        of_denoiser = quotient([tokens], [run.denoiser_forwards])
+    if run.context_forwards:
+        denoiser = run.denoiser_forwards or [0] * len(tokens)
+        passes = [ours + theirs for ours, theirs in zip(run.context_forwards, denoiser, strict=True)]
+        per_pass = quotient([tokens], [passes])
+    accepted = mean([length for length in run.accepted_lengths if not math.isnan(length)])
     return {
         "tokens": run.tokens,
-        "denoiser_passes": passes,
-        "context_passes": reads,
-        "tokens_per_denoiser_pass": run.tokens / passes if passes else None,
-        "tokens_per_pass": run.tokens / (reads + (passes or 0)) if reads else None,
-        "mean_accepted_length": statistics.fmean(lengths) if lengths else None,
+        "denoiser_passes": sum(run.denoiser_forwards) if run.denoiser_forwards else None,
+        "context_passes": sum(run.context_forwards) if run.context_forwards else None,
+        "tokens_per_denoiser_pass": of_denoiser.value,
+        "tokens_per_denoiser_pass_stderr": of_denoiser.stderr,
+        "tokens_per_pass": per_pass.value,
+        "tokens_per_pass_stderr": per_pass.stderr,
+        "passes_per_problem": mean(passes).value,
+        "passes_per_problem_stderr": mean(passes).stderr,
+        "mean_accepted_length": accepted.value,
+        "mean_accepted_length_stderr": accepted.stderr,
     }
 
 
 def speed_figures(runs: dict[int, Run]) -> dict[str, Any]:
-    """Of one variant's runs by batch size."""
+    """Of one variant's runs by batch size; errors over batches."""
     return {
         "tokens_per_second": {str(size): run.tokens_per_second for size, run in runs.items()},
+        "tokens_per_second_stderr": {str(size): _speed(run).stderr for size, run in runs.items()},
         "tokens_per_second_of_runs": {
             str(size): [run.tokens / seconds for seconds in run.seconds_of_runs] for size, run in runs.items()
         },
@@ -359,9 +426,22 @@ def speed_figures(runs: dict[int, Run]) -> dict[str, Any]:
     }
 
 
-def speedup(runs: dict[int, dict[str, Run]], name: str, over: str) -> dict[str, float]:
-    """Of one variant over another, timed side by side, by batch size."""
-    return {str(size): run[name].tokens_per_second / run[over].tokens_per_second for size, run in runs.items()}
+def _speed(run: Run) -> Estimate:
+    return quotient([run.batch_tokens], [run.batch_seconds]) if run.batch_seconds else Estimate(None, None)
+
+
+def speedup_figures(runs: dict[int, dict[str, Run]], name: str, figure: str, over: str) -> dict[str, Any]:
+    """Of one variant over another, timed side by side, by batch size; paired by batch."""
+    ratios: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
+    for size, run in runs.items():
+        ours, theirs = run[name], run[over]
+        ratios[str(size)] = ours.tokens_per_second / theirs.tokens_per_second
+        errors[str(size)] = None
+        if ours.batch_seconds:
+            above: list[Sequence[float]] = [ours.batch_tokens, theirs.batch_seconds]
+            errors[str(size)] = quotient(above, [ours.batch_seconds, theirs.batch_tokens]).stderr
+    return {figure: ratios, f"{figure}_stderr": errors}
 
 
 def same_answers(runs: Iterable[Run]) -> int:
@@ -376,23 +456,30 @@ def conditions(model: TwoTowerForBlockDiffusion) -> dict[str, Any]:
 
 
 def title(report: dict[str, Any]) -> str:
-    return f"{report['problems']} held-out problems (seed {report['seed']}), greedy, {report['model']}"
+    return f"{asked_text(report)}, greedy, {report['model']}"
+
+
+def asked_text(report: dict[str, Any]) -> str:
+    seeds = report.get("seeds") or [report["seed"]]  # older reports have one
+    named = ", ".join(map(str, seeds))
+    return f"{report['problems']} held-out problems (seed{'s' * (len(seeds) > 1)} {named})"
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
     sizes = [str(size) for size in report["batch_sizes"]]
-    header = ["mode", "exact match", "of AR's", "tokens/denoiser pass", "tokens/pass of either tower"]
+    header = ["mode", "final result", "of AR's", "whole text", "tokens/denoiser pass", "tokens/pass of either tower"]
     header += ["same text as AR", *(f"tokens/s, batch {size}" for size in sizes)]
     rows = [
         [
             row["name"],
             percent(row["accuracy"], row["accuracy_stderr"]),
             percent(row["retention"], row["retention_stderr"]),
-            ratio_text(row["tokens_per_denoiser_pass"]),
-            ratio_text(row["tokens_per_pass"]),
+            percent(row["whole_text"]["accuracy"], row["whole_text"]["accuracy_stderr"]),
+            plus_minus(row["tokens_per_denoiser_pass"], row["tokens_per_denoiser_pass_stderr"]),
+            plus_minus(row["tokens_per_pass"], row["tokens_per_pass_stderr"]),
             str(row["same_answers_as_first"]),
-            *(f"{row['tokens_per_second'][size]:.1f} ({row['speedup'][size]:.2f}x)" for size in sizes),
+            *(_speed_text(row, size) for size in sizes),
         ]
         for row in report["rows"]
     ]
@@ -405,13 +492,19 @@ def footnote(report: dict[str, Any]) -> str:
     first = report["batch_sizes"][0]
     processor = machine["gpu"] if report["device"].startswith("cuda") else machine["cpu"]
     return (
-        f"± is one standard error; accuracy and passes at batch {first}. transformers' NemotronH is the same context "
-        f"tower. {_accepted_text(report)}tokens/s counts tokens up to end-of-text, all problems at every batch "
-        f"size, the median of {report['repeats']} interleaved runs, and next to AR's.\n"
+        f"± is one standard error, of ratios and speedups paired by problem or batch; accuracy and passes at batch "
+        f"{first}. {held_out_text(report)}transformers' NemotronH is the same context tower. "
+        f"{_accepted_text(report)}tokens/s counts tokens up to end-of-text, all problems at every batch size, "
+        f"the median of {report['repeats']} interleaved runs, and next to AR's.\n"
         f"{report['dtype']} on {report['device']}, {processor}, {machine['threads']} of "
         f"{machine['cores']} cores; torch {versions['torch']}, transformers {versions['transformers']}; "
         f"{report['date']}"
     )
+
+
+def held_out_text(report: dict[str, Any]) -> str:
+    unseen, share = report["with_unseen_equations"], report["with_unseen_equations_share"]
+    return f"Held out: {report['held_out']}; {unseen} ({100 * share:.0f} %) have a step that no training problem has. "
 
 
 def _accepted_text(report: dict[str, Any]) -> str:
@@ -423,12 +516,9 @@ def _accepted_text(report: dict[str, Any]) -> str:
     )
 
 
-def ratio_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def percent(value: float | None, stderr: float | None) -> str:
-    return "-" if value is None or stderr is None else f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+def _speed_text(row: dict[str, Any], size: str) -> str:
+    speed = plus_minus(row["tokens_per_second"][size], row["tokens_per_second_stderr"][size], digits=1)
+    return f"{speed} ({plus_minus(row['speedup'][size], row['speedup_stderr'][size])}x)"
 
 
 def tokenized_batches(

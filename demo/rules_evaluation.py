@@ -3,7 +3,7 @@ Accuracy against passes on held-out word problems, as figures and as curves: of 
 that the context tower verifies, exactly or not.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,24 @@ from zlib import crc32
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
+from ..evaluation.figures import percent, plus_minus
+from ..evaluation.held_out import PROBLEMS, SEEDS
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .evaluation import (
     Variant,
-    accuracy_figures,
     answer,
+    answer_figures,
     are_correct,
+    are_whole,
+    asked_problems,
+    asked_text,
     conditions,
     end_ids,
     pass_figures,
-    percent,
-    ratio_text,
     same_answers,
     tokenized_batches,
     variant_of,
 )
-from .problems import held_out_problems
 
 # Per line of the chart: its rule, and the values that trade passes for accuracy along it.
 Setting = dict[str, Any]
@@ -67,8 +69,8 @@ VERIFIED: dict[str, list[Setting]] = {
 def compare_rules(
     model: TwoTowerForBlockDiffusion,
     tokenizer: PreTrainedTokenizerBase,
-    problems: int = 208,
-    seed: int = 0,
+    problems: int = PROBLEMS,
+    seed: int | Sequence[int] = SEEDS,
     batch_size: int = 16,
     settings: dict[str, list[Setting]] = SETTINGS,
     verified: dict[str, list[Setting]] = VERIFIED,
@@ -80,7 +82,7 @@ def compare_rules(
     Args:
         model: on its device and in its dtype.
         tokenizer: with a padding token.
-        problems, seed: which problems.
+        problems, seed: which problems, as for [`evaluate`]. The first seed is also that of what is drawn.
         batch_size: rows at a time; a row's answer does not depend on it.
         settings: per line, named after its rule, the parameters to try.
         verified: per line those of mode "self_speculative".
@@ -93,24 +95,26 @@ def compare_rules(
     for name, number in (("problems", problems), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} is {number}; give at least 1")
-    asked = held_out_problems(problems, seed)
-    seeds = partial(seeds_of_prompts, seed=seed)
+    asked, whose = asked_problems(problems, seed)
+    seeds = partial(seeds_of_prompts, seed=whose["seed"])
     variants = _variants(model, settings, verified, seeds)
     references = [variant_of(model, "ar", {"mode": "ar"}), variant_of(model, "ar, sampled", AR_SAMPLED, seeds)]
     batches = tokenized_batches(asked, batch_size, tokenizer, model)
     runs = answer([*references, *variants.values()], batches[0], track(batches, "rules"), end_ids(model))
     correct = {name: are_correct(run.answers, asked, tokenizer) for name, run in runs.items()}
+    whole = {name: are_whole(run.answers, asked, tokenizer) for name, run in runs.items()}
 
     def row(line: str, number: int) -> dict[str, Any]:
         variant = variants[line, number]
         reference = references[variant.options.get("do_sample", False)].name
         values = (settings if line in settings else verified)[line][number]
-        figures = accuracy_figures(correct[variant.name], correct[reference]) | pass_figures(runs[variant.name])
+        figures = answer_figures(correct, whole, variant.name, reference, asked, whose["seeds"])
+        figures |= pass_figures(runs[variant.name])
         same = same_answers([runs[reference], runs[variant.name]])
         return {"line": line, **values} | figures | {"same_answers_as_ar": same}
 
     rows = [row(line, number) for line, number in variants]
-    settled: dict[str, Any] = {"problems": problems, "seed": seed, "batch_size": batch_size}
+    settled: dict[str, Any] = {**whose, "batch_size": batch_size}
     settled |= {"ar_accuracy": sum(correct["ar"]) / problems}
     settled |= {"ar_sampled_accuracy": sum(correct["ar, sampled"]) / problems}
     of_rules = sum(map(len, settings.values()))
@@ -147,14 +151,13 @@ def seeds_of_prompts(inputs: BatchEncoding, seed: int) -> list[int]:
 
 
 def rules_title(report: dict[str, Any]) -> str:
-    asked = f"{report['problems']} held-out problems (seed {report['seed']})"
-    return f"{asked}, greedy where a line does not say sampled, {report['model']}"
+    return f"{asked_text(report)}, greedy where a line does not say sampled, {report['model']}"
 
 
 def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
     parameters = {"steps_per_block", "draft_steps", "acceptance_ratio", "temperature", *UNMASKING_DEFAULTS}
-    header = ["rule", "parameters", "exact match", "of AR's", "same text as AR"]
+    header = ["rule", "parameters", "final result", "of AR's", "whole text", "same text as AR"]
     header += ["tokens/denoiser pass", "tokens/pass of either tower"]
     rows = [
         [
@@ -162,9 +165,10 @@ def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             ", ".join(f"{name}={value}" for name, value in row.items() if name in parameters),
             percent(row["accuracy"], row["accuracy_stderr"]),
             percent(row["retention"], row["retention_stderr"]),
+            percent(row["whole_text"]["accuracy"], row["whole_text"]["accuracy_stderr"]),
             str(row["same_answers_as_ar"]),
-            ratio_text(row["tokens_per_denoiser_pass"]),
-            ratio_text(row["tokens_per_pass"]),
+            plus_minus(row["tokens_per_denoiser_pass"], row["tokens_per_denoiser_pass_stderr"]),
+            plus_minus(row["tokens_per_pass"], row["tokens_per_pass_stderr"]),
         ]
         for row in [*report["rows"], *report["verified_rows"]]
     ]
@@ -196,10 +200,8 @@ def draw_rules(report: dict[str, Any], file: Path) -> None:
         )
     axes.axhline(100 * report["ar_accuracy"], color="black", linewidth=0.8, linestyle="-.", label="ar, greedy")
     axes.set_xlabel("new tokens per pass of either tower")
-    axes.set_ylabel("exact match (%), bars: one standard error")
-    axes.set_title(
-        f"Unmasking rules and verified drafts on {report['problems']} held-out problems (seed {report['seed']})"
-    )
+    axes.set_ylabel("final result right (%), bars: one standard error")
+    axes.set_title(f"Unmasking rules and verified drafts on {asked_text(report)}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(file, format="png")

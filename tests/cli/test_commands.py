@@ -21,8 +21,10 @@ from twotower.demo import evaluation, rules_evaluation, training
 from twotower.demo.problems import training_problems
 from twotower.demo.rules_evaluation import draw_rules
 from twotower.demo.tokenizer import train_tokenizer
+from twotower.evaluation import curves
 from twotower.training import run as training_run
 
+pytestmark = pytest.mark.usefixtures("little_training")
 QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 
 
@@ -217,6 +219,20 @@ def test_eval_compares_the_rules_and_draws_them(checkpoint, tmp_path, monkeypatc
         assert row["line"] in result.stdout and f"acceptance_ratio={row['acceptance_ratio']}" in result.stdout
     assert "--png draws the unmasking rules" in run(*arguments, "--png", drawing, code=2).stderr
     assert "--repeats is 2" in run(*arguments, "--rules", "--repeats", 2, code=2).stderr
+
+
+def test_eval_draws_curves_over_the_knobs(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 8)
+    for name in set(curves.LINES) - {"acceptance"}:
+        monkeypatch.delitem(curves.LINES, name)
+    figures, drawing = tmp_path / "curves.json", tmp_path / "new" / "curves.png"
+    arguments = ("eval", "--model", checkpoint, "--problems", 4, "--seeds", "5,6", "--batch-sizes", 2, "--curve")
+    result = run(*arguments, "--json", figures, "--png", drawing)
+    report = json.loads(figures.read_text())
+    assert (report["seeds"], report["batch_size"], report["model"]) == ([5, 6], 2, str(checkpoint))
+    assert [row["value"] for row in report["rows"]] == [None, *curves.LINES["acceptance"].values]
+    assert result.stdout.startswith(f"4 held-out problems (seeds 5, 6), greedy, batch 2, {checkpoint}\n")
+    assert drawing.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 @pytest.mark.parametrize("sizes", ["0", "-1", "16,-1"])

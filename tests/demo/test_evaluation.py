@@ -19,6 +19,9 @@ from twotower.demo.evaluation import (
     Variant,
     accuracy_figures,
     answer,
+    answer_figures,
+    are_correct,
+    are_whole,
     baseline_variant,
     context_tower_in_transformers,
     cut_after_end,
@@ -27,12 +30,16 @@ from twotower.demo.evaluation import (
     nemotron_config,
     pass_figures,
     speed_figures,
+    speedup_figures,
     summarize,
     tokenized_batches,
 )
 from twotower.demo.problems import held_out_problems, training_problems
 from twotower.demo.rules_evaluation import SAMPLED, compare_rules, rules_table, seeds_of_prompts
 from twotower.demo.tokenizer import train_tokenizer
+from twotower.evaluation.held_out import Seen, equations_of
+
+pytestmark = pytest.mark.usefixtures("little_training")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +136,42 @@ def test_figures_of_known_answers(tokenizer):
         {"1": 4 * tokens / baseline["tokens"], "2": 4 * tokens / baseline["tokens"]}
     )
     assert baseline["tokens_per_pass"] is None
+
+
+def test_both_parts_of_an_answer_and_what_training_has_shown_are_figures(tokenizer):
+    problems = held_out_problems(4, seed=0)
+    texts = [" " + problem.answer for problem in problems]
+    # Another thing counted, but the right result; and a wrong result.
+    texts[1] = texts[1].replace(texts[1].split()[-3], "dragons.", 1)
+    texts[2] += "0"
+    answers = [[*tokenizer(text, add_special_tokens=False).input_ids, 2] for text in texts]
+    correct, whole = are_correct(answers, problems, tokenizer), are_whole(answers, problems, tokenizer)
+    assert (correct, whole) == ([True, True, False, True], [True, False, False, True])
+    seen = Seen(frozenset(), frozenset(equations_of(problems[0]) + equations_of(problems[2])))
+    figures = answer_figures({"ar": correct}, {"ar": whole}, "ar", "ar", problems, (5, 6), seen)
+    assert (figures["accuracy"], figures["whole_text"]["accuracy"]) == (0.75, 0.5)
+    assert [part["accuracy"] for part in figures["by_seed"].values()] == [1.0, 0.5]
+    unseen = figures["with_unseen_equations"]
+    assert (unseen["problems"], unseen["accuracy"]) == (2, 1.0)
+    known = Seen(frozenset(), frozenset(equation for problem in problems for equation in equations_of(problem)))
+    without = answer_figures({"ar": correct}, {"ar": whole}, "ar", "ar", problems, (5,), known)
+    assert without["with_unseen_equations"] == {"problems": 0}
+
+
+def test_passes_and_speeds_have_errors():
+    figures = pass_figures(Run([[5, 6, 7], [5, 6]], [2, 1], [1, 2]))
+    assert figures["passes_per_problem"] == 3.0 and figures["passes_per_problem_stderr"] == 0.0
+    assert figures["tokens_per_pass_stderr"] == pytest.approx(1 / 6)
+    # Twice as fast in every batch, however slow the machine was.
+    ours = Run(seconds=6.0, answers=[[5]] * 4, batch_tokens=[2, 2], batch_seconds=[1.0, 5.0])
+    theirs = Run(seconds=12.0, answers=[[5]] * 4, batch_tokens=[2, 2], batch_seconds=[2.0, 10.0])
+    assert speed_figures({2: ours})["tokens_per_second_stderr"]["2"] > 0.3
+    speedup = speedup_figures({2: {"a": ours, "b": theirs}}, "a", "speedup", "b")
+    assert speedup["speedup"] == {"2": 2.0} and speedup["speedup_stderr"]["2"] == pytest.approx(0, abs=1e-9)
+
+
+def test_older_reports_are_still_read():
+    assert evaluation.title({"problems": 3, "seed": 5, "model": "x"}) == "3 held-out problems (seed 5), greedy, x"
 
 
 def test_repeated_runs_report_the_median_of_their_times():
