@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import logging
 
 from ..cache_twotower import TwoTowerCache
 from ..compat_twotower import (
@@ -41,8 +40,6 @@ from .serving import TwoTowerEngine
 from .state import Request, Row, TwoTowerGenerateOutput
 from .stopping import Stopping
 from .synchronisation import DONE, SynchronisedPasses
-
-logger = logging.get_logger(__name__)
 
 # Arguments of `generate` that are not of the generation config, and that transformers passes to the decoding method.
 CALL_ARGUMENTS = ("step_callback", "starting_block")
@@ -263,8 +260,6 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         callback = model_kwargs.get("step_callback")
         if callback is not None and not callable(callback):
             raise ValueError(f"step_callback is {callback!r}, which cannot be called")
-        if config.seed is not None and not config.do_sample and not UnmaskingRule(config).rule.draws:
-            logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
         return config, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -218,6 +218,10 @@ def resolve(config: GenerationConfig, trained_block_size: int) -> None:
             f"block_size {size} is larger than the {trained_block_size} the denoiser was trained on; the 30B model's "
             "HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
         )
+    rule = config.unmasking_rule
+    draws = config.do_sample or (isinstance(rule, str) and UNMASKING_RULES[rule].draws)
+    if config.seed is not None and not draws:
+        logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
 
 
 def check_supported(config: GenerationConfig) -> None:
