@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -70,9 +70,11 @@ from .inputs_twotower import (
     check_position_ids,
     pack_tokens,
 )
+from .kernels.backends import check_kernels
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_after_state, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
+from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .objective_twotower import (
     LossWeighting,
@@ -140,11 +142,16 @@ class Modulation(NamedTuple):
     gate: torch.Tensor
 
 
+# Operation -> backend, of a model that was told nothing else.
+AUTO_KERNELS: Mapping[str, str] = check_kernels("auto")
+
+
 class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
     """What both towers and their combination share; initialises weights as transformers' NemotronH does."""
 
     config: TwoTowerConfig
     config_class = TwoTowerConfig
+    kernels = AUTO_KERNELS
     base_model_prefix = ""
     _no_split_modules = ["TwoTowerLayer"]
     _supports_flash_attn = False
@@ -183,6 +190,26 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
                 'use "eager" or "batched_mm"'
             )
         return super()._grouped_mm_can_dispatch()
+
+    def set_kernels(self, kernels: str | Mapping[str, str]) -> None:
+        """
+        Choose who computes the operations of all layers, as `from_pretrained(..., kernels=...)` does.
+
+        Like transformers' `attn_implementation` it is a property of this model in memory, not of its config: nothing
+        of it is saved, since another machine has other packages.
+
+        Args:
+            kernels: operation -> backend, such as {"ssd_scan": "triton"}, "auto" for operations it does not name; or
+                one backend for all operations that have it. `twotower info --kernels` lists both.
+
+        Raises:
+            ValueError: for an unknown operation or backend, and for a backend whose package is not installed. One that
+                cannot compute what a call asks of it (device, dtype, sizes, gradients) raises at that call.
+        """
+        chosen = check_kernels(kernels)
+        for module in self.modules():
+            if isinstance(module, TwoTowerPreTrainedModel | TwoTowerMamba | TwoTowerAttention | TwoTowerRMSNorm):
+                module.kernels = chosen
 
 
 TrainedTowers = Literal["denoiser", "context", "both"]
@@ -294,13 +321,16 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Args:
             trained_towers: "denoiser" (default), "context" or "both", see
                 [`~TwoTowerForBlockDiffusion.set_trained_towers`].
+            kernels: who computes each operation, default "auto", see [`~TwoTowerForBlockDiffusion.set_kernels`].
 
         Raises:
-            ValueError: for an unknown `trained_towers`, and for a local folder without safetensors, or with a missing
-                or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
+            ValueError: for an unknown `trained_towers`, for `kernels` that are unknown or not installed, and for a
+                local folder without safetensors, or with a missing or truncated file, before anything is built; for a
+                checkpoint that lacks tensors of a TwoTower.
         """
         trained_towers = kwargs.pop("trained_towers", "denoiser")
         check_trained_towers(trained_towers)
+        kernels = check_kernels(kwargs.pop("kernels", "auto"))
         names = check_safetensors(pretrained_model_name_or_path, kwargs)
         renamed = bool(kwargs.get("key_mapping"))
         if names is not None and not renamed:
@@ -316,6 +346,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             # What save_pretrained writes is to depend on its arguments, not on the layout this model was loaded from.
             model._weight_conversions = None
         model.set_trained_towers(trained_towers)
+        model.set_kernels(kernels)
         return (model, info) if with_info else model
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -846,15 +877,16 @@ class DenoiserTower(TwoTowerBackbone):
 class TwoTowerRMSNorm(NemotronHRMSNorm):
     """transformers' norm, in float32 at least."""
 
+    kernels = AUTO_KERNELS
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        wide = hidden_states.to(dtype)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight.to(dtype) * normed).to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, self.kernels["rms_norm"])
 
 
 class TwoTowerMamba(NemotronHMamba2Mixer):
     """Mamba-2 mixer of a chunk, with state in and state out; its step is clamped to `time_step_limit` as NVIDIA's."""
+
+    kernels = AUTO_KERNELS
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -876,7 +908,13 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             inputs, dt = inputs * layout.mask[..., None], dt * layout.mask[..., None]
         # 2. Convolve, and split into x (B, T, H, P), B and C (B, T, G, N).
         convolved, conv_after = causal_conv(
-            inputs, conv1d.weight.squeeze(1), conv1d.bias, conv_before, layout.ends, self.activation
+            inputs,
+            conv1d.weight.squeeze(1),
+            conv1d.bias,
+            conv_before,
+            layout.ends,
+            self.activation,
+            self.kernels["causal_conv"],
         )
         states = self.n_groups * self.ssm_state_size
         x, B, C = convolved.split_with_sizes([self.intermediate_size, states, states], dim=-1)
@@ -895,8 +933,16 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
             layout.state_every or self.chunk_size,
             return_state=layout.keep == "state",
             return_chunk_states=layout.state_every is not None,
+            backend=self.kernels["ssd_step" if x.shape[1] == 1 and layout.state_every is None else "ssd_scan"],
         )
-        y = gated_rms_norm(scan.y.flatten(2), gate, norm.weight, norm.group_size, norm.variance_epsilon)
+        y = gated_rms_norm(
+            scan.y.flatten(2),
+            gate,
+            norm.weight,
+            norm.group_size,
+            norm.variance_epsilon,
+            self.kernels["gated_rms_norm"],
+        )
         # 4. What the cache is to keep.
         present: MambaState | MambaUpdate | None = None
         if layout.keep == "update":
@@ -912,6 +958,8 @@ class TwoTowerMamba(NemotronHMamba2Mixer):
 
 class TwoTowerAttention(NemotronHAttention):
     """Attention of a chunk over the context and itself; there are no position embeddings."""
+
+    kernels = AUTO_KERNELS
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -931,6 +979,9 @@ class TwoTowerAttention(NemotronHAttention):
         if isinstance(past, KeyValueSlot):
             # Written behind the context first, the chunk and its context are one run of columns.
             (key, value), past, present = past.update(KeyValues(key, value)), None, None
+        backend = self.kernels["block_attention"]
+        if backend in ("auto", "torch") and self.config._attn_implementation == "eager":
+            backend = "eager"
         attended = block_attention(
             query,
             key,
@@ -941,7 +992,7 @@ class TwoTowerAttention(NemotronHAttention):
             layout.block_mask,
             causal=layout.causal,
             scale=self.scaling,
-            backend=self.config._attn_implementation,
+            backend=backend,
         )
         return self.o_proj(attended), present
 

@@ -9,10 +9,11 @@ Shapes: B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), S c
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from .backends import choose
 
 
 def block_attention(
@@ -25,7 +26,7 @@ def block_attention(
     block_mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    backend: Literal["sdpa", "eager"] = "sdpa",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """
     Attend over context and block.
@@ -39,13 +40,18 @@ def block_attention(
         block_mask: bool, broadcastable to (B, 1, S, S), likewise; not together with `causal`.
         causal: whether a query sees only itself and earlier columns of the chunk.
         scale: of the scores, default D ** -0.5.
-        backend: "sdpa" leaves to torch what it has a kernel for; "eager" computes the equation for everything.
+        backend: who computes it, see `backends.py`; of torch's ways "sdpa", as "torch", leaves to it what it has a
+            kernel for, "eager" computes the equation for everything.
 
     Returns:
         (B, S, Hq * D) in query's dtype; softmax in float32 at least.
     """
     if causal and block_mask is not None:
         raise ValueError("block_attention got both causal=True and a block_mask; give one of them")
+    arguments = (query, key, value, context_key, context_value, context_mask, block_mask, causal, scale)
+    kernel = choose("block_attention", "torch" if backend in ("sdpa", "eager") else backend, *arguments)
+    if kernel is not None:
+        return kernel(*arguments)
     own = (key, value, block_mask)
     parts = []
     if context_key is not None and context_value is not None and context_key.shape[2] > 0:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..compat_twotower import ACT2FN
+from .backends import choose
 
 
 def causal_conv(
@@ -18,6 +19,7 @@ def causal_conv(
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
     activation: str = "silu",
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Convolve each channel with its own causal filter.
@@ -29,11 +31,16 @@ def causal_conv(
         state: (B, K - 1, C) the inputs before `x`, default zeros.
         ends: (B,) for each row the column after its last token; default T for all. The new state ends there.
         activation: name in transformers' `ACT2FN`.
+        backend: who computes it, see `backends.py`.
 
     Returns:
         y (B, T, C) in x's dtype (the sum is taken in float32 at least), and the new state (B, K - 1, C) in x's dtype.
     """
     taps = weight.shape[1]
+    kernel = choose("causal_conv", backend, x, weight, bias, state, ends, activation)
+    if kernel is not None:
+        y, after = kernel(x, weight, bias, state, ends, activation)
+        return y, conv_state(inputs_after_state(x, taps, state), taps, ends) if after is None else after
     wide = torch.promote_types(x.dtype, torch.float32)
     padded = inputs_after_state(x, taps, state)  # (B, K - 1 + T, C)
     inputs, weight = padded.to(wide), weight.to(wide)
