@@ -4,9 +4,9 @@ import sys
 
 import pytest
 import torch
+from fake_packages import CausalConv1d
 from tolerances import assert_close
 
-from kernels.fake_packages import CausalConv1d
 from twotower.kernels._causal_conv1d import causal_conv1d_cannot, causal_conv_with_package
 from twotower.kernels.causal_conv import causal_conv
 

@@ -4,11 +4,14 @@ import sys
 
 import pytest
 import torch
+from fake_packages import FlashAttn
 from tolerances import assert_close
 
-from kernels.fake_packages import FlashAttn
 from twotower.kernels._flash_attn import attention_with_flash_attn, flash_attn_cannot
 from twotower.kernels.block_attention import block_attention
+
+# Context's and block's results are each rounded to bfloat16 before they are joined, and that is rounded again.
+JOINED = 2.0
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def check(parts, masks, lengths, **options):
     actual = attention_with_flash_attn(*parts, **lengths, **options)
     expected = block_attention(*(part.float() for part in parts), **masks, **options, backend="eager")
     assert actual.dtype == torch.bfloat16
-    assert_close(actual, expected, torch.bfloat16)
+    assert_close(actual, expected, torch.bfloat16, JOINED)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
@@ -71,7 +74,7 @@ def test_a_chunk_behind_a_context_that_is_read_causally(package):
     parts = draw(4, context=9)
     actual = attention_with_flash_attn(*parts, causal=True)
     expected = block_attention(*(part.float() for part in parts), block_mask=mask, backend="eager")
-    assert_close(actual, expected, torch.bfloat16)
+    assert_close(actual, expected, torch.bfloat16, JOINED)
     assert package.calls == [True, False]
 
 
@@ -93,7 +96,7 @@ def test_scale(package):
 
 def test_what_it_cannot_compute():
     parts = draw(2, context=4)
-    assert "bfloat16 and float16, the queries are torch.float32" in flash_attn_cannot(*(part.float() for part in parts))
+    assert "float16, the queries are torch.float32" in flash_attn_cannot(*(part.float() for part in parts))
     assert "at most 256 dimensions, these have 288" in flash_attn_cannot(*draw(2, width=288))
     assert "by their lengths, not by a mask" in flash_attn_cannot(*parts, context_mask=torch.ones(1, dtype=torch.bool))
     assert "3 rows share 1 of context" in flash_attn_cannot(*parts[:3], *(part[:1] for part in parts[3:]))
@@ -110,4 +113,4 @@ def test_on_a_gpu(queries, context):
     mask = (torch.arange(context, device="cuda") < lengths[:, None])[:, None, None]
     expected = block_attention(*(part.float() for part in parts), context_mask=mask, backend="eager")
     actual = attention_with_flash_attn(*parts, context_lengths=lengths)
-    assert_close(actual, expected, torch.bfloat16)
+    assert_close(actual, expected, torch.bfloat16, JOINED)

@@ -149,9 +149,7 @@ def test_half_precision_is_computed_in_float32():
 
 def test_what_it_cannot_compute():
     arguments = draw((1, 4, 2, 16, 1, 16))
-    with pytest.raises(
-        ValueError, match=r'ssd_scan cannot be computed by "triton": it computes in float32'
-    ):
+    with pytest.raises(ValueError, match=r'ssd_scan cannot be computed by "triton": it computes in float32'):
         ssd_scan(**exact(arguments), backend="triton")
     none = {name: tensor[:, :0] if name in "x dt B C" else tensor for name, tensor in arguments.items()}
     with pytest.raises(ValueError, match=r'ssd_state cannot .* "triton": it needs at least one token'):

@@ -1,7 +1,8 @@
 """What we use of mamba-ssm, from its own Triton sources in Triton's interpreter, against our reference in float64.
 
-The package is installed without its CUDA extension, which the kernels used here do not need. What is left out therefore:
-its `__init__`, which imports the extension; the choice between configurations by time; and entering a CUDA device.
+The package is installed without its CUDA extension, which the kernels used here do not need. What is left out
+therefore: its `__init__`, which imports the extension; the choice between configurations by time; and entering a CUDA
+device.
 """
 
 import sys

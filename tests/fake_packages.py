@@ -26,7 +26,7 @@ class CausalConv1d:
     ):
         """x (B, C, T), initial_states (B, C, K - 1) -> (B, C, T)."""
         self.calls.append("fn")
-        batch, channels, tokens = x.shape
+        batch, channels = x.shape[:2]
         assert seq_idx is None and final_states_out is None and not return_final_states
         assert activation in (None, "silu", "swish")
         assert x.stride(2) == 1 or x.stride(1) == 1
@@ -68,7 +68,7 @@ class CausalConv1d:
 
 
 class FlashAttn:
-    """flash-attn 2.8: the docstring of `flash_attn_with_kvcache`, and the +inf of `softmax.h` where nothing is seen."""
+    """flash-attn 2.8: the docstring of `flash_attn_with_kvcache`, and the +inf of its source where nothing is seen."""
 
     def __init__(self):
         self.calls = []
