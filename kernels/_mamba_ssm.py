@@ -87,7 +87,9 @@ def gated_rms_norm_with_mamba_ssm(
 ) -> torch.Tensor:
     """What [`gated_rms_norm`] does, with its arguments."""
     norm = import_module("mamba_ssm.ops.triton.layernorm_gated").rmsnorm_fn
-    return norm(x, weight, None, z=gate, eps=eps, group_size=group_size, norm_before_gate=False)
+    # x may still be float32, and by heads, where the gate is neither.
+    y = norm(x.reshape(gate.shape), weight, None, z=gate, eps=eps, group_size=group_size, norm_before_gate=False)
+    return y.to(gate.dtype)
 
 
 def rms_norm_with_mamba_ssm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -48,7 +48,7 @@ def block_attention(
     """
     if causal and block_mask is not None:
         raise ValueError("block_attention got both causal=True and a block_mask; give one of them")
-    arguments = (query, key, value, context_key, context_value, context_mask, block_mask, causal, scale)
+    arguments = (query, key, value, context_key, context_value, None, context_mask, block_mask, causal, scale)
     kernel = choose("block_attention", "torch" if backend in ("sdpa", "eager") else backend, *arguments)
     if kernel is not None:
         return kernel(*arguments)

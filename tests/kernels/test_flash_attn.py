@@ -51,15 +51,25 @@ def test_a_block_behind_a_context(package, queries, context, heads):
 def test_rows_with_contexts_and_blocks_of_their_own_lengths(package):
     """Also of a row whose context is empty, of which the package returns a sum of +inf."""
     contexts, blocks = torch.tensor([7, 0, 12]), torch.tensor([5, 3, 1])
+    tokens = torch.arange(5) < blocks[:, None]
     masks = {
         "context_mask": (torch.arange(12) < contexts[:, None])[:, None, None],
-        "block_mask": (torch.arange(5) < blocks[:, None])[:, None, None],
+        "block_mask": tokens[:, None, None],
     }
-    check(draw(5, context=12), masks, {"context_lengths": contexts, "key_lengths": blocks})
+    for block_mask in (tokens, masks["block_mask"]):
+        check(draw(5, context=12), masks, {"context_lengths": contexts, "block_mask": block_mask})
+
+
+def test_a_block_whose_tokens_stand_anywhere(package):
+    tokens = torch.tensor([[False, True, True, False], [True, False, False, True], [True, True, True, True]])
+    for context in (None, 5):
+        parts = draw(4, context=context, heads=(6, 2))
+        check(parts, {"block_mask": tokens[:, None, None]}, {"block_mask": tokens})
 
 
 def test_a_row_that_sees_nothing_gets_zeros(package):
-    lengths = {"context_lengths": torch.tensor([4, 0, 0]), "key_lengths": torch.tensor([2, 0, 1])}
+    mask = torch.tensor([[True, True], [False, False], [True, False]])
+    lengths = {"context_lengths": torch.tensor([4, 0, 0]), "block_mask": mask}
     out = attention_with_flash_attn(*draw(2, context=4), **lengths)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert out.isfinite().all()
@@ -80,14 +90,15 @@ def test_a_chunk_behind_a_context_that_is_read_causally(package):
 
 def test_a_chunk_whose_keys_are_in_the_cache_already(package):
     """Rows' chunks begin at columns 2, 0 and 5; a query sees its row's columns up to its own."""
-    ends = torch.tensor([2, 0, 5]) + 4
-    own = ends[:, None] - 4 + torch.arange(4)  # (rows, queries)
-    mask = (torch.arange(9) <= own[..., None])[:, None]
-    parts = draw(4, columns=9)
-    actual = attention_with_flash_attn(*parts, causal=True, key_lengths=ends)
-    expected = block_attention(*(part.float() for part in parts), block_mask=mask, backend="eager")
-    assert_close(actual, expected, torch.bfloat16)
-    assert package.calls == [True]
+    for starts in (torch.tensor([2, 0, 5]), None):
+        own = (torch.full((3,), 5) if starts is None else starts)[:, None] + torch.arange(4)  # (rows, queries)
+        mask = (torch.arange(9) <= own[..., None])[:, None]
+        query, key, value = draw(4, columns=9)
+        assert flash_attn_cannot(query, None, None, key, value, starts, causal=True) is None
+        actual = attention_with_flash_attn(query, None, None, key, value, starts, causal=True)
+        expected = block_attention(query.float(), key.float(), value.float(), block_mask=mask, backend="eager")
+        assert_close(actual, expected, torch.bfloat16)
+    assert package.calls == [True, True]
 
 
 def test_scale(package):
@@ -99,6 +110,8 @@ def test_what_it_cannot_compute():
     assert "float16, the queries are torch.float32" in flash_attn_cannot(*(part.float() for part in parts))
     assert "at most 256 dimensions, these have 288" in flash_attn_cannot(*draw(2, width=288))
     assert "by their lengths, not by a mask" in flash_attn_cannot(*parts, context_mask=torch.ones(1, dtype=torch.bool))
+    assert "not by a mask" in flash_attn_cannot(*parts, block_mask=torch.ones(3, 2, dtype=torch.bool), causal=True)
+    assert "not by a mask" in flash_attn_cannot(*draw(2, columns=9), block_mask=torch.ones(2, 9, dtype=torch.bool))
     assert "3 rows share 1 of context" in flash_attn_cannot(*parts[:3], *(part[:1] for part in parts[3:]))
     assert "together in memory" in flash_attn_cannot(*parts[:1], *(part.mT for part in parts[1:3]))
     assert "at least one row" in flash_attn_cannot(*draw(2, rows=0))

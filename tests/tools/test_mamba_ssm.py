@@ -15,6 +15,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+from twotower.kernels._mamba_ssm import gated_rms_norm_with_mamba_ssm
 from twotower.kernels.backends import choose, package_version
 from twotower.kernels.gated_rms_norm import gated_rms_norm
 from twotower.kernels.rms_norm import rms_norm
@@ -176,6 +177,16 @@ def test_gated_rms_norm(channels, group_size):
     y = gated_rms_norm(x, gate, weight, group_size, 1e-5, backend="mamba-ssm")
     expected = gated_rms_norm(x.double(), gate.double(), weight.double(), group_size, 1e-5, backend="torch")
     assert error(y, expected) < FLOAT32
+
+
+def test_gated_rms_norm_of_a_scan_in_float32_by_heads():
+    torch.manual_seed(0)
+    x, gate, weight = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 32).half(), torch.randn(32)
+    x, gate, weight = x.to(DEVICE), gate.to(DEVICE), weight.to(DEVICE)
+    y = gated_rms_norm_with_mamba_ssm(x, gate, weight, 16, 1e-5)
+    expected = gated_rms_norm(x.flatten(2).double(), gate.double(), weight.double(), 16, 1e-5, backend="torch")
+    assert y.dtype == torch.float16
+    assert error(y, expected) < 1e-3
 
 
 @pytest.mark.parametrize("channels", [64, 60])
