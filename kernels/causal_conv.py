@@ -48,11 +48,11 @@ def causal_conv(
             return y, after
     padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
     if kernel is None:
-        y = _by_torch(padded, weight, bias, activation)
+        y = _convolved(padded, weight, bias, activation)
     return y, padded if return_inputs else conv_state(padded, weight.shape[1], ends)
 
 
-def _by_torch(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+def _convolved(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     convolve = causal_conv_reference if padded.device.type == "cpu" else _depthwise
     # ACT2FN builds a module at every look-up.
     act = F.silu if activation == "silu" else ACT2FN[activation]
