@@ -38,8 +38,15 @@ lint: .venv/.stamp-dev
 eval: .venv/.stamp-base
 	$(BIN)/twotower eval
 
+# Whose Triton kernels tests/tools/test_mamba_ssm.py runs in Triton's interpreter, and einops, which they import. Without
+# its CUDA extension, which needs nvcc, and built here, since its setup.py would download one; without the rest of what it
+# requires, which is for GPUs. As pip is to build with the installed torch, it needs what setup.py imports.
+MAMBA_SSM := mamba-ssm==2.3.2.post1 einops==0.8.2
+
 .venv/.stamp-tools: .venv/.stamp-dev
 	$(PIP) -e '.[dev,tools]'
+	$(PIP) setuptools ninja packaging
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) --no-deps --no-build-isolation $(MAMBA_SSM)
 	touch $@
 
 # Leaves .venv and .venv-newest in place.

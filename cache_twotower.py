@@ -13,7 +13,7 @@ head dim, K kernel width, C channels, H Mamba heads, P their dim, G groups, N st
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -61,10 +61,10 @@ class MambaUpdate(NamedTuple):
     A: torch.Tensor
     B: torch.Tensor
 
-    def apply(self, state: MambaState | None, counts: torch.Tensor) -> MambaState:
+    def apply(self, state: MambaState | None, counts: torch.Tensor, backend: str = "auto") -> MambaState:
         """The state after each row's first `counts` (B,) tokens, from the one before them."""
         taps = self.inputs.shape[1] - self.x.shape[1] + 1
-        ssm = ssd_state(self.x, self.dt, self.A, self.B, None if state is None else state.ssm, counts)
+        ssm = ssd_state(self.x, self.dt, self.A, self.B, None if state is None else state.ssm, counts, backend)
         return MambaState(conv_state(self.inputs, taps, counts), ssm)
 
 
@@ -245,6 +245,7 @@ class TwoTowerCache(Cache):
         self.dtype: torch.dtype | None = None
         self.embeddings: torch.Tensor | None = None
         self.reader: ref[nn.Module] | None = None  # the context tower that has read, or one like it
+        self.kernels: Mapping[str, str] = {}  # operation -> backend, of the tower that read last
 
     @property
     def lengths(self) -> torch.Tensor | None:
@@ -262,6 +263,7 @@ class TwoTowerCache(Cache):
 
     def sign(self, tower: Any) -> None:
         """Remember which context tower has read, and some of its embeddings in case it is no more."""
+        self.kernels = tower.kernels
         if self.dtype is None:
             embeddings = tower.embeddings.weight
             facts = dict(zip(("dtype", "embeddings"), _facts(embeddings), strict=True), reader=ref(tower))
@@ -455,7 +457,7 @@ class TwoTowerCache(Cache):
             ends = counts if isinstance(counts, torch.Tensor) else uploaded(accepted, update.dt.device)
             state = self.layers[idx].state
             before = None if state is None else rows_of(state, self.rows)
-            states[idx] = update.apply(before, ends.to(update.dt.device))
+            states[idx] = update.apply(before, ends.to(update.dt.device), self.kernels["ssd_state"])
         self._advance(states, accepted)
         self.tentative, self.limits, self.updates = 0, None, {}
 

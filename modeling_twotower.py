@@ -10,7 +10,7 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -73,10 +73,12 @@ from .inputs_twotower import (
     check_position_ids,
     pack_tokens,
 )
+from .kernels.backends import ALWAYS_TORCH, check_kernels
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32
+from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .objective_twotower import (
     Corruption,
@@ -148,11 +150,16 @@ class Modulation(NamedTuple):
     gate: torch.Tensor
 
 
+# Operation -> backend, of a model that was told nothing else.
+AUTO_KERNELS: Mapping[str, str] = check_kernels("auto")
+
+
 class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
     """What both towers and their combination share; initialises weights as transformers' NemotronH does."""
 
     config: TwoTowerConfig
     config_class = TwoTowerConfig
+    kernels = AUTO_KERNELS
     base_model_prefix = ""
     _no_split_modules = ["TwoTowerLayer"]
     _supports_flash_attn = False
@@ -191,6 +198,26 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
                 'use "eager" or "batched_mm"'
             )
         return super()._grouped_mm_can_dispatch()
+
+    def set_kernels(self, kernels: str | Mapping[str, str]) -> None:
+        """
+        Choose who computes the operations of all layers, as `from_pretrained(..., kernels=...)` does.
+
+        Like transformers' `attn_implementation` it is a property of this model in memory, not of its config: nothing
+        of it is saved, since another machine has other packages.
+
+        Args:
+            kernels: operation -> backend, such as {"ssd_scan": "triton"}, "auto" for operations it does not name; or
+                one backend for all operations that have it. `twotower info --kernels` lists both.
+
+        Raises:
+            ValueError: for an unknown operation or backend, and for a backend whose package is not installed. One that
+                cannot compute what a call asks of it (device, dtype, sizes, gradients) raises at that call.
+        """
+        chosen = check_kernels(kernels)
+        for module in self.modules():
+            if isinstance(module, TwoTowerPreTrainedModel | TwoTowerMamba | TwoTowerAttention | TwoTowerRMSNorm):
+                module.kernels = chosen
 
 
 TrainedTowers = Literal["denoiser", "context", "both"]
@@ -304,13 +331,16 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Args:
             trained_towers: "denoiser" (default), "context" or "both", see
                 [`~TwoTowerForBlockDiffusion.set_trained_towers`].
+            kernels: who computes each operation, default "auto", see [`~TwoTowerForBlockDiffusion.set_kernels`].
 
         Raises:
-            ValueError: for an unknown `trained_towers`, and for a local folder without safetensors, or with a missing
-                or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
+            ValueError: for an unknown `trained_towers`, for `kernels` that are unknown or not installed, and for a
+                local folder without safetensors, or with a missing or truncated file, before anything is built; for a
+                checkpoint that lacks tensors of a TwoTower.
         """
         trained_towers = kwargs.pop("trained_towers", "denoiser")
         check_trained_towers(trained_towers)
+        kernels = check_kernels(kwargs.pop("kernels", "auto"))
         names = check_safetensors(pretrained_model_name_or_path, kwargs)
         renamed = bool(kwargs.get("key_mapping"))
         if names is not None and not renamed:
@@ -326,6 +356,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             # What save_pretrained writes is to depend on its arguments, not on the layout this model was loaded from.
             model._weight_conversions = None
         model.set_trained_towers(trained_towers)
+        model.set_kernels(kernels)
         return (model, info) if with_info else model
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -937,6 +968,7 @@ class Preparing:
     in ways that leave no trace, but within [`~TwoTowerForBlockDiffusion.prepared`] once.
     """
 
+    parameters: Callable[..., Iterator[nn.Parameter]]  # the module's
     _prepared: tuple[torch.Tensor, ...] | None = None
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
@@ -957,12 +989,19 @@ class Preparing:
 class TwoTowerRMSNorm(NemotronHRMSNorm):
     """transformers' norm, in float32 at least."""
 
+    kernels = AUTO_KERNELS
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        backend = self.kernels["rms_norm"]
+        if backend in ALWAYS_TORCH["rms_norm"]:
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, backend)
 
 
 class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     """Mamba-2 mixer of a chunk, with state in and state out; its step is clamped to `time_step_limit` as NVIDIA's."""
+
+    kernels = AUTO_KERNELS
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -995,6 +1034,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             layout.ends,
             self.activation,
             return_inputs=layout.keep != "state",
+            backend=self.kernels["causal_conv"],
         )
         x, B, C = at_least_float32(convolved).split_with_sizes([channels, states, states], -1)
         tokens = x.shape[:2]
@@ -1012,8 +1052,16 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             layout.state_every or self.chunk_size,
             return_state=layout.keep == "state",
             return_chunk_states=layout.state_every is not None,
+            backend=self.kernels["ssd_step" if x.shape[1] == 1 and layout.state_every is None else "ssd_scan"],
         )
-        y = gated_rms_norm(scan.y, gate, norm.weight, norm.group_size, norm.variance_epsilon)
+        y = gated_rms_norm(
+            scan.y,
+            gate,
+            norm.weight,
+            norm.group_size,
+            norm.variance_epsilon,
+            self.kernels["gated_rms_norm"],
+        )
         # 4. What the cache is to keep.
         present: MambaState | MambaUpdate | None = None
         if layout.keep == "update":
@@ -1029,6 +1077,8 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
 
 class TwoTowerAttention(NemotronHAttention):
     """Attention of a chunk over the context and itself; there are no position embeddings."""
+
+    kernels = AUTO_KERNELS
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -1048,6 +1098,9 @@ class TwoTowerAttention(NemotronHAttention):
         own = present
         if isinstance(past, KeyValueSlot):
             (past, own), present = past.read_with(KeyValues(key, value)), None
+        backend = self.kernels["block_attention"]
+        if backend in ("auto", "torch") and self.config._attn_implementation == "eager":
+            backend = "eager"
         attended = block_attention(
             query,
             None if own is None else own.key,
@@ -1059,7 +1112,7 @@ class TwoTowerAttention(NemotronHAttention):
             layout.block_mask,
             causal=layout.causal,
             scale=self.scaling,
-            backend=self.config._attn_implementation,
+            backend=backend,
         )
         return self.o_proj(attended), present
 

@@ -197,12 +197,18 @@ def info(
     costs: Annotated[
         bool, typer.Option("--costs", help="Load the model, too, and show what its passes cost on this machine.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Show instead who computes each operation here, and what else could.")
+    ] = False,
 ) -> None:
     """Show a model's geometry, parameters and memory; its config is enough."""
     from ..checkpoints import inspection
     from ..configuration_twotower import TwoTowerConfig
     from .terminal import output_console, show_table
 
+    if kernels:
+        _show_kernels(output_console())
+        return
     _quiet_unless_watched(model)
     config = TwoTowerConfig.from_pretrained(_origin(model))
     name = dtype or str(config.dtype or "bfloat16").removeprefix("torch.")
@@ -531,6 +537,17 @@ def _show_costs(model: str | None, console: Any) -> None:
     title = f"Milliseconds per pass in {str(two_towers.dtype).removeprefix('torch.')} (kept in {pass_costs_file()})"
     header, rows = known.table()
     show_table(console, title, header, rows)
+
+
+def _show_kernels(console: Any) -> None:
+    """Which backend each operation would use here, why not the others, and the packages that they come from."""
+    from ..kernels.backends import kernel_table, package_table
+    from .terminal import show_table
+
+    header = ("operation", "backend", "here", 'used by "auto"')
+    show_table(console, "Kernels (kernels= of from_pretrained, set_kernels)", header, kernel_table(), left_columns=4)
+    header = ("package", "version here", "computes", "timed on a GPU")
+    show_table(console, "Packages", header, package_table(), left_columns=4)
 
 
 def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":

@@ -342,6 +342,7 @@ def _description(model: Any) -> dict[str, Any]:
     return {
         "config": {name: value for name, value in config.to_dict().items() if name not in volatile},
         "implementations": [config._attn_implementation, config._experts_implementation],
+        "kernels": dict(model.kernels),
         "dtype": str(model.dtype),
         "devices": dict(Counter(map(str, devices.values()))),
         "device": _device_name(model.device),

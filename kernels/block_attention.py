@@ -14,10 +14,12 @@ Shapes: B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), S c
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .backends import choose
 
 # Up to so many columns, one call over copies of context and chunk is faster than two calls and a merge (on a CPU).
 JOINED = 160
@@ -76,7 +78,7 @@ def block_attention(
     block_mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    backend: Literal["sdpa", "eager"] = "sdpa",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """
     Attend over context and block.
@@ -92,24 +94,30 @@ def block_attention(
         block_mask: (B, S) bool, likewise of the chunk's.
         causal: whether a query sees only itself and earlier columns of the chunk.
         scale: of the scores, default D ** -0.5.
-        backend: "sdpa" leaves to torch what it has a kernel for; "eager" computes the equation for everything.
+        backend: who computes it, see `backends.py`; of torch's ways "sdpa", as "torch", leaves to it what it has a
+            kernel for, "eager" computes the equation for everything.
 
     Returns:
         (B, S, Hq * D) in query's dtype; softmax in float32 at least. Of a query that sees no column something finite.
     """
     within = key is None or value is None
-    if backend == "sdpa" and within and causal and query.shape[2] == 1 and context_key is not None:
+    if within and not (causal and context_key is not None and context_key.shape[2] > 0):
+        raise ValueError("block_attention got no key and value; leave them out of a causal chunk with a context only")
+    context = (context_key, context_value, context_lengths, context_mask)
+    arguments = (query, key, value, *context, block_mask, causal, scale)
+    kernel = choose("block_attention", "torch" if backend in ("sdpa", "eager") else backend, *arguments)
+    if kernel is not None:
+        return kernel(*arguments)
+    if backend != "eager" and within and query.shape[2] == 1 and context_key is not None:
         everything = context_lengths is None and context_mask is None and len(context_key) == len(query)
         # A step of autoregression is no more than this, and short enough for what else is asked here to be felt.
-        if everything and context_value is not None and context_key.shape[2] > 0:
+        if everything and context_value is not None:
             return _at_once(query, context_key, context_value, None, scale).view(len(query), 1, -1)
     runs = []
     if context_key is not None and context_value is not None and context_key.shape[2] > 0:
         runs.append(Columns(context_key, context_value, context_lengths, context_mask, within))
     if key is not None and value is not None:
         runs.append(Columns(key, value, None, block_mask, causal))
-    if within and not (runs and causal):
-        raise ValueError("block_attention got no key and value; leave them out of a causal chunk with a context only")
     attend = block_attention_reference if backend == "eager" else _by_torch
     return attend(query, runs, scale).transpose(1, 2).flatten(2)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..compat_twotower import ACT2FN
+from .backends import choose
 from .precision import at_least_float32
 
 
@@ -20,6 +21,7 @@ def causal_conv(
     ends: torch.Tensor | None = None,
     activation: str = "silu",
     return_inputs: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Convolve each channel with its own causal filter.
@@ -32,17 +34,29 @@ def causal_conv(
         ends: (B,) for each row the column after its last token; default T for all. The new state ends there.
         activation: name in transformers' `ACT2FN`.
         return_inputs: return the inputs with those before them, from which [`conv_state`] cuts states, instead of one.
+        backend: who computes it, see `backends.py`.
 
     Returns:
         y (B, T, C) in x's dtype (the sum is taken in float32 at least), and in x's dtype the new state (B, K - 1, C)
         or the inputs (B, K - 1 + T, C).
     """
+    arguments = (x, weight, bias, state, ends, activation)
+    kernel, after = choose("causal_conv", backend, *arguments), None
+    if kernel is not None:
+        y, after = kernel(*arguments)
+        if after is not None and not return_inputs:
+            return y, after
     padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
-    convolve = causal_conv_reference if x.device.type == "cpu" else _depthwise
+    if kernel is None:
+        y = _convolved(padded, weight, bias, activation)
+    return y, padded if return_inputs else conv_state(padded, weight.shape[1], ends)
+
+
+def _convolved(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    convolve = causal_conv_reference if padded.device.type == "cpu" else _depthwise
     # ACT2FN builds a module at every look-up.
     act = F.silu if activation == "silu" else ACT2FN[activation]
-    y = act(convolve(padded, weight, bias)).to(x.dtype)
-    return y, padded if return_inputs else conv_state(padded, weight.shape[1], ends)
+    return act(convolve(padded, weight, bias)).to(padded.dtype)
 
 
 def causal_conv_reference(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

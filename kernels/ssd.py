@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backends import choose
 from .precision import at_least_float32
 
 
@@ -37,6 +38,7 @@ def ssd_scan(
     chunk_size: int = 128,
     return_state: bool = True,
     return_chunk_states: bool = False,
+    backend: str = "auto",
 ) -> ScanOutput:
     """
     Scan T tokens from `state`.
@@ -51,11 +53,16 @@ def ssd_scan(
         chunk_size: tokens per chunk; y and state do not depend on it.
         return_state: whether to return the state after the last token.
         return_chunk_states: whether to return the state before each chunk.
+        backend: who computes it, see `backends.py`; of one token the backend of "ssd_step".
 
     Returns:
         [`ScanOutput`]; y in x's dtype, states in float32. All arithmetic is float32 (float64 for float64): a seeded
         state grows to 1e3 and more over a long context, which bfloat16 does not survive.
     """
+    arguments = (x, dt, A, B, C, D, state, chunk_size, return_state, return_chunk_states)
+    kernel = choose("ssd_step" if x.shape[1] == 1 and not return_chunk_states else "ssd_scan", backend, *arguments)
+    if kernel is not None:
+        return ScanOutput(*kernel(*arguments))
     dtype, tokens = x.dtype, x.shape[1]
     x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
     if tokens == 1 and not return_chunk_states:
@@ -69,7 +76,7 @@ def ssd_scan(
             chunk_states.append(state)
         outputs.append(ssd_chunk_reference(chunk_x, chunk_dt, A, chunk_B, chunk_C, state))
         if return_state or start + chunk_size < tokens:
-            state = ssd_state(chunk_x, chunk_dt, A, chunk_B, state)
+            state = ssd_state(chunk_x, chunk_dt, A, chunk_B, state, backend="torch")
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     y = torch.addcmul(y, D[:, None], x).to(dtype)
     return ScanOutput(
@@ -84,6 +91,7 @@ def ssd_state(
     B: torch.Tensor,
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """
     The state after each row's first few tokens, without outputs: the sum above.
@@ -95,10 +103,15 @@ def ssd_state(
         B: (B, T, G, N) input projections.
         state: (B, H, P, N) state before the first token, default zeros.
         ends: (B,) tokens of each row that count, 0 to T; default T for all.
+        backend: who computes it, see `backends.py`.
 
     Returns:
         (B, H, P, N) float32, as is all arithmetic (float64 for float64).
     """
+    arguments = (x, dt, A, B, state, ends)
+    kernel = choose("ssd_state", backend, *arguments)
+    if kernel is not None:
+        return kernel(*arguments)
     x, dt, A, B = at_least_float32(x), at_least_float32(dt), at_least_float32(A), at_least_float32(B)
     batch, tokens, heads, head_dim = x.shape
     if ends is not None:

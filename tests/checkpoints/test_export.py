@@ -309,6 +309,37 @@ class TestLoadingWithoutThisPackage:
         assert said.startswith("this TwoTower code knows transformers from") and said.count("\n") == 1
         assert "5.99.0 is installed: pip install" in said
 
+    def test_kernels_can_be_chosen(self, exported, tmp_path):
+        code = (
+            "import torch\n"
+            "from transformers import AutoModel\n"
+            f"model = AutoModel.from_pretrained({str(exported)!r}, trust_remote_code=True, kernels='triton')\n"
+            "assert model.kernels['ssd_scan'] == 'triton'\n"
+            "prompt = torch.tensor([[1, 20, 30, 40]])\n"
+            "def logits():\n"
+            "    with torch.no_grad():\n"
+            "        return model(prompt).logits\n"
+            "by_triton = logits()\n"
+            "model.set_kernels('auto')\n"
+            "assert not torch.equal(by_triton, logits())\n"  # or it was not used
+            "assert torch.allclose(by_triton, logits(), atol=1e-5)\n"
+        )
+        run_python(tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1", TRITON_INTERPRET="1")
+
+    def test_without_triton(self, exported, tmp_path):
+        code = (
+            "import sys\n"
+            "sys.modules['triton'] = None\n"  # importing it is now an ImportError
+            "from transformers import AutoModel\n"
+            f"model = AutoModel.from_pretrained({str(exported)!r}, trust_remote_code=True)\n"
+            "try:\n"
+            "    model.set_kernels('triton')\n"
+            "except ValueError as error:\n"
+            "    print(error)\n"
+        )
+        said = run_python(tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1").stdout
+        assert said.startswith('ssd_scan cannot be computed by "triton": it is ')
+
     def test_a_model_of_remote_code_is_exported(self, exported, tmp_path):
         code = (
             "from transformers import AutoModel\n"

@@ -178,6 +178,16 @@ def test_info_shows_costs_of_passes_and_keeps_them(tmp_path, checkpoint, monkeyp
     assert "config alone" in alone and "give a folder with weights" in alone
 
 
+def test_info_shows_who_computes_what():
+    shown = run("info", "--kernels").stdout
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["ssd_scan", "torch", "everywhere", "yes"] in rows
+    assert "never timed on a GPU" in next(line for line in shown.splitlines() if line.split()[:1] == ["triton"])
+    packages = shown.split("Packages")[1]
+    assert all(name in packages for name in ("triton", "mamba-ssm", "causal-conv1d", "flash-attn"))
+    assert "hidden size" not in shown
+
+
 def test_info_on_nvidias_config(goldens):
     shown = run("info", goldens.parent / "nvidia_30b").stdout
     total = next(line for line in shown.splitlines() if line.startswith("total"))

@@ -141,6 +141,13 @@ def test_another_geometry_dtype_or_number_of_threads_is_measured_anew(model, mea
     assert len(json.loads(pass_costs_file().read_text())["tables"]) == 4
 
 
+def test_other_kernels_are_measured_anew(model, measured):
+    costs_of(model, 4, rows=1)
+    model.set_kernels({"rms_norm": "torch"})
+    costs_of(model, 4, rows=1)
+    assert len(measured) == 2
+
+
 def test_neither_state_config_copies_nor_pickles_hold_what_is_kept(model, measured):
     before = set(model.state_dict()), model.config.to_json_string()
     costs_of(model, 4, rows=1)

@@ -1,0 +1,234 @@
+"""Who computes an operation: a registry of backends by name, per operation, and the choice between them.
+
+Every operation has "torch", its own code in the operation's file, on every device and in every dtype. Others are
+written in Triton (ours), or come from the packages people install for such a model. `backend="auto"` takes the first
+that has been measured on a GPU and can compute what is asked, and else torch. (None has been measured so far: none of
+us had a GPU. So "auto" is torch everywhere.) A backend asked for by name is never replaced by another one: where it
+cannot compute what is asked, a ValueError says why.
+
+To add a backend, write a function with the operation's arguments, one that says why it cannot take some, and an entry
+in `BACKENDS`; what tests are to show of it, see `tests/kernels/test_mamba_ssm.py`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ._causal_conv1d import causal_conv1d_cannot, causal_conv_with_package
+from ._flash_attn import attention_with_flash_attn, flash_attn_cannot
+from ._mamba_ssm import (
+    gated_rms_norm_with_mamba_ssm,
+    mamba_ssm_cannot_norm,
+    mamba_ssm_cannot_scan,
+    rms_norm_with_mamba_ssm,
+    scan_with_mamba_ssm,
+    step_with_mamba_ssm,
+)
+from ._ssd_triton import scan_with_triton, state_with_triton, triton_cannot_scan
+
+
+@dataclass(frozen=True)
+class Backend:
+    """
+    One way to compute an operation.
+
+    Args:
+        name: which is also the package's, on PyPI.
+        run: takes the operation's arguments.
+        cannot: takes them, too, and says why `run` cannot; None if it can.
+        in_triton: whether it is all Triton, which on a CPU its interpreter runs.
+        measured: on which GPU it was timed against torch and won, and when; empty if never, and then "auto" avoids it.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    cannot: Callable[..., str | None]
+    in_triton: bool = False
+    measured: str = ""
+
+
+def _by_name(*backends: Backend) -> dict[str, Backend]:
+    return {backend.name: backend for backend in backends}
+
+
+# Operation -> its backends beside torch, in the order in which "auto" would take them. "ssd_step" is a scan of one
+# token, "ssd_state" the state after some of a chunk's tokens.
+BACKENDS: dict[str, dict[str, Backend]] = {
+    "ssd_scan": _by_name(
+        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True),
+        Backend("mamba-ssm", scan_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True),
+    ),
+    "ssd_step": _by_name(
+        Backend("mamba-ssm", step_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True),
+        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True),
+    ),
+    "ssd_state": _by_name(Backend("triton", state_with_triton, triton_cannot_scan, in_triton=True)),
+    "causal_conv": _by_name(Backend("causal-conv1d", causal_conv_with_package, causal_conv1d_cannot)),
+    "gated_rms_norm": _by_name(
+        Backend("mamba-ssm", gated_rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True)
+    ),
+    "rms_norm": _by_name(Backend("mamba-ssm", rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True)),
+    "block_attention": _by_name(Backend("flash-attn", attention_with_flash_attn, flash_attn_cannot)),
+}
+# Operation -> the names that mean torch whatever the arguments, for callers on whose time a choice would be felt.
+ALWAYS_TORCH = {
+    op: ("torch",) if any(backend.measured for backend in backends.values()) else ("torch", "auto")
+    for op, backends in BACKENDS.items()
+}
+# Package -> the module that shows whether it was built for this torch. mamba-ssm's Triton kernels need its CUDA
+# extension only because the package imports it.
+MODULES = {
+    "triton": "triton",
+    "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
+    "causal-conv1d": "causal_conv1d",
+    "flash-attn": "flash_attn",
+}
+
+
+def choose(op: str, backend: str, *arguments: Any) -> Callable[..., Any] | None:
+    """
+    Who is to compute an operation: a function that takes `arguments`, or None for the operation's own torch code.
+
+    Args:
+        op: one of `BACKENDS`.
+        backend: "torch", "auto" or the name of another one.
+        arguments: the operation's, in its order; the first is a tensor.
+
+    Raises:
+        ValueError: for an unknown backend, and for one that cannot compute this.
+    """
+    if backend == "torch":
+        return None
+    if backend == "auto":
+        for each in BACKENDS[op].values():
+            if each.measured and _obstacle(each, arguments) is None:
+                return each.run
+        return None
+    chosen = _named(op, backend)
+    obstacle = _obstacle(chosen, arguments)
+    if obstacle is not None:
+        raise ValueError(f'{op} cannot be computed by "{backend}": it {obstacle}; use the backend "torch" or "auto"')
+    return chosen.run
+
+
+def check_kernels(kernels: str | Mapping[str, str]) -> dict[str, str]:
+    """
+    The backend of each operation, as a model's `kernels` argument says it.
+
+    Args:
+        kernels: operation -> backend, "auto" for those it does not name; or one backend for all that have it, "auto"
+            for the others.
+
+    Raises:
+        ValueError: for an unknown operation or backend, and for one whose package is not here.
+    """
+    if isinstance(kernels, str):
+        known = {"auto", "torch"} | {name for backends in BACKENDS.values() for name in backends}
+        if kernels not in known:
+            raise ValueError(f"kernels is {kernels!r}; use one of {_quoted(known)}, or a dict of operations")
+        if kernels in ("auto", "torch"):
+            return dict.fromkeys(BACKENDS, kernels)
+        kernels = {op: kernels for op, backends in BACKENDS.items() if kernels in backends}
+    if not isinstance(kernels, Mapping):
+        raise ValueError(f"kernels is {kernels!r}; give the name of a backend, or a dict from operations to backends")
+    for op, backend in kernels.items():
+        if op not in BACKENDS:
+            raise ValueError(f"kernels names the operation {op!r}; those there are: {_quoted(BACKENDS)}")
+        if backend not in ("auto", "torch"):
+            missing = _missing(_named(op, backend).name)
+            if missing is not None:
+                raise ValueError(f'{op} cannot be computed by "{backend}": it {missing}; use "torch" or "auto"')
+    return dict.fromkeys(BACKENDS, "auto") | dict(kernels)
+
+
+def kernel_table() -> list[tuple[str, str, str, str]]:
+    """For `twotower info --kernels`: operation, backend, what that lacks here, whether "auto" takes it."""
+    rows = []
+    for op, backends in BACKENDS.items():
+        lacks = {name: _lacks_here(backend) for name, backend in backends.items()}
+        used = next((name for name in backends if not lacks[name]), "torch")
+        rows.append((op, "torch", "everywhere", "yes" if used == "torch" else "no"))
+        rows += [("", name, lacks[name] or "ready", "yes" if used == name else "no") for name in backends]
+    return rows
+
+
+def package_table() -> list[tuple[str, str, str, str]]:
+    """For `twotower info --kernels`, of each package: name, version here, what it computes, where it was measured."""
+    rows = []
+    for package in MODULES:
+        ops = [op for op, backends in BACKENDS.items() if package in backends]
+        measured = sorted({BACKENDS[op][package].measured for op in ops} - {""})
+        here = package_version(package) or "not installed"
+        rows.append((package, here, ", ".join(ops), "; ".join(measured) or "never"))
+    return rows
+
+
+@functools.cache
+def package_version(package: str) -> str | None:
+    """The installed version; None without one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _named(op: str, backend: str) -> Backend:
+    if backend not in BACKENDS[op]:
+        raise ValueError(f"{op} has no backend {backend!r}; use one of {_quoted({'auto', 'torch', *BACKENDS[op]})}")
+    return BACKENDS[op][backend]
+
+
+def _obstacle(backend: Backend, arguments: tuple[Any, ...]) -> str | None:
+    """Why a backend cannot compute an operation of these arguments; None if it can."""
+    missing = _missing(backend.name)
+    if missing is not None:
+        return missing
+    device = arguments[0].device.type
+    if device != "cuda" and not (device == "cpu" and backend.in_triton and _interpreted()):
+        remedy = " (on a CPU, in Triton's interpreter alone: set TRITON_INTERPRET=1)" if backend.in_triton else ""
+        return f"runs on CUDA devices{remedy}, the tensors are on {arguments[0].device}"
+    if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in arguments):
+        return "gives no gradients, and these tensors require them"
+    return backend.cannot(*arguments)
+
+
+# To a compiler, what is installed is a constant.
+@torch.compiler.assume_constant_result
+@functools.cache
+def _missing(package: str) -> str | None:
+    """Why a package's functions cannot be called here, on whatever device; None if they can."""
+    if package_version(package) is None:
+        return f"is not installed: pip install --no-build-isolation {package}"
+    try:
+        import_module(MODULES[package])
+    except ImportError as error:
+        install = f"pip install --no-build-isolation --force-reinstall {package}"
+        return f"is installed, but does not import ({error}); build it for this torch: {install}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether Triton interprets kernels rather than compiling them."""
+    return bool(import_module("triton").knobs.runtime.interpret)
+
+
+def _lacks_here(backend: Backend) -> str:
+    """What stands against a backend on this machine, whatever it is asked to compute; empty if nothing does."""
+    missing = _missing(backend.name)
+    if missing is None and not torch.cuda.is_available():
+        missing = "runs in Triton's interpreter" if backend.in_triton and _interpreted() else "needs a CUDA device"
+    never = None if backend.measured else 'never timed on a GPU, so off in "auto"'
+    return "; ".join(filter(None, (never, missing)))
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(f'"{name}"' for name in sorted(names))
+
+
+__all__ = ["ALWAYS_TORCH", "BACKENDS", "Backend", "check_kernels", "choose", "kernel_table", "package_table"]

@@ -1,0 +1,264 @@
+"""Who computes an operation: what "auto" takes, what is refused, and how a whole model is told."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from twotower import TwoTowerForBlockDiffusion
+from twotower.generation_twotower import MODES
+from twotower.kernels import backends
+from twotower.kernels.backends import BACKENDS, Backend, check_kernels, choose, kernel_table, package_table
+from twotower.kernels.block_attention import block_attention
+from twotower.kernels.causal_conv import causal_conv
+from twotower.kernels.gated_rms_norm import gated_rms_norm
+from twotower.kernels.rms_norm import rms_norm
+from twotower.kernels.ssd import ssd_scan, ssd_state
+
+X = torch.ones(1, 2, 3)
+CALLS = {
+    "ssd_scan": lambda **backend: ssd_scan(*SCAN, **backend),
+    "ssd_step": lambda **backend: ssd_scan(*(part[:, :1] if part.ndim > 1 else part for part in SCAN), **backend),
+    "ssd_state": lambda **backend: ssd_state(*SCAN[:4], **backend),
+    "causal_conv": lambda **backend: causal_conv(X, torch.ones(3, 2), **backend),
+    "gated_rms_norm": lambda **backend: gated_rms_norm(X, X, X[0, 0], 3, 1e-5, **backend),
+    "rms_norm": lambda **backend: rms_norm(X, X[0, 0], 1e-5, **backend),
+    "block_attention": lambda **backend: block_attention(*[torch.ones(1, 2, 3, 4)] * 3, **backend),
+}
+SCAN = [torch.ones(1, 2, 3, 4), X, -torch.ones(3), torch.ones(1, 2, 1, 5), torch.ones(1, 2, 1, 5), torch.ones(3)]
+
+
+def fake(name, measured="", cannot=None):
+    return Backend(name, lambda *arguments: name, lambda *arguments: cannot, in_triton=True, measured=measured)
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """An operation of two backends, whose packages are here."""
+    monkeypatch.setattr(backends, "_missing", lambda package: None)
+
+    def enter(*entries):
+        monkeypatch.setitem(BACKENDS, "op", {backend.name: backend for backend in entries})
+
+    return enter
+
+
+class TestAuto:
+    def test_is_torch_while_nothing_was_timed_on_a_gpu(self):
+        """Who measures a backend says so in its entry."""
+        assert not [backend for each in BACKENDS.values() for backend in each.values() if backend.measured]
+        assert {op for op in BACKENDS if choose(op, "auto", X) is None} == set(BACKENDS)
+        assert set(backends.ALWAYS_TORCH.values()) == {("torch", "auto")}
+
+    def test_takes_the_first_that_was_measured_and_can(self, two):
+        two(fake("never"), fake("unable", "H100", "is too small"), fake("able", "H100"), fake("later", "H100"))
+        assert choose("op", "auto", X)(X) == "able"
+
+    def test_is_torch_where_none_can(self, two):
+        two(fake("unable", "H100", "is too small"))
+        assert choose("op", "auto", X) is None
+
+    def test_is_torch_where_the_package_is_not_here(self, two, monkeypatch):
+        two(fake("able", "H100"))
+        monkeypatch.setattr(backends, "_missing", lambda package: "is not installed")
+        assert choose("op", "auto", X) is None
+
+    def test_is_torch_where_gradients_are_wanted(self, two):
+        two(fake("able", "H100"))
+        assert choose("op", "auto", X.clone().requires_grad_()) is None
+        with torch.no_grad():
+            assert choose("op", "auto", X.clone().requires_grad_()) is not None
+
+
+class TestByName:
+    def test_torch_is_the_operations_own_code(self):
+        assert {op for op in BACKENDS if choose(op, "torch", X) is None} == set(BACKENDS)
+
+    def test_a_backend_never_timed_is_taken(self, two):
+        two(fake("never"))
+        assert choose("op", "never", X)(X) == "never"
+
+    @pytest.mark.parametrize("op", BACKENDS)
+    def test_an_unknown_one_is_refused(self, op):
+        with pytest.raises(ValueError, match=rf"{op} has no backend 'cuda'; use one of \"auto\".*\"torch\""):
+            CALLS[op](backend="cuda")
+
+    def test_what_it_cannot_compute_is_refused(self, two):
+        two(fake("unable", cannot="is too small"))
+        with pytest.raises(ValueError, match=r'op cannot .* by "unable": it is too small; use the backend "torch"'):
+            choose("op", "unable", X)
+
+    def test_gradients_are_refused(self, two):
+        two(fake("able"))
+        with pytest.raises(ValueError, match=r"it gives no gradients, and these tensors require them"):
+            choose("op", "able", X.clone().requires_grad_())
+
+    @pytest.mark.parametrize(("op", "name"), [(op, name) for op in BACKENDS for name in BACKENDS[op]])
+    def test_another_device_is_refused(self, op, name, monkeypatch):
+        monkeypatch.setattr(backends, "_missing", lambda package: None)
+        monkeypatch.setattr(backends, "_interpreted", lambda: False)
+        with pytest.raises(ValueError, match=rf'{op} cannot .* "{name}": it runs on CUDA devices.* are on cpu'):
+            CALLS[op](backend=name)
+
+    def test_a_package_that_is_not_here_is_refused(self, monkeypatch):
+        monkeypatch.setattr(backends, "package_version", lambda package: None)
+        backends._missing.cache_clear()
+        message = r'"flash-attn": it is not installed: pip install --no-build-isolation flash-attn'
+        with pytest.raises(ValueError, match=message):
+            CALLS["block_attention"](backend="flash-attn")
+        with pytest.raises(ValueError, match=message):
+            check_kernels("flash-attn")
+        backends._missing.cache_clear()
+
+    def test_a_package_that_does_not_import_is_refused(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(backends, "package_version", lambda package: "2.8")
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
+        backends._missing.cache_clear()
+        with pytest.raises(ValueError, match=r"is installed, but does not import \(.*flash_attn.*build it for"):
+            CALLS["block_attention"](backend="flash-attn")
+        backends._missing.cache_clear()
+
+
+class TestCheckKernels:
+    def test_operations_that_are_not_named_are_auto(self):
+        assert check_kernels({"ssd_scan": "triton"}) == dict.fromkeys(BACKENDS, "auto") | {"ssd_scan": "triton"}
+
+    def test_one_backend_is_of_all_that_have_it(self):
+        chosen = check_kernels("triton")
+        assert {op for op, backend in chosen.items() if backend == "triton"} == {"ssd_scan", "ssd_step", "ssd_state"}
+        assert set(check_kernels("torch").values()) == {"torch"}
+
+    @pytest.mark.parametrize(
+        ("kernels", "message"),
+        [
+            ("cuda", "kernels is 'cuda'; use one of"),
+            (7, "kernels is 7; give the name of a backend"),
+            ({"scan": "triton"}, "kernels names the operation 'scan'; those there are"),
+            ({"ssd_state": "mamba-ssm"}, "ssd_state has no backend 'mamba-ssm'"),
+        ],
+    )
+    def test_what_is_unknown_is_refused(self, kernels, message):
+        with pytest.raises(ValueError, match=message):
+            check_kernels(kernels)
+
+
+TRITON = dict.fromkeys(("ssd_scan", "ssd_step", "ssd_state"), "triton")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(hybrid_override_pattern="M*", block_size=4).eval()
+
+
+class TestOfAModel:
+    @pytest.fixture
+    def launches(self, monkeypatch):
+        """Of our Triton kernel: whether it computed outputs, and to ends of the rows' own."""
+        from twotower.kernels import _ssd_triton
+
+        seen, launch = [], _ssd_triton._launch
+        monkeypatch.setattr(
+            _ssd_triton,
+            "_launch",
+            lambda *args, **options: (
+                seen.append(("y" in options, options.get("ends") is not None)) or launch(*args, **options)
+            ),
+        )
+        return seen
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_same_tokens(self, model, mode, launches):
+        prompt = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+        options = {"max_new_tokens": 6, "mode": mode, "do_sample": False}
+        options |= {"mask_diffusion": {"steps_per_block": 2}, "self_speculative": {"draft_length": 4}}.get(mode, {})
+        model.set_kernels("torch")
+        expected = model.generate(prompt, **options)
+        assert not launches
+        model.set_kernels("triton")
+        assert torch.equal(model.generate(prompt, **options), expected)
+        assert (True, False) in launches
+        assert ((False, True) in launches) == (mode == "self_speculative")
+
+    @pytest.mark.parametrize(("mode", "tokens"), [("ar", 4), ("mock_ar", 3), ("mask_diffusion", 64)])
+    def test_nvidias_tokens(self, goldens, mode, tokens):
+        """The quickest of the golden cases, the autoregressive ones cut short: the interpreter is slow."""
+        cases = [case for case in json.loads((goldens / "generations.json").read_text()) if case["mode"] == mode]
+        case = min(cases, key=lambda case: case["nfe"] or 0)
+        model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint", kernels="triton")
+        prompt = load_file(goldens / "tensors.safetensors")[f"p{case['prompt']}.ids"].long()[None]
+        knobs = ("mode", "block_size", "steps_per_block", "confidence_threshold", "eos_token_id")
+        options = {"eos_token_id": None} | {name: case[name] for name in knobs if name in case}
+        text = model.generate(prompt, max_new_tokens=tokens, **options)[0, prompt.shape[1] :].tolist()
+        assert len(text) > 2
+        assert text == case["new_tokens"][: len(text)]
+
+    def test_what_is_asked_for_by_name_is_not_replaced(self, model):
+        model.set_kernels({"ssd_scan": "triton"})
+        with pytest.raises(ValueError, match=r'ssd_scan cannot be computed by "triton": it gives no gradients'):
+            model(torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[5, 6, 7, 8]]))
+        model.set_kernels("auto")
+        assert model(torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[5, 6, 7, 8]])).loss.isfinite()
+
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    def test_attention_in_torch_is_as_attn_implementation_says(self, model, implementation, monkeypatch):
+        import twotower.modeling_twotower as modeling
+
+        seen = []
+
+        def attention(*args, backend, **options):
+            seen.append(backend)
+            return block_attention(*args, backend=backend, **options)
+
+        monkeypatch.setattr(modeling, "block_attention", attention)
+        model.set_kernels("torch")
+        model.set_attn_implementation(implementation)
+        model(torch.tensor([[5, 6]]))
+        assert set(seen) == {"eager" if implementation == "eager" else "torch"}
+
+    def test_when_it_is_loaded_and_never_saved(self, model, tmp_path):
+        model.set_kernels("triton")
+        model.save_pretrained(tmp_path)
+        assert "triton" not in (tmp_path / "config.json").read_text()
+        again = TwoTowerForBlockDiffusion.from_pretrained(tmp_path)
+        assert again.kernels == dict.fromkeys(BACKENDS, "auto")
+        again = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, kernels=TRITON)
+        towers = (again.context_tower, again.denoiser_tower)
+        mixers = [layer.mixer for tower in towers for layer in tower.layers]
+        norms = [layer.norm for tower in towers for layer in tower.layers] + [tower.norm_f for tower in towers]
+        expected = dict.fromkeys(BACKENDS, "auto") | TRITON
+        assert all(part.kernels == expected for part in (again, *towers, *mixers, *norms))
+        with pytest.raises(ValueError, match="kernels is 'tritton'"):
+            TwoTowerForBlockDiffusion.from_pretrained(tmp_path, kernels="tritton")
+
+    def test_another_model_keeps_its_own(self, model):
+        other = tiny_model(hybrid_override_pattern="M", block_size=4)
+        model.set_kernels("triton")
+        assert other.kernels == dict.fromkeys(BACKENDS, "auto")
+
+
+class TestTables:
+    def test_every_operation_says_who_auto_takes(self):
+        rows = kernel_table()
+        assert [row[0] for row in rows if row[0]] == list(BACKENDS)
+        assert [row[1] for row in rows if row[3] == "yes"] == ["torch"] * len(BACKENDS)
+        assert all("never timed on a GPU" in row[2] for row in rows if row[1] != "torch")
+
+    def test_one_that_was_measured_is_taken(self, monkeypatch):
+        monkeypatch.setattr(backends, "_missing", lambda package: None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        measured = replace(BACKENDS["ssd_state"]["triton"], measured="H100, 2027")
+        monkeypatch.setitem(BACKENDS, "ssd_state", {"triton": measured})
+        rows = kernel_table()
+        assert ("ssd_state", "torch", "everywhere", "no") in rows
+        assert ("", "triton", "ready", "yes") in rows
+        assert ("H100, 2027") in {row[3] for row in package_table()}
+
+    def test_packages_and_versions(self, monkeypatch):
+        monkeypatch.setattr(backends, "package_version", {"triton": "3.9.0"}.get)
+        rows = {row[0]: row[1:] for row in package_table()}
+        assert rows["triton"] == ("3.9.0", "ssd_scan, ssd_step, ssd_state", "never")
+        assert rows["flash-attn"] == ("not installed", "block_attention", "never")
