@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from twotower.configuration_twotower import TwoTowerConfig
+from twotower.decoding.asking import PerRow, Stateless
 from twotower.generation_twotower import MODES, TwoTowerGenerationConfig
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
@@ -452,3 +453,54 @@ class Prefer(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         return scores.index_fill(1, torch.tensor([self.token]), 1e3)
+
+
+# Passes run in inference mode, of which nothing is to be seen.
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative", "mock_ar", "ar"])
+def test_what_comes_back_is_made_of_ordinary_tensors(model, mode):
+    output = generate(model, prompts([6])[0][None], mode=mode, output_scores=True, output_logits=True)
+    given = [
+        output.sequences,
+        output.commit_steps,
+        output.confidences,
+        output.log_probs,
+        *output.scores,
+        *output.logits,
+    ]
+    held = [part for view in output.cache.views() if view is not None for part in view]
+    assert not any(tensor.is_inference() for tensor in given + held)
+    output.sequences[0, 0] = 1  # which could not be done to an inference tensor
+
+
+class Watches:
+    """As a streamer, a callback, a processor and a criterion: whether what it is shown is an ordinary tensor."""
+
+    def __init__(self):
+        self.ordinary = []
+
+    def put(self, value):
+        self.ordinary.append(not value.is_inference())
+
+    put_draft = put
+
+    def end(self):
+        pass
+
+    def __call__(self, *given):
+        tensors = vars(given[0]).values() if len(given) == 1 else given
+        self.ordinary += [not value.is_inference() for value in tensors if isinstance(value, torch.Tensor)]
+        return given[1] if len(given) == 2 else None
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative"])
+def test_code_of_the_users_is_shown_ordinary_tensors(model, mode):
+    prompt = prompts([6])[0][None]
+    streamer, callback, processor, criterion = (Watches() for _ in range(4))
+    generate(model, prompt, mode=mode, streamer=streamer)
+    generate(model, prompt, mode=mode, step_callback=callback, draft_length=4)
+    generate(model, prompt, mode=mode, logits_processor=[PerRow(lambda row: processor)])
+    generate(model, prompt, mode=mode, stopping_criteria=[Stateless(lambda ids, scores: criterion(ids, ids) is None)])
+    for watch in (streamer, callback, processor, criterion):
+        assert watch.ordinary and all(watch.ordinary)
