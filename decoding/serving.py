@@ -405,13 +405,10 @@ class TwoTowerEngine:
     def _run(self) -> None:
         try:
             while True:
-                # Weights may be changed while nothing runs.
-                with self.model.prepared():
-                    while self.step():
-                        pass
+                busy = self.step()
                 with self._work:
-                    self._work.wait_for(lambda: self._queue or self._stopping)
-                    if self._stopping and not self._queue:
+                    self._work.wait_for(lambda: busy or self._queue or self._stopping)  # noqa: B023
+                    if self._stopping and not busy and not self._queue:
                         self._thread = None
                         return
         except BaseException as error:
