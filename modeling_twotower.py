@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import is_not
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -968,22 +969,34 @@ class Preparing:
     in ways that leave no trace, but within [`~TwoTowerForBlockDiffusion.prepared`] once.
     """
 
-    parameters: Callable[..., Iterator[nn.Parameter]]  # the module's
-    _prepared: tuple[torch.Tensor, ...] | None = None
+    _parameters: dict[str, nn.Parameter | None]  # the module's, as its hooks are
+    _forward_pre_hooks: dict[int, Any]
+    _forward_hooks: dict[int, Any]
+    _prepared: tuple[list[nn.Parameter | None], tuple[torch.Tensor, ...]] | None = None
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
     def prepared(self) -> tuple[torch.Tensor, ...]:
+        held = self._prepared  # looked up once, as another thread may end it
         # What was prepared has no gradients.
-        return self.of_weights() if self._prepared is None or torch.is_grad_enabled() else self._prepared
+        if held is None or torch.is_grad_enabled():
+            return self.of_weights()
+        # Adapters put other weights in the place of a module's during its pass.
+        before, now = held[0], self._parameters.values()
+        changed = len(before) != len(now) or any(map(is_not, before, now))
+        return self.of_weights() if changed else held[1]
 
     def prepare(self) -> None:
-        """Not where weights come and go: offloaded or sharded ones are there during a pass of the module only."""
-        whole = all(type(parameter.data) is torch.Tensor for parameter in self.parameters(recurse=False))
-        if whole and not hasattr(self, "_hf_hook"):
-            with torch.no_grad(), torch.inference_mode(False):
-                self._prepared = self.of_weights()
+        """Not where weights come and go: what offloads, shards or adapts them does so around a pass of the module."""
+        weights = self._parameters.values()
+        whole = all(type(weight) is nn.Parameter and weight.numel() > 0 for weight in weights if weight is not None)
+        if whole and not (self._forward_pre_hooks or self._forward_hooks or hasattr(self, "_hf_hook")):
+            with torch.inference_mode(False), torch.no_grad():
+                self._prepared = list(weights), self.of_weights()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_prepared": None}  # a copy would never be told that it has ended
 
 
 class TwoTowerRMSNorm(NemotronHRMSNorm):
@@ -1137,10 +1150,9 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         if self.num_group != self.topk_group:
             choice = self._without_weak_groups(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
-        if self.norm_topk_prob:  # shares of the sum of scores, which are sigmoids
-            weights = F.logsigmoid(logits.gather(1, indices)).softmax(-1)
-        else:
-            weights = scores.gather(1, indices)
+        weights = scores.gather(1, indices)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.routed_scaling_factor != 1:
             weights = weights * self.routed_scaling_factor
         wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
@@ -1197,7 +1209,9 @@ def _all_experts(
     shares = weights.new_zeros(len(weights), experts.num_experts).scatter(1, indices, weights)
     activated = experts.act_fn(hidden_states @ experts.up_proj.transpose(1, 2))  # (E, T, I)
     outputs = torch.bmm(activated, experts.down_proj.transpose(1, 2))
-    return (outputs * shares.t()[..., None]).sum(0).to(hidden_states.dtype)
+    # What an expert that was not chosen makes of a token may be no number.
+    weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)
+    return weighted.sum(0).to(hidden_states.dtype)
 
 
 def _grouped_experts(

@@ -8,7 +8,7 @@ Shapes: B batch, P prompt columns, S block, V vocabulary.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import compress
 from typing import Any
 
@@ -358,7 +358,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if engine is not None:
             return request
         loop = Engine(self, cache, request.device, synced, len(request.rows))
-        with self.prepared(), cache.undone_on_error():
+        with nullcontext() if synced else self.prepared(), cache.undone_on_error():
             try:
                 loop.admit(request)
                 while loop.rows:

@@ -369,7 +369,7 @@ class Group:
                     canvas.records[name][column] = record[idx, column]
             row.step += 1
         if request.streamer is not None and hasattr(request.streamer, "put_draft"):
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 request.streamer.put_draft(torch.tensor([row.canvas.ids[known:] for row in self.rows]))
 
     def chosen(self, values: list[list[list[float]]], step: int = -1) -> list[Canvas]:

@@ -41,8 +41,8 @@ class Engine:
         self.model, self.cache, self.device, self.synced = model, cache, device, synced
         # A pass; with other ranks, once it is its turn.
         self.run = model._pass if synced else lambda part, *args: getattr(model, part)(*args)
-        # Quantised and sharded weights are more than tensors, and not made for inference mode.
-        self.special_weights = synced or any(type(weight) is not torch.nn.Parameter for weight in model.parameters())
+        # Quantised and sharded weights are more than tensors and not made for inference mode. Hooks may be the user's.
+        self.special_modules = synced or any(map(_is_special, model.modules()))
         self.rows: list[Row] = []  # that go on, in the order of the cache's rows
         self.parked: list[Row] = []  # behind them, those that have ended and whose cache is kept
         self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
@@ -70,7 +70,7 @@ class Engine:
         """One iteration: open canvases, at most one pass of each tower, and let the rows that have ended leave."""
         # In inference mode passes cost less, but what is shown to code of the user's could not be changed later, nor
         # be a gradient's beginning.
-        ordinary = self.special_weights or any(row.request.runs_users_code for row in self.rows)
+        ordinary = self.special_modules or any(row.request.runs_users_code for row in self.rows)
         with torch.no_grad() if ordinary else torch.inference_mode():
             for rows in _groups([row for row in self.rows if row.phase == OPEN]):
                 with self.guarded(rows):
@@ -298,6 +298,12 @@ class Engine:
                 request.on_error(request, error)  # type: ignore[misc]
                 for row in request.rows:
                     row.phase = ENDED
+
+
+def _is_special(module: torch.nn.Module) -> bool:
+    weights = (weight for weight in module._parameters.values() if weight is not None)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or any(type(weight) is not torch.nn.Parameter for weight in weights)
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:

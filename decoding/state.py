@@ -272,7 +272,7 @@ class Request:
         """Hand out the columns of new tokens that by now every row has, or will never have."""
         assert self.streamer is not None
         if self.streamed < (settled := self.settled()):
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 self.streamer.put(self.new_columns(self.streamed, settled))
             self.streamed = settled
 

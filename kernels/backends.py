@@ -178,7 +178,7 @@ def package_version(package: str) -> str | None:
 
 
 def _named(op: str, backend: str) -> Backend:
-    if backend not in BACKENDS[op]:
+    if not isinstance(backend, str) or backend not in BACKENDS[op]:
         raise ValueError(f"{op} has no backend {backend!r}; use one of {_quoted({'auto', 'torch', *BACKENDS[op]})}")
     return BACKENDS[op][backend]
 

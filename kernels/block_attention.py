@@ -138,7 +138,9 @@ def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None)
         key = torch.cat([each.key for each in runs], dim=2)
         value = torch.cat([each.value for each in runs], dim=2)
         return _at_once(query, key, value, _visible(query, runs), scale)
-    if on_cpu and run.key.shape[2] == tokens and not _wants_gradient(query, runs):
+    # In a causal run with holes a query may see nothing, of which torch's logsumexp is 0.
+    holes = run.causal and run.mask is not None
+    if on_cpu and run.key.shape[2] == tokens and not holes and not _wants_gradient(query, runs):
         return _by_flash_on_cpu(query, runs, scale)
     return block_attention_reference(query, runs, scale)
 

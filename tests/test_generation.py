@@ -481,7 +481,7 @@ class Watches:
         self.ordinary = []
 
     def put(self, value):
-        self.ordinary.append(not value.is_inference())
+        self.ordinary.append(not value.is_inference() and not torch.is_grad_enabled())
 
     put_draft = put
 
@@ -504,3 +504,11 @@ def test_code_of_the_users_is_shown_ordinary_tensors(model, mode):
     generate(model, prompt, mode=mode, stopping_criteria=[Stateless(lambda ids, scores: criterion(ids, ids) is None)])
     for watch in (streamer, callback, processor, criterion):
         assert watch.ordinary and all(watch.ordinary)
+
+
+def test_a_hook_of_the_users_is_shown_ordinary_tensors(model):
+    seen = []
+    hook = model.context_tower.layers[0].register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    generate(model, prompts([6])[0][None], mode="ar", max_new_tokens=3)
+    hook.remove()
+    assert len(seen) == 3 and not any(tensor.is_inference() for tensor in seen)

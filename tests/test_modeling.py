@@ -782,6 +782,25 @@ def test_a_lone_token_gets_from_its_experts_what_it_gets_among_others(geometry, 
     assert_close(alone, together)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_an_expert_that_no_token_chose_has_no_say(tokens):
+    moe = tiny_model().context_tower.layers[1].mixer
+    hidden_states = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moe.gate.e_score_correction_bias[0] = -torch.inf
+        expected = moe(hidden_states)
+        moe.experts.down_proj[0] = torch.inf
+        assert torch.equal(moe(hidden_states), expected)
+
+
+def test_the_shares_of_experts_that_all_score_next_to_nothing_are_nvidias():
+    router = tiny_model().context_tower.layers[1].mixer.gate
+    with torch.no_grad():
+        router.weight.zero_()[:, 0] = -50.0  # sigmoids of 2e-22, against an epsilon of 1e-20
+        _, weights, _ = router(torch.eye(32)[:1])
+    assert 0 < float(weights.sum()) < 0.1
+
+
 def test_a_lone_token_has_gradients():
     moe = tiny_model().context_tower.layers[1].mixer
     hidden_states = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))

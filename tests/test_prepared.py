@@ -117,10 +117,55 @@ def test_weights_that_come_and_go_are_not_kept():
         assert mamba not in kept(model) and router not in kept(model) and kept(model)
 
 
+def test_where_a_hook_may_fill_weights_in_nothing_is_kept():
+    model = tiny_model("all kinds")
+    router = model.context_tower.layers[3].mixer.gate
+    hook = router.register_forward_pre_hook(lambda module, _: None)
+    with model.prepared():
+        assert router not in kept(model) and kept(model)
+    hook.remove()
+
+
+def test_another_weight_in_a_modules_place_is_seen_at_once():
+    """As peft's adapters for parameters do it around a pass."""
+    model = tiny_model("all kinds")
+    routers = [layer.mixer.gate for layer in model.context_tower.layers if hasattr(layer.mixer, "gate")]
+    with model.prepared():
+        for router in routers:
+            router.weight = torch.nn.Parameter(router.weight.detach() + 0.5 * torch.randn_like(router.weight))
+        within = passes(model)
+    for actual, wanted in zip(within, passes(model), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_a_copy_made_within_is_not_prepared():
+    model = tiny_model("all kinds")
+    with model.prepared():
+        assert not kept(copy.deepcopy(model)) and kept(model)
+
+
+def test_another_thread_may_end_it_at_any_moment():
+    model = tiny_model("all kinds")
+    module = next(each for each in model.modules() if isinstance(each, Preparing))
+
+    class Ended(type(module)):
+        looked_up = 0
+
+        @property
+        def _prepared(self):
+            Ended.looked_up += 1
+            return ([*self._parameters.values()], self.of_weights()) if Ended.looked_up == 1 else None
+
+    module.__class__ = Ended
+    with torch.no_grad():
+        assert module.prepared() is not None
+
+
 def test_in_inference_mode_what_is_kept_can_be_used_outside_of_it():
     model = tiny_model("all kinds")
     with torch.inference_mode():
         context = model.prepared()
         context.__enter__()
-    assert not any(tensor.is_inference() for module in kept(model) for tensor in module._prepared)
+    tensors = [tensor for module in kept(model) for tensor in module._prepared[1]]
+    assert tensors and not any(tensor.is_inference() or tensor.grad_fn for tensor in tensors)
     context.__exit__(None, None, None)

@@ -139,6 +139,7 @@ class TestCheckKernels:
             (7, "kernels is 7; give the name of a backend"),
             ({"scan": "triton"}, "kernels names the operation 'scan'; those there are"),
             ({"ssd_state": "mamba-ssm"}, "ssd_state has no backend 'mamba-ssm'"),
+            ({"ssd_scan": ["triton"]}, r"ssd_scan has no backend \['triton'\]"),
         ],
     )
     def test_what_is_unknown_is_refused(self, kernels, message):

@@ -161,6 +161,15 @@ def test_masks(context, causal, backend):
     assert_close(out, written_out(*tensors, visible), torch.float32)
 
 
+def test_a_causal_chunk_whose_first_columns_hold_no_token():
+    """Its first queries see only the context, which is long enough to be attended to apart."""
+    tensors = draw(length=170, context=7)
+    block_mask = torch.arange(170).expand(3, -1) >= 2
+    visible = seen(3, 170, 7, block_mask=block_mask, causal=True)
+    out = block_attention(*tensors, block_mask=block_mask, causal=True)
+    assert_close(out, written_out(*tensors, visible), torch.float32)
+
+
 def test_a_row_may_see_no_context_at_all():
     for context in (11, 300):
         tensors = draw(context=context)
