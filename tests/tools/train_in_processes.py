@@ -1,5 +1,6 @@
 """Trains a tiny model in each of the processes it is started in: `train_in_processes.py MODE RESULT`."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,3 +96,5 @@ def with_fsdp(result: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"accelerate": with_accelerate, "fsdp": with_fsdp}[sys.argv[1]](Path(sys.argv[2]))
+    # As Python ends, torch may wait for a thread of gloo's that waits for Python: then a process never ends.
+    os._exit(0)

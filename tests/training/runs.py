@@ -134,7 +134,7 @@ def killed_at_random(inputs: Path, place: Path, kills: int) -> dict[str, Any]:
 
 
 def killed_at_every_change(inputs: Path, place: Path) -> list[bool]:
-    """Kill a run before each change of its folder while it stores its second checkpoint and ends: is all the same?"""
+    """Kill a run before every other change of its folder while it stores its second checkpoint and ends: all the same?"""
     asked = {**GENERATED, "save__keep": 1, "steps": 2}
     assert in_process(lambda: running.train(recipe(inputs, place / "whole-2", **asked)))
     assert in_process(lambda: stopped_after_step(1, recipe(inputs, place / "begun", **asked)))
@@ -142,7 +142,7 @@ def killed_at_every_change(inputs: Path, place: Path) -> list[bool]:
     while not ended:
         folder = place / f"changes-{len(equal)}"
         shutil.copytree(place / "begun", folder)
-        ended = in_process(lambda: killed_before_change(len(equal) + 1, recipe(inputs, folder, **asked)))  # noqa: B023
+        ended = in_process(lambda: killed_before_change(2 * len(equal) + 1, recipe(inputs, folder, **asked)))  # noqa: B023
         if not ended:
             assert in_process(lambda: running.train(recipe(inputs, folder, **asked)))  # noqa: B023
         equal.append(left_behind(folder) == expected)
