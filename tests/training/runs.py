@@ -136,7 +136,7 @@ def killed_at_random(inputs: Path, place: Path, kills: int) -> dict[str, Any]:
 
 
 def killed_at_every_change(inputs: Path, place: Path) -> list[bool]:
-    """Kill a run before every other change of its folder while it stores its second checkpoint and ends: all the same?"""
+    """Kill a run before every other change of its folder while it stores its second checkpoint: is all the same?"""
     asked = {**GENERATED, "save__keep": 1, "steps": 2}
     assert in_process(lambda: running.train(recipe(inputs, place / "whole-2", **asked)))
     assert in_process(lambda: stopped_after_step(1, recipe(inputs, place / "begun", **asked)))
