@@ -51,7 +51,7 @@ class Grammar(PerRow):
         What the schema says under `"x-guidance"` (llguidance's options) goes before that.
         """
         # White space as the model likes would let a text go on without an end.
-        layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        layout: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         try:
             text = LLMatcher.grammar_from_json_schema(schema, defaults=layout)
         except ValueError as error:
