@@ -27,7 +27,7 @@ class DiffusionObjective:
     What the training loss is, beyond NVIDIA's; `model.objective` is the one that `model(..., labels=...)` computes.
 
     Args:
-        weighting: "mean" or "inverse_timestep", see [`masked_cross_entropy`].
+        weighting: "mean" or "inverse_timestep", see [`weighted_mean`].
         corruptions: how often each block is masked and denoised per pass of the context tower.
         distillation: w in [0, 1], how much of the cross-entropy is replaced by the divergence from the context
             tower's own next-token distribution at the same position, (1 - w) CE + w T^2 KL (Hinton et al. 2015,

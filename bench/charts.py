@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from .reports import new_figure
 from .texts import KINDS
 
 TITLES = {"on": "held-out problems", "off": "text it knows nothing of"}
@@ -10,11 +11,7 @@ TITLES = {"on": "held-out problems", "off": "text it knows nothing of"}
 
 def draw_bench(report: dict[str, Any], file: Path) -> None:
     """Write what there is so far; bars are quartiles of the rounds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('drawing needs matplotlib; pip install "twotower[eval]"') from error
-    figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
+    figure = new_figure(11, 8, 110)
     panels = figure.subplots(2, 2).flat
     for kind, axes in zip(KINDS, panels, strict=False):
         _draw_speeds(axes, kind, report)

@@ -78,6 +78,15 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def new_figure(width: float, height: float, dpi: int) -> Any:
+    """A matplotlib figure of so many inches, without a window."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('drawing needs matplotlib; pip install "twotower[eval]"') from error
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
 def check_writable(file: Path) -> None:
     """Report now what would keep a file from being written after the work; nothing is left, and nothing changed."""
     if file.is_dir():
@@ -94,4 +103,4 @@ def _sibling(file: Path) -> Path:
     return target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
 
 
-__all__ = ["check_writable", "environment", "git_commit", "machine", "write_json", "write_whole"]
+__all__ = ["check_writable", "environment", "git_commit", "machine", "new_figure", "write_json", "write_whole"]

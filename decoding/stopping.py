@@ -169,11 +169,12 @@ def first_stops(
         stops.append((count, False) if stop is None else (stop, True))
     if rows[0].request.stopping.any:
         stops = rows[0].request.stopping.ask(rows, canvases, stops, in_step)
-    late = {
-        row.request
-        for row in rows
-        if any(bool(timer(torch.empty(1, 0), None).any()) for timer in row.request.stopping.timers)
-    }
+    requests = dict.fromkeys(row.request for row in rows if row.request.stopping.timers)
+    late = [
+        request
+        for request in requests
+        if any(bool(timer(torch.empty(1, 0), None).any()) for timer in request.stopping.timers)
+    ]
     return [(kept, ended or row.request in late) for row, (kept, ended) in zip(rows, stops, strict=True)]
 
 

@@ -11,6 +11,7 @@ from zlib import crc32
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from ..bench.reports import new_figure
 from ..decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
 from ..evaluation.figures import percent, plus_minus
 from ..evaluation.held_out import PROBLEMS, SEEDS
@@ -177,11 +178,7 @@ def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def draw_rules(report: dict[str, Any], file: Path) -> None:
     """Write the curves as a PNG: accuracy, with one standard error, against tokens per pass of either tower."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('drawing needs matplotlib; pip install "twotower[eval]"') from error
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    figure = new_figure(9, 6, 120)
     axes = figure.add_subplot()
     drawn = [*report["rows"], *report["verified_rows"]]
     lines = list(dict.fromkeys(row["line"] for row in drawn))

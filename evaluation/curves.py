@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from ..bench.reports import new_figure
 from ..demo.evaluation import (
     Run,
     answer,
@@ -151,11 +152,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def draw(report: dict[str, Any], file: Path) -> None:
     """Write the curves as a PNG: both parts of the answers against passes saved and against speed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('drawing needs matplotlib; pip install "twotower[eval]"') from error
-    figure = Figure(figsize=(12, 9), dpi=110, layout="constrained")
+    figure = new_figure(12, 9, 110)
     panels = figure.subplots(2, 2, sharey="row", sharex="col")
     size = str(report["batch_size"])
     across = {
