@@ -26,9 +26,9 @@ LEAST_SURE = 0.5
 # A token is drafted without knowing the drafted ones before it, so unsure text is drafted worse than it is continued.
 SURENESS_POWER = 4.5
 # Of the steps that mode "ar" would have taken so many may be lost to drafts;
-LOSS_RATE = 0.025
-# beyond that so many steps at first, but a whole draft in any case; and where drafts gain, so many whole drafts.
-FIRST_STEPS, EARNED_DRAFTS = 6.5, 2.0
+LOSS_RATE = 0.015
+# beyond that so many steps at first, but the shortest draft in any case; and where drafts gain, so many whole drafts.
+FIRST_STEPS, EARNED_DRAFTS = 3.5, 2.0
 
 # Rates of acceptance are told apart by so much.
 RATES = 256
@@ -78,12 +78,14 @@ class DraftController:
     power of how sure the context tower lately was of its own choices: where it is not, nobody can foresee them, and a
     refusal there says little against the drafter. What is not known of a row is taken from the others.
 
-    A draft may be tried only while an allowance of steps covers its loss if nothing of it is accepted. The allowance
-    begins with `FIRST_STEPS`, or a whole draft's loss, and grows by `LOSS_RATE` of the steps that mode "ar" would have
-    taken, and by what drafts gain; beyond its beginning up to the loss of `EARNED_DRAFTS` whole drafts. So at any
-    time, counted from any earlier one, no more is lost than `LOSS_RATE` and an allowance. Where the skill that was
-    seen promises nothing, a length that `BEST_SKILL` would promise is tried while the allowance is what it was at
-    first: at once, and again as seldom as `LOSS_RATE` pays for what failed.
+    A draft is as long as promises most, but no longer than an allowance of steps covers its loss if nothing of it is
+    accepted. The allowance begins with `FIRST_STEPS`, or the shortest draft's loss, and grows by `LOSS_RATE` of the
+    steps that mode "ar" would have taken, and by what drafts gain; beyond its beginning up to the loss of
+    `EARNED_DRAFTS` whole drafts. What a draft loses is taken from it as far as the context tower was sure of what it
+    chose instead: so at any time, counted from any earlier one, no more is lost to a drafter that is wrong than
+    `LOSS_RATE` and an allowance. Where the skill that was seen promises nothing, a length that `BEST_SKILL` would
+    promise is tried while the allowance is what it was at first: at once, and again as seldom as `LOSS_RATE` pays for
+    what failed.
 
     Deterministic: equal calls in equal order choose equally.
 
@@ -126,12 +128,11 @@ class DraftController:
         evidence = [self.by_row.get(row, UNSEEN) for row in rows]
         sure = [seen.sureness(sureness, SURENESS_WEIGHT) ** SURENESS_POWER for seen in evidence]
         rates = [each * seen.skill(skill) for each, seen in zip(sure, evidence, strict=True)]
-        length = self._most_promising(costs, rates)
-        if length > 1:
-            return length if costs[length] - 1 <= allowance else 1
-        if allowance < self._first_allowance(costs):
-            return 1
-        return self._most_promising(costs, [each * BEST_SKILL for each in sure])
+        affordable = {length: cost for length, cost in costs.items() if cost - 1 <= allowance or length == 1}
+        length = self._most_promising(affordable, rates)
+        if length > 1 or allowance < self._first_allowance(costs):
+            return length
+        return self._most_promising(affordable, [each * BEST_SKILL for each in sure])
 
     def learn(
         self,
@@ -171,7 +172,7 @@ class DraftController:
         if length > 1:
             self.pool.see_draft(others * (tokens - 1), others * refused / count)
         self.pool.see_tokens(others * sure / count, others * tokens, DRAFT_MEMORY)
-        self._pay(count, length, tokens)
+        self._pay(count, length, tokens, refused / count)
 
     def forget(self, row: Hashable) -> None:
         """A row has left, which those that come know it by; its key may be another's from now on."""
@@ -179,23 +180,24 @@ class DraftController:
         self.pool.see_draft(seen.accepted, seen.refused)
         self.pool.see_tokens(seen.sure, seen.tokens, DRAFT_MEMORY)
 
-    def _pay(self, rows: int, length: int, tokens: float) -> None:
+    def _pay(self, rows: int, length: int, tokens: float, refused: float) -> None:
         costs = self._costs(rows)
         most = max(EARNED_DRAFTS * (costs[self.lengths[-1]] - 1), self._first_allowance(costs))
-        self.allowance = min(self._allowance(costs) + tokens - costs[length] + LOSS_RATE * tokens, most)
+        gain = tokens - costs[length]
+        self.allowance = min(self._allowance(costs) + max(gain, gain * refused) + LOSS_RATE * tokens, most)
 
     def _allowance(self, costs: dict[int, float]) -> float:
         return self._first_allowance(costs) if self.allowance is None else self.allowance
 
     def _first_allowance(self, costs: dict[int, float]) -> float:
-        return max(FIRST_STEPS, costs[self.lengths[-1]] - 1)
+        return max(FIRST_STEPS, min((cost - 1 for length, cost in costs.items() if length > 1), default=0.0))
 
     def _most_promising(self, costs: dict[int, float], rates: list[float]) -> int:
-        """The length of most tokens per step."""
-        table = _expected_tokens(self.lengths)
+        """The length of most tokens per step, of those whose costs are given."""
+        table = _expected_tokens(tuple(costs))
         tokens = map(sum, zip(*[table[int(rate * RATES)] for rate in rates], strict=True))
-        promises = [each / costs[length] for each, length in zip(tokens, self.lengths, strict=True)]
-        return self.lengths[promises.index(max(promises))]
+        promises = {length: each / cost for (length, cost), each in zip(costs.items(), tokens, strict=True)}
+        return max(promises, key=promises.__getitem__)
 
     def _costs(self, rows: int) -> dict[int, float]:
         """Steps of a cycle by length."""

@@ -91,7 +91,8 @@ def test_on_templates_nearly_all_of_what_whole_drafts_gain_is_kept(rows, least):
     batches = batches_of(recorded("on templates"), rows)
     whole = sum(seconds(batch, Always(16)) for batch in batches)
     ours = sum(seconds(batch, controller()) for batch in batches)
-    assert whole / ours > (0.9 if rows == 1 else 0.97)
+    # One row rarely knows what to expect; of 64, whole drafts are too dear to begin with.
+    assert whole / ours > (0.9 if rows in (1, 64) else 0.97)
     assert speed(batches) > least
 
 
@@ -102,14 +103,32 @@ def test_off_templates_nothing_to_speak_of_is_lost(rows, least):
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 @pytest.mark.parametrize("tokens", [100, 256, 1000])
-def test_a_drafter_that_is_always_wrong_costs_a_twentieth_at_most(rows, tokens):
-    assert speed([[made_up([0] * tokens)] * rows]) > 0.95
+def test_a_drafter_that_is_always_wrong_costs_a_thirtieth_at_most(rows, tokens):
+    assert speed([[made_up([0] * tokens)] * rows]) > 0.965
 
 
-@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+@pytest.mark.parametrize("rows", [1, 4, 16])
 def test_a_drafter_that_is_always_right_is_used_throughout(rows):
     text = made_up([15] * 96)
     assert seconds([text] * rows, controller()) == seconds([text] * rows, Always(16))
+
+
+def test_where_whole_drafts_are_dear_they_follow_on_short_ones_that_were_right():
+    lengths, chooser = [], controller()
+    for row in range(64):
+        chooser.start(row)
+    for _ in range(6):
+        lengths.append(chooser.choose(range(64)))
+        chooser.learn(range(64), lengths[-1], [lengths[-1] - 1] * 64)
+    assert lengths[0] < 16 and lengths == sorted(lengths) and lengths[2:] == [16] * 4
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+def test_at_first_no_more_is_risked_than_the_allowance(rows):
+    chooser = controller()
+    for row in range(rows):
+        chooser.start(row)
+    assert COSTS.cycle(chooser.choose(range(rows)), rows) / COSTS.cycle(1, rows) - 1 <= 3.5
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -122,10 +141,10 @@ def test_a_change_is_noticed(rows, accepted):
 def test_no_acceptances_lose_more_than_the_allowance(seed):
     draw = random.Random(seed)
     accepted = [draw.choice([0, 0, 0, 1, draw.randrange(16)]) for _ in range(1000)]
-    text = accepted, [draw.random() for _ in range(1001)]
-    steps = seconds([text], controller()) / COSTS.cycle(1, 1)
-    # The last draft may reach beyond the end.
-    assert steps < 1.025 * 1000 + 6.5 + 16
+    for sure in ([1.0] * 1001, [draw.random() for _ in range(1001)]):
+        steps = seconds([(accepted, sure)], controller()) / COSTS.cycle(1, 1)
+        # The last draft may reach beyond the end.
+        assert steps < 1.015 * 1000 + 3.5 + 16
 
 
 def test_without_confidences_an_always_wrong_drafter_costs_no_more():
@@ -177,7 +196,7 @@ def test_equal_calls_choose_equally():
         return chosen
 
     assert choices() == choices()
-    assert len(set(choices())) > 2
+    assert len(set(choices())) > 1
 
 
 def test_rows_join_and_leave_at_any_time():
