@@ -9,10 +9,14 @@ Writing, and reading a private repository, need the bearer token hf_test.
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -160,6 +164,26 @@ class Hub(BaseHTTPRequestHandler):
 
 def etag(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@contextmanager
+def hub_environment(folder: Path) -> Iterator[dict[str, str]]:
+    """The environment of a process that has the token of a Hub in `folder` / "hub", and an empty cache beside it."""
+    root = folder / "hub"
+    root.mkdir()
+    command = [sys.executable, __file__, root]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hub:
+        assert hub.stdin is not None and hub.stdout is not None
+        yield {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "HF_HOME": str(folder / "hf"),
+            "HF_ENDPOINT": hub.stdout.readline().strip(),
+            "HF_TOKEN": "hf_test",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
+        }
+        hub.stdin.close()
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ class Run:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("log.tensorboard needs tensorboard; pip install tensorboard, or leave it out") from error
+            raise ValueError('log.tensorboard needs tensorboard; pip install "twotower[train]"') from error
         return SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
 
     def _write_samples(self) -> None:

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import hub_environment
 from safetensors.torch import load_model, save_model
 from tiny import random_ids, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
@@ -16,7 +15,6 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from twotower.generation_twotower import TwoTowerGenerationConfig
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
-TESTS = Path(__file__).resolve().parents[1]
 IDS = random_ids(2, 7)
 KNOBS = {"mode": "ar", "draft_steps": 3, "unmasking_rule": "entropy", "entropy_bound": 0.4, "seed": [1, 2]}
 
@@ -108,22 +106,9 @@ for repo in ("lab/pushed", "lab/saved"):
 
 def test_a_plain_model_pushed_to_the_hub_comes_back(model, tmp_path):
     model.save_pretrained(tmp_path / "source")
-    root = tmp_path / "hub"
-    root.mkdir()
-    command = [sys.executable, TESTS / "fake_hub.py", root]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hub:
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(tmp_path),
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": hub.stdout.readline().strip(),
-            "HF_TOKEN": "hf_test",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
-        }
+    with hub_environment(tmp_path) as environment:
         command = [sys.executable, "-c", PUSH, tmp_path / "source", tmp_path / "saved"]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        hub.stdin.close()
     assert done.returncode == 0, done.stderr
 
 
