@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from fake_hub import hub_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.runs import lines, make_inputs, recipe
@@ -44,10 +45,8 @@ def test_curves_in_tensorboard_are_those_of_the_log_also_of_a_run_that_was_resum
 
     with monkeypatch.context() as patched:
         patched.setattr(running.Run, "_take_step", fails_at_the_last_step)
-        try:
+        with pytest.raises(KeyboardInterrupt):
             train(again)
-        except KeyboardInterrupt:
-            pass
     train(again)  # from step 2 on, so that step 3 is logged twice
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     logged = lines(tmp_path / "run" / "log.jsonl")
