@@ -374,9 +374,11 @@ class TwoTowerCache(Cache):
         """
         self._check()
         batch, tokens = input_ids.shape
+        if self.tokens.buffers is None:
+            self._go_to(input_ids.device)
         rows, of, width, starts = self.rows, batch, self.width, None
         if self.host_lengths is None:
-            rows, self.device = slice(0, batch), input_ids.device
+            rows = slice(0, batch)
             # Nothing is held yet: buffers can only be those of a read that failed, maybe of other rows.
             for layer in (*self.layers, self.tokens):
                 layer.__dict__.pop("buffers", None)
@@ -400,6 +402,14 @@ class TwoTowerCache(Cache):
                 stateful = isinstance(layer, MambaLayer) and layer.state is not None
                 slots.append(rows_of(layer.state, rows) if stateful else None)
         return slots
+
+    def _go_to(self, device: torch.device) -> None:
+        """Before the first read, which says where: rows may have been added, or a part of them taken, before it."""
+        for cache in (self,) if self.whole is None else (self, self.whole):
+            if cache.device != device:
+                cache.device, cache.uploaded = device, None
+        if isinstance(self.rows, torch.Tensor):
+            self.rows = self.rows.to(device)
 
     def append(
         self,

@@ -2,13 +2,13 @@
 
 A block takes many denoiser passes, of which each looks at the whole context. So that this does not go from device to
 device every time, each device keeps what its layers need, and before a pass gets what is new since: of every row the
-keys and values of the tokens read meanwhile, and, if there are any, its Mamba states after them. What crosses per block
-is therefore the same at every length of the context. The states are sent as they are rather than computed again from
-what the scan was given, a sixth of their bytes at the released geometry: so they are equal to the last bit, on devices
-of any two kinds, and a read keeps no more than it would for one device.
+keys and values of the tokens read meanwhile, and, if there are any, its Mamba states after them. So what crosses per
+block is the same at every length of the context. The states are sent as they are rather than computed again from what
+the scan was given, a sixth of their bytes at the released geometry: so they are equal to the last bit, on devices of
+any two kinds, and a read keeps no more than it would for one device.
 
 A row's length says which of its tokens are held, since its columns that count never change and a row that leaves is
-forgotten. Nothing here is part of what the cache is: it can be dropped at any time, and is, in copies and after errors.
+forgotten. Nothing here is part of what the cache is: it may be dropped at any time, and is, in copies and after errors.
 
 Shapes: N new tokens of all rows, Hkv key/value heads, D head dim.
 """

@@ -798,14 +798,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if objective.decoded_masks and not fixed:
             with torch.no_grad():
                 all_masked = targets.masked_fill(trainable, self.config.mask_token_id)
-                logits = self.lm_head(denoised(all_masked, trainable.sum(-1) / tokens.clamp(min=1)))
+                logits = self.lm_head(denoised(all_masked, trainable.sum(-1) / tokens.clamp(min=1))).to(ids.device)
             corruption = decoded_corruption(
                 corruption, logits, targets, trainable, self.config.mask_token_id, objective, generator
             )
         # 5. Denoise and average over the masked positions, of which there may be none.
         block_ids, masked = corruption
         timestep = masked.sum(-1) / tokens.clamp(min=1)
-        logits = self.lm_head(denoised(block_ids, timestep)[masked])
+        denoised_states = denoised(block_ids, timestep)
+        logits = self.lm_head(denoised_states[masked.to(denoised_states.device)]).to(ids.device)
         teaching: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if objective.distillation:
             teaching = self._teaching(hidden_states, mask, masked, first, blocks, corruptions)
@@ -850,7 +851,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         before = before.clamp(min=0)
         if mask is not None:
             taught = taught & mask[texts, before]
-        return self.context_lm_head(hidden_states[texts // corruptions, before]), taught
+        rows, columns = (each.to(hidden_states.device) for each in (texts // corruptions, before))
+        return self.context_lm_head(hidden_states[rows, columns]).to(masked.device), taught
 
     def _ids_or_placeholders(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor | None

@@ -1,8 +1,8 @@
 """
 Accelerators that exist in name only, so that what a model on several of them moves can be counted on a CPU.
 
-Within `Cards()` every tensor has a card, "cpu" or what it was put on, and says so when asked for its device. What is
-computed of tensors on different cards is refused, as on real ones; what moves from one to another is noted. The numbers
+Within `Cards()` every tensor has a card, "cpu" or what it was put on, and says so when asked for its device. To compute
+with tensors on different cards is refused, as by real ones; what moves from one to another is noted. The numbers
 themselves stay where they are.
 """
 
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 HOST = torch.device("cpu")
 MOVES = {"to", "cpu", "cuda", "pin_memory"}
-READS = {"tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "is_nonzero", "allclose"}
+READS = {"tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
 WRITES = {"copy_", "set_"}
 NEW = {
     "zeros",
@@ -58,8 +58,7 @@ class Cards(TorchFunctionMode):
         """As accelerate's `dispatch_model`, with its own hooks."""
         for part, device in device_map.items():
             module = model.get_submodule(part)
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor._card = torch.device(device)
+            self.put_model(module, torch.device(device))
         # The numbers are there already, and a parameter that is made anew would not know its card.
         with mock.patch.object(AlignDevicesHook, "init_hook", lambda hook, module: module):
             devices = {name: torch.device(device) for name, device in device_map.items()}
@@ -70,6 +69,18 @@ class Cards(TorchFunctionMode):
                 skip_keys=model._skip_keys_device_placement,
             )
         model.hf_device_map = dict(device_map)
+
+    def put_model(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Put all of it on one card, as `model.to(device)` does, without hooks."""
+        put([*model.parameters(), *model.buffers()], device)
+
+    def adopt(self, cache: Any, device: torch.device) -> Any:
+        """Put on a card what a cache has read elsewhere."""
+        for layer in (*cache.layers, cache.tokens):
+            put(getattr(layer, "buffers", None) or getattr(layer, "state", None), device)
+        cache.device, cache.uploaded, cache.mirror = device, None, None
+        put(cache.embeddings, device)
+        return cache
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
