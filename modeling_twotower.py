@@ -433,8 +433,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             config: the model's.
             devices: of an even number, the context tower and its head get the first half, the denoiser, its head and
                 its time conditioning the second; a tower with several devices is divided by layers, by bytes. Of an
-                odd number both towers together are so divided, and the one in the middle has layers of both. Of one,
-                it is all there.
+                odd number, or if a half has not the room, both towers together are so divided: one device then has
+                layers of both. Of one, all is there.
             dtype: of the weights, default the config's, or float32.
             max_memory: device -> most bytes, or such as "70GB"; default no limit.
             towers: "context" for a model without denoiser, whose tower is divided between all devices.

@@ -35,8 +35,8 @@ def towers_device_map(
     Args:
         model: [`TwoTowerForBlockDiffusion`].
         devices: of an even number, the context tower and its head get the first half, the denoiser, its head and its
-            time conditioning the second; a tower with several devices is divided by layers, by bytes. Of an odd number
-            both towers together are so divided, and the one in the middle has layers of both. Of one, it is all there.
+            time conditioning the second; a tower with several devices is divided by layers, by bytes. Of an odd number,
+            or if a half has not the room, both towers together are so divided: one device then has layers of both.
         itemsize: bytes of a number; default as many as the model's have.
         max_memory: device -> most bytes, or such as "70GB"; default no limit.
 
@@ -51,13 +51,20 @@ def towers_device_map(
     towers = [parts for parts in (CONTEXT_PARTS, DENOISER_PARTS) if hasattr(model, parts[0])]
     units = [_units(model, parts, itemsize) for parts in towers]
     half = len(devices) // 2
-    if len(units) == 2 and half > 0 and len(devices) % 2 == 0:
-        shares = [(units[0], devices[:half], limits[:half]), (units[1], devices[half:], limits[half:])]
-    else:
-        shares = [([*chain.from_iterable(units)], devices, limits)]
-    device_map = {}
-    for own, places, limit in shares:
-        device_map |= _divided(own, places, limit)
+    if len(units) == 2 and len(devices) % 2 == 0:
+        context = _divided(units[0], devices[:half], limits[:half])
+        denoiser = _divided(units[1], devices[half:], limits[half:])
+        if context is not None and denoiser is not None:
+            return _joined(context | denoiser)
+    together = [*chain.from_iterable(units)]
+    device_map = _divided(together, devices, limits)
+    if device_map is None:
+        places = ", ".join(f"{device} ({_human(limit)})" for device, limit in zip(devices, limits, strict=True))
+        raise ValueError(
+            f"{_human(sum(size for _, size in together))} of weights do not fit on {places}, layer by layer; allow "
+            'more in max_memory, give more devices, offload with device_map="auto", or load one tower with '
+            'towers="context"'
+        )
     return _joined(device_map)
 
 
@@ -151,22 +158,16 @@ def _size(module: nn.Module, itemsize: int | None) -> int:
 
 def _divided(
     units: Sequence[tuple[str, int]], devices: Sequence[Device], limits: Sequence[float]
-) -> dict[str, Device]:
-    """Runs of units for each device, the largest as small as it can be where each keeps to its limit."""
+) -> dict[str, Device] | None:
+    """Runs of units for each device, the largest as small as it can be where each keeps to its limit, if any can."""
     total = sum(size for _, size in units)
     if _filled(units, devices, limits, total) is None:
-        places = ", ".join(f"{device} ({_human(limit)})" for device, limit in zip(devices, limits, strict=True))
-        raise ValueError(
-            f"{_human(total)} from {units[0][0]} to {units[-1][0]} do not fit on {places}; allow more in max_memory, "
-            'give more devices, quantise, offload with device_map="auto", or load one tower, with towers="context"'
-        )
+        return None
     low, high = 0, total
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if _filled(units, devices, limits, middle) is not None else (middle + 1, high)
-    filled = _filled(units, devices, limits, low)
-    assert filled is not None
-    return filled
+    return _filled(units, devices, limits, low)
 
 
 def _filled(
@@ -199,7 +200,10 @@ def _joined(device_map: dict[str, Device]) -> dict[str, Device]:
 
 
 def _human(size: float) -> str:
-    return "any size" if size == float("inf") else f"{size / 1e9:.1f} GB"
+    if size == float("inf"):
+        return "no limit"
+    power = min(int(size > 1e3) + int(size > 1e6) + int(size > 1e9), 3)
+    return f"{size / 1000**power:.1f} {('B', 'KB', 'MB', 'GB')[power]}"
 
 
 __all__ = [
