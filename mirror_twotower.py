@@ -8,7 +8,7 @@ the scan was given, a sixth of their bytes at the released geometry: so they are
 any two kinds, and a read keeps no more than it would for one device.
 
 A row's length says which of its tokens are held, since its columns that count never change and a row that leaves is
-forgotten. Nothing here is part of what the cache is: it may be dropped at any time, and is, in copies and after errors.
+forgotten. Nothing here is part of what the cache is: it may be dropped at any time, as in copies and after errors.
 
 Shapes: N new tokens of all rows, Hkv key/value heads, D head dim.
 """

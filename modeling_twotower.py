@@ -365,9 +365,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
                 `max_memory` names, or all there are.
 
         Raises:
-            ValueError: for unknown `towers` or `trained_towers`, for towers that do not fit on the devices, for `kernels` that are unknown or not installed, and for a
-                local folder without safetensors, or with a missing or truncated file, before anything is built; for a
-                checkpoint that lacks tensors of a TwoTower.
+            ValueError: for unknown `towers` or `trained_towers`, for towers that do not fit on the devices, for
+                `kernels` that are unknown or not installed, and for a local folder without safetensors, or with a
+                missing or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
         """
         trained_towers = kwargs.pop("trained_towers", "denoiser")
         check_trained_towers(trained_towers)

@@ -4,6 +4,7 @@ A tower is divided between devices by layers, so that the largest share is as sm
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -35,8 +36,8 @@ def towers_device_map(
     Args:
         model: [`TwoTowerForBlockDiffusion`].
         devices: of an even number, the context tower and its head get the first half, the denoiser, its head and its
-            time conditioning the second; a tower with several devices is divided by layers, by bytes. Of an odd number,
-            or if a half has not the room, both towers together are so divided: one device then has layers of both.
+            time conditioning the second; a tower with several devices is divided by layers, by bytes. Of an odd
+            number, or if a half has not the room, both towers together are: one device then has layers of both.
         itemsize: bytes of a number; default as many as the model's have.
         max_memory: device -> most bytes, or such as "70GB"; default no limit.
 
@@ -126,11 +127,11 @@ def _limit(device: Device, max_memory: Mapping[Any, int | str] | None) -> float:
 
 
 def _bytes(device: Device, value: int | str) -> float:
-    try:
-        size = convert_file_size_to_int(value)
-    except (ValueError, TypeError):
-        size = -1
-    if isinstance(value, bool) or size < 0:
+    size = -1
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            size = convert_file_size_to_int(value)
+    if size < 0:
         raise ValueError(f"max_memory of {device!r} is {value!r}; give a number of bytes, or one as '70GB' or '65GiB'")
     return size
 
@@ -202,7 +203,7 @@ def _joined(device_map: dict[str, Device]) -> dict[str, Device]:
 def _human(size: float) -> str:
     if size == float("inf"):
         return "no limit"
-    power = min(int(size > 1e3) + int(size > 1e6) + int(size > 1e9), 3)
+    power = sum(size >= 1000**power for power in (1, 2, 3))
     return f"{size / 1000**power:.1f} {('B', 'KB', 'MB', 'GB')[power]}"
 
 

@@ -1,7 +1,7 @@
 """
 Accelerators that exist in name only, so that what a model on several of them moves can be counted on a CPU.
 
-Within `Cards()` every tensor has a card, "cpu" or what it was put on, and says so when asked for its device. To compute
+Within `Cards()` every tensor has a card, "cpu" or what it was put on, and says so when asked for its device. Computing
 with tensors on different cards is refused, as by real ones; what moves from one to another is noted. The numbers
 themselves stay where they are.
 """
