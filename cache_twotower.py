@@ -350,15 +350,16 @@ class TwoTowerCache(Cache):
         rows = self.rows
         held: list[KeyValues | MambaState | None] = []
         for layer in self.layers if layers is None else layers:
-            parts = getattr(layer, "buffers", None) or getattr(layer, "state", None)
-            if parts is not None and not isinstance(rows, slice):
-                rows = rows.to(parts[0].device)  # once for all layers there
             if isinstance(layer, KeyValueLayer) and layer.buffers is not None and columns > 0:
-                held.append(rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers)), rows))
+                parts: KeyValues | MambaState = KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers))
             elif isinstance(layer, MambaLayer) and layer.state is not None:
-                held.append(rows_of(layer.state, rows))
+                parts = layer.state
             else:
                 held.append(None)
+                continue
+            if not isinstance(rows, slice):
+                rows = rows.to(parts[0].device)  # once for all layers there
+            held.append(rows_of(parts, rows))
         return held
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:

@@ -488,6 +488,8 @@ def _generate_lines(
         if unknown := [name for name in line.knobs if name not in known or name.startswith("_")]:
             raise ValueError(f"{unknown[0]} is no knob of a line; leave it out")
         TwoTowerGenerationConfig(**options | line.knobs).validate()
+        if towers == "context" and line.knobs.get("mode", "ar") != "ar":
+            raise ValueError(f"mode is {line.knobs['mode']!r}, which --towers context has no denoiser for; use ar")
 
     if output_file.exists() and input_file.exists() and output_file.samefile(input_file):
         raise ValueError(f"--output is the input, {input_file}; give another file")

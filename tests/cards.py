@@ -87,6 +87,9 @@ class Cards(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if func == torch.Tensor.device.__get__:
             return card_of(args[0])
+        if name == "__get__":
+            result = func(*args)
+            return put(result, card_of(args[0])) if isinstance(result, torch.Tensor) else result
         if name in MOVES:
             return self.move(func, name, args, kwargs)
         given = kwargs.pop("device", None)
