@@ -399,9 +399,24 @@ def test_what_a_row_left_behind_does_not_touch_the_next():
         for layer in cache.layers:
             for part in getattr(layer, "buffers", None) or layer.state:
                 part[2] = torch.nan
-        views_on(cache, [SECOND] * 3)
+        views_on(cache, [SECOND, SECOND, FIRST])
         cache.drop_rows(1)
         cache.add_rows(1)
+        assert_mirrored(cache)
+
+
+@pytest.mark.parametrize("tokens", [70, 90])
+def test_a_row_in_the_place_of_another_is_fetched_whole(tokens):
+    """Also where nobody has looked at it before it is as long as the other was, or longer."""
+    with without_gradients():
+        cache = filled_cache(Random(0), rows=1)
+        (length,) = cache.host_lengths
+        assert_mirrored(cache)
+        cache.drop_rows(1)
+        cache.add_rows(1)
+        rng = Random(1)
+        while cache.host_lengths[0] < length + tokens - 70:
+            read(cache, 1, rng)
         assert_mirrored(cache)
 
 
