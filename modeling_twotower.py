@@ -410,8 +410,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
             given = {name: kwargs[name] for name in hub if name in kwargs}
             config = TwoTowerConfig.from_pretrained(path if config is None else config, **given)
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
-        dtype = config.dtype if dtype == "auto" else dtype
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = config.dtype if dtype == "auto" or isinstance(dtype, dict) else dtype
         # How many bytes quantised weights will have, only their quantiser knows.
         quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
         limits = max_memory if quantized else memory_for_towers(max_memory)
@@ -440,13 +440,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             towers: "context" for a model without denoiser, whose tower is divided between all devices.
 
         Raises:
-            ValueError: for no devices, one given twice, one that is none, and where a tower does not fit.
+            ValueError: for no devices, one given twice, one that is none, no dtype, and where a tower does not fit.
         """
         with torch.device("meta"):
             model = cls(config) if towers == "both" else cls(config, towers)
-        dtype = config.dtype if dtype is None else dtype
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return towers_device_map(model, devices, None if dtype is None else dtype.itemsize, max_memory)
+        wanted = config.dtype if dtype is None else dtype
+        wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
+        if wanted is not None and not isinstance(wanted, torch.dtype):
+            raise ValueError(f'dtype is {dtype!r}; give a torch dtype, or the name of one, such as "bfloat16"')
+        return towers_device_map(model, devices, None if wanted is None else wanted.itemsize, max_memory)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """

@@ -109,6 +109,12 @@ def test_bad_sizes_are_refused(size):
         towers_device_map(CONFIG, [0, 1], max_memory={0: "1GB", 1: size})
 
 
+@pytest.mark.parametrize("dtype", ["bfloat", "nn", 2])
+def test_bad_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"dtype is {dtype!r}; give a torch dtype"):
+        towers_device_map(CONFIG, [0, 1], dtype)
+
+
 def test_unknown_towers_are_refused():
     with pytest.raises(ValueError, match="towers is 'left'; use one of both, context"):
         TwoTowerForBlockDiffusion(CONFIG, towers="left")
