@@ -246,6 +246,7 @@ class TwoTowerCache(Cache):
         self.embeddings: torch.Tensor | None = None
         self.reader: ref[nn.Module] | None = None  # the context tower that has read, or one like it
         self.kernels: Mapping[str, str] = {}  # operation -> backend, of the tower that read last
+        self.mirror: Any = None  # a [`Mirror`] for layers of the denoiser on other devices, once a pass has needed it
 
     @property
     def lengths(self) -> torch.Tensor | None:
@@ -271,7 +272,7 @@ class TwoTowerCache(Cache):
                 cache.__dict__.update(facts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "reader": None, "undoing": None}  # which cannot be pickled
+        return {**vars(self), "reader": None, "undoing": None, "mirror": None}  # which are not what it is
 
     def check_model(self, config: TwoTowerConfig, tower: Any) -> None:
         """
@@ -333,22 +334,32 @@ class TwoTowerCache(Cache):
             for holder, attributes in zip(holders, before, strict=True):
                 holder.__dict__.clear()
                 holder.__dict__.update(attributes)
+            whole.mirror = None  # of which nothing was noted
             raise
         finally:
             whole.undoing = outer
 
-    def views(self) -> list[KeyValues | MambaState | None]:
-        """What each layer holds of the rows; of all or of the first rows views, no copies."""
+    def views(self, layers: Sequence[Any] | None = None) -> list[KeyValues | MambaState | None]:
+        """
+        What each layer holds of the rows; of all or of the first rows views, no copies.
+
+        With `layers`, what these hold, which are like the cache's.
+        """
         self._check(settled=False)
         columns = self.columns or self.width
+        rows = self.rows
         held: list[KeyValues | MambaState | None] = []
-        for layer in self.layers:
+        for layer in self.layers if layers is None else layers:
             if isinstance(layer, KeyValueLayer) and layer.buffers is not None and columns > 0:
-                held.append(rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers)), self.rows))
+                parts: KeyValues | MambaState = KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers))
             elif isinstance(layer, MambaLayer) and layer.state is not None:
-                held.append(rows_of(layer.state, self.rows))
+                parts = layer.state
             else:
                 held.append(None)
+                continue
+            if not isinstance(rows, slice):
+                rows = rows.to(parts[0].device)  # once for all layers there
+            held.append(rows_of(parts, rows))
         return held
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:
@@ -364,9 +375,11 @@ class TwoTowerCache(Cache):
         """
         self._check()
         batch, tokens = input_ids.shape
+        if self.tokens.buffers is None:
+            self._go_to(input_ids.device)
         rows, of, width, starts = self.rows, batch, self.width, None
         if self.host_lengths is None:
-            rows, self.device = slice(0, batch), input_ids.device
+            rows = slice(0, batch)
             # Nothing is held yet: buffers can only be those of a read that failed, maybe of other rows.
             for layer in (*self.layers, self.tokens):
                 layer.__dict__.pop("buffers", None)
@@ -390,6 +403,14 @@ class TwoTowerCache(Cache):
                 stateful = isinstance(layer, MambaLayer) and layer.state is not None
                 slots.append(rows_of(layer.state, rows) if stateful else None)
         return slots
+
+    def _go_to(self, device: torch.device) -> None:
+        """Before the first read, which says where: rows may have been added, or a part of them taken, before it."""
+        for cache in (self,) if self.whole is None else (self, self.whole):
+            if cache.device != device:
+                cache.device, cache.uploaded = device, None
+        if isinstance(self.rows, torch.Tensor):
+            self.rows = self.rows.to(device)
 
     def append(
         self,
@@ -542,6 +563,8 @@ class TwoTowerCache(Cache):
         if not 0 <= count <= len(lengths):
             raise ValueError(f"{count} rows are to be dropped of the {len(lengths)} there are")
         kept = len(lengths) - count
+        if self.mirror is not None:
+            self.mirror.forget(kept)
         if self.undoing is not None:
             for layer in (*self.layers, self.tokens):
                 for buffer in (isinstance(layer, KeyValueLayer) and layer.buffers) or ():
@@ -564,6 +587,8 @@ class TwoTowerCache(Cache):
             elif isinstance(layer, MambaLayer) and layer.state is not None:
                 for part in layer.reserve(layer.state, len(lengths)):
                     _exchange(ref(part), first, second)
+        if self.mirror is not None:
+            self.mirror.swap_rows(first, second)
         lengths[first], lengths[second] = lengths[second], lengths[first]
         self._set_lengths(lengths)
 
@@ -585,6 +610,8 @@ class TwoTowerCache(Cache):
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
                 layer.state, layer.shared = layer.state and rows_of(layer.state, place), False
+        if self.mirror is not None:
+            self.mirror.select_rows(chosen)
         self._set_lengths(lengths)
 
     def copy_rows(self, rows: Counts) -> "TwoTowerCache":
@@ -628,7 +655,7 @@ class TwoTowerCache(Cache):
                 layer.state = MambaState(*map(torch.cat, zip(*each, strict=True))) if each else None
                 layer.shared = False
         self.geometry, self.dtype, self.embeddings = signed.geometry, signed.dtype, signed.embeddings
-        self.device = signed.device
+        self.device, self.mirror = signed.device, None
         self._set_lengths([length for each in lengths for length in each])
 
     def _check_whole(self) -> None:

@@ -49,15 +49,18 @@ class PackedTokens(NamedTuple):
         """(B, T, H) from the columns the tokens came from."""
         if self.columns is None:
             return hidden_states
-        return hidden_states.gather(1, self.columns[..., None].expand_as(hidden_states))
+        return hidden_states.gather(1, self._places_in(hidden_states))
 
     def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, H) back to the columns the tokens came from."""
         if self.columns is None:
             return hidden_states
-        return torch.zeros_like(hidden_states).scatter(
-            1, self.columns[..., None].expand_as(hidden_states), hidden_states
-        )
+        return torch.zeros_like(hidden_states).scatter(1, self._places_in(hidden_states), hidden_states)
+
+    def _places_in(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`columns` for (B, T, H), which may be on another device than the ids."""
+        assert self.columns is not None
+        return self.columns.to(hidden_states.device)[..., None].expand_as(hidden_states)
 
 
 def check_ids(name: str, ids: Any) -> None:

@@ -43,6 +43,15 @@ from .checkpoints.loading import (
     register_checkpoint_layout,
     spare_modules,
 )
+from .checkpoints.placement import (
+    CONTEXT_PARTS,
+    Device,
+    devices_for_towers,
+    execution_device,
+    memory_for_towers,
+    towers_device_map,
+)
+from .checkpoints.selection import only_tensors_of
 from .compat_twotower import (
     CacheOutput,
     ExpertsInterface,
@@ -81,6 +90,7 @@ from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32
 from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
+from .mirror_twotower import views_on
 from .objective_twotower import (
     Corruption,
     DiffusionObjective,
@@ -230,6 +240,15 @@ def check_trained_towers(towers: str) -> None:
         raise ValueError(f"trained_towers is {towers!r}; use one of {', '.join(get_args(TrainedTowers))}")
 
 
+LoadedTowers = Literal["both", "context"]
+
+
+def check_loaded_towers(towers: str) -> None:
+    """Raise a ValueError for a name that is not one of [`LoadedTowers`]."""
+    if towers not in get_args(LoadedTowers):
+        raise ValueError(f"towers is {towers!r}; use one of {', '.join(get_args(LoadedTowers))}")
+
+
 TWOTOWER_PARTS = (
     "context_tower",
     "context_lm_head",
@@ -263,10 +282,22 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     # Tells transformers' Trainer to pass `num_items_in_batch`.
     accepts_loss_kwargs = True
 
-    def __init__(self, config: TwoTowerConfig):
+    def __init__(self, config: TwoTowerConfig, towers: LoadedTowers = "both"):
         super().__init__(config)
+        check_loaded_towers(towers)
+        self.has_denoiser = towers == "both"
         self.context_tower = ContextTower(config)
         self.context_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # What `labels` mean where `forward` is not told; a Trainer has no way to tell it.
+        self.objective = DiffusionObjective()
+        if self.has_denoiser:
+            self._add_denoiser(config)
+        else:
+            absent = "|".join(part for part in TWOTOWER_PARTS if part not in CONTEXT_PARTS)
+            self._keys_to_ignore_on_load_unexpected = [rf"^({absent})\."]
+        self.post_init()
+
+    def _add_denoiser(self, config: TwoTowerConfig) -> None:
         self.denoiser_tower = DenoiserTower(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.t_embedder = TimestepEmbedder(config)
@@ -274,9 +305,6 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         self.scale_shift_tables = nn.ParameterList(
             nn.Parameter(torch.empty(3, config.hidden_size)) for _ in range(config.num_hidden_layers)
         )
-        # What `labels` mean where `forward` is not told; a Trainer has no way to tell it.
-        self.objective = DiffusionObjective()
-        self.post_init()
 
     # The embeddings and the head that callers see are those `forward` uses.
 
@@ -302,10 +330,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             raise ValueError(
                 f"a vocabulary of {new_num_tokens} tokens would lack the mask, token {self.config.mask_token_id}"
             )
-        for tower, head in (
-            (self.context_tower, self.context_lm_head),
-            (self.denoiser_tower, self.lm_head),
-        ):
+        denoisers = [(self.denoiser_tower, self.lm_head)] if self.has_denoiser else []
+        for tower, head in [(self.context_tower, self.context_lm_head), *denoisers]:
             trained = tower.embeddings.weight.requires_grad, head.weight.requires_grad
             # These modules stay, and with them the hooks on them.
             tower.embeddings = self._get_resized_embeddings(
@@ -321,7 +347,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # By the modules that hold the parameters: of custom code, transformers initialises no others.
-        if module in (self.t_block[1], self.scale_shift_tables):
+        if self.has_denoiser and module in (self.t_block[1], self.scale_shift_tables):
             self.reset_time_conditioning()
 
     @classmethod
@@ -333,24 +359,38 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             trained_towers: "denoiser" (default), "context" or "both", see
                 [`~TwoTowerForBlockDiffusion.set_trained_towers`].
             kernels: who computes each operation, default "auto", see [`~TwoTowerForBlockDiffusion.set_kernels`].
+            towers: "both" (default), or "context" for a model without denoiser, its head and time conditioning, which
+                reads and writes in mode "ar"; of a checkpoint in several files only those it needs are fetched.
+            device_map: also "towers", see [`~TwoTowerForBlockDiffusion.towers_device_map`], for the accelerators that
+                `max_memory` names, or all there are.
 
         Raises:
-            ValueError: for an unknown `trained_towers`, for `kernels` that are unknown or not installed, and for a
-                local folder without safetensors, or with a missing or truncated file, before anything is built; for a
-                checkpoint that lacks tensors of a TwoTower.
+            ValueError: for unknown `towers` or `trained_towers`, for towers that do not fit on the devices, for
+                `kernels` that are unknown or not installed, and for a local folder without safetensors, or with a
+                missing or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
         """
         trained_towers = kwargs.pop("trained_towers", "denoiser")
         check_trained_towers(trained_towers)
         kernels = check_kernels(kwargs.pop("kernels", "auto"))
-        names = check_safetensors(pretrained_model_name_or_path, kwargs)
+        towers = kwargs.pop("towers", "both")
+        check_loaded_towers(towers)
         renamed = bool(kwargs.get("key_mapping"))
+        parts = CONTEXT_PARTS if towers == "context" else TWOTOWER_PARTS
+        names = check_safetensors(pretrained_model_name_or_path, kwargs, () if renamed else parts)
         if names is not None and not renamed:
-            check_parts(names, TWOTOWER_PARTS, pretrained_model_name_or_path)
+            check_parts(names, parts, pretrained_model_name_or_path)
+        if isinstance(kwargs.get("device_map"), str) and kwargs["device_map"] == "towers":
+            kwargs["device_map"] = cls._map_of_towers(pretrained_model_name_or_path, kwargs, towers)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = spare_modules(kwargs["quantization_config"], UNQUANTIZED_MODULES)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.update(use_safetensors=True, output_loading_info=True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if towers == "both":
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        else:
+            with only_tensors_of(parts, pretrained_model_name_or_path, kwargs, renamed) as (place, arguments):
+                model, info = super().from_pretrained(place, *model_args, **arguments, towers=towers)
+            model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         check_complete(info["missing_keys"], pretrained_model_name_or_path)
         model._check_quantized_experts(kwargs.get("experts_implementation"))
         if not renamed:
@@ -359,6 +399,74 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         model.set_trained_towers(trained_towers)
         model.set_kernels(kernels)
         return (model, info) if with_info else model
+
+    @classmethod
+    def _map_of_towers(
+        cls, path: str | os.PathLike, kwargs: dict[str, Any], towers: LoadedTowers
+    ) -> dict[str, Device]:
+        """`device_map="towers"` of a checkpoint that `from_pretrained(path, **kwargs)` is to load."""
+        config, max_memory = kwargs.get("config"), kwargs.get("max_memory")
+        if not isinstance(config, TwoTowerConfig):
+            hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+            given = {name: kwargs[name] for name in hub if name in kwargs}
+            config = TwoTowerConfig.from_pretrained(path if config is None else config, **given)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = config.dtype if dtype == "auto" or isinstance(dtype, dict) else dtype
+        # How many bytes quantised weights will have, only their quantiser knows.
+        quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+        limits = max_memory if quantized else memory_for_towers(max_memory)
+        return cls.towers_device_map(config, devices_for_towers(max_memory), dtype, limits, towers)
+
+    @classmethod
+    def towers_device_map(
+        cls,
+        config: TwoTowerConfig,
+        devices: Sequence[Device],
+        dtype: torch.dtype | str | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
+        towers: LoadedTowers = "both",
+    ) -> dict[str, Device]:
+        """
+        What `from_pretrained(..., device_map="towers")` puts where, from the config alone.
+
+        Args:
+            config: the model's.
+            devices: of an even number, the context tower and its head get the first half, the denoiser, its head and
+                its time conditioning the second; a tower with several devices is divided by layers, by bytes. Of an
+                odd number, or if a half has not the room, both towers together are so divided: one device then has
+                layers of both. Of one, all is there.
+            dtype: of the weights, default the config's, or float32.
+            max_memory: device -> most bytes, or such as "70GB"; default no limit.
+            towers: "context" for a model without denoiser, whose tower is divided between all devices.
+
+        Raises:
+            ValueError: for no devices, one given twice, one that is none, no dtype, and where a tower does not fit.
+        """
+        with torch.device("meta"):
+            model = cls(config) if towers == "both" else cls(config, towers)
+        wanted = config.dtype if dtype is None else dtype
+        wanted = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted
+        if wanted is not None and not isinstance(wanted, torch.dtype):
+            raise ValueError(f'dtype is {dtype!r}; give a torch dtype, or the name of one, such as "bfloat16"')
+        return towers_device_map(model, devices, None if wanted is None else wanted.itemsize, max_memory)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        Write NVIDIA's layout, or with `save_original_format=False` ours; as `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: for a model without denoiser, of which a folder would be no TwoTower.
+        """
+        self.check_denoiser("save_pretrained")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def check_denoiser(self, wanted: str) -> None:
+        """Raise a ValueError that `wanted` needs what a model of `towers="context"` lacks."""
+        if not self.has_denoiser:
+            raise ValueError(
+                f'{wanted} needs the denoiser, which this model was loaded without (towers="context"): its tower, '
+                'head and time conditioning are missing; load it with towers="both", the default'
+            )
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -490,6 +598,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             [`TwoTowerOutput`], or with `return_dict=False` a tuple of what is not None in it; logits float32.
         """
         check_arguments({"output_attentions": self.config.output_attentions, **kwargs})
+        if labels is not None:
+            self.check_denoiser("the training objective (labels)")
         if labels is not None and cache is not None:
             raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
         input_ids = self._ids_or_placeholders(input_ids, inputs_embeds, labels)
@@ -577,6 +687,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Returns:
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
+        self.check_denoiser("denoise")
         self._check_ids("block_ids", block_ids, cache)
         packed, mask = PackedTokens(block_ids), None
         if attention_mask is not None:
@@ -587,7 +698,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         elif not (isinstance(timestep, torch.Tensor) and timestep.shape == block_ids.shape[:1]):
             timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
         timestep = timestep.to(block_ids.device, torch.float32)
-        logits = self.denoiser_pass(packed.ids, cache.views(), cache.context_lengths(), timestep, mask)
+        pasts = views_on(cache, self._denoiser_devices())
+        logits = self.denoiser_pass(packed.ids, pasts, cache.context_lengths(), timestep, mask)
         return logits if mask is None else packed.unpack(logits)
 
     @accepts_past_key_values
@@ -602,8 +714,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         Returns:
             (B, V) float32 logits of the token after it.
         """
+        self.check_denoiser("predict_next")
         self._check_ids("input_ids", input_ids, cache)
-        return self.denoiser_pass(input_ids, cache.views(), cache.context_lengths(), None)[:, -1]
+        pasts = views_on(cache, self._denoiser_devices())
+        return self.denoiser_pass(input_ids, pasts, cache.context_lengths(), None)[:, -1]
 
     def denoiser_pass(
         self,
@@ -630,6 +744,13 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         modulations = None if timestep is None else self._modulations(timestep)
         logits = self.lm_head(self.denoiser_tower(block_ids, pasts, layout, modulations))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _denoiser_devices(self) -> list[torch.device | None] | None:
+        """Where each layer of the denoiser computes; None where all of the model does in one place."""
+        places = getattr(self, "hf_device_map", None)
+        if places is None or len(set(places.values())) < 2:
+            return None
+        return [execution_device(layer.get_submodule("norm")) for layer in self.denoiser_tower.layers]
 
     @force_accelerate_hooks("scale_shift_tables")  # which are no module to call
     def _modulations(self, timestep: torch.Tensor) -> list[Modulation]:
@@ -679,14 +800,15 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if objective.decoded_masks and not fixed:
             with torch.no_grad():
                 all_masked = targets.masked_fill(trainable, self.config.mask_token_id)
-                logits = self.lm_head(denoised(all_masked, trainable.sum(-1) / tokens.clamp(min=1)))
+                logits = self.lm_head(denoised(all_masked, trainable.sum(-1) / tokens.clamp(min=1))).to(ids.device)
             corruption = decoded_corruption(
                 corruption, logits, targets, trainable, self.config.mask_token_id, objective, generator
             )
         # 5. Denoise and average over the masked positions, of which there may be none.
         block_ids, masked = corruption
         timestep = masked.sum(-1) / tokens.clamp(min=1)
-        logits = self.lm_head(denoised(block_ids, timestep)[masked])
+        denoised_states = denoised(block_ids, timestep)
+        logits = self.lm_head(denoised_states[masked.to(denoised_states.device)]).to(ids.device)
         teaching: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if objective.distillation:
             teaching = self._teaching(hidden_states, mask, masked, first, blocks, corruptions)
@@ -731,7 +853,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         before = before.clamp(min=0)
         if mask is not None:
             taught = taught & mask[texts, before]
-        return self.context_lm_head(hidden_states[texts // corruptions, before]), taught
+        rows, columns = (each.to(hidden_states.device) for each in (texts // corruptions, before))
+        return self.context_lm_head(hidden_states[rows, columns]).to(masked.device), taught
 
     def _ids_or_placeholders(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor | None
@@ -794,12 +917,13 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
 
             return require_grad
 
-        towers = (self.context_tower, self.denoiser_tower)
+        towers = (self.context_tower, self.denoiser_tower) if self.has_denoiser else (self.context_tower,)
         self._require_grads_hooks = [tower.embeddings.register_forward_hook(hook_of(tower)) for tower in towers]
 
     @torch.no_grad()
     def reset_denoiser(self) -> None:
         """Copy the context tower and its head to the denoiser, and make time conditioning the identity."""
+        self.check_denoiser("reset_denoiser")
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
         self.reset_time_conditioning()
@@ -807,6 +931,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     @torch.no_grad()
     def reset_time_conditioning(self) -> None:
         """Make time conditioning the identity (gate 1, shift and scale 0): layers compute what the backbone's do."""
+        self.check_denoiser("reset_time_conditioning")
         # Not with transformers' initialisers, which leave alone what was loaded from a checkpoint.
         for parameter in self.t_block[1].parameters():
             parameter.zero_()

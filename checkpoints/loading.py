@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ def register_checkpoint_layout() -> None:
     register_checkpoint_conversion_mapping(TwoTowerConfig.model_type, merge_experts, overwrite=True)
 
 
-def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[str] | None:
+def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any], parts: Sequence[str] = ()) -> set[str] | None:
     """
     Look at the files `from_pretrained(path, **kwargs)` would load, before it does.
+
+    With `parts`, of several files only those that hold tensors of these modules.
 
     Returns:
         Names of the tensors of a local folder; None for anything else.
@@ -75,7 +78,7 @@ def check_safetensors(path: str | os.PathLike, kwargs: dict[str, Any]) -> set[st
     if single.is_file():
         return _tensor_names(single, _check_config(folder, kwargs))
     if index.is_file():
-        return _sharded_tensor_names(index, _check_config(folder, kwargs))
+        return _sharded_tensor_names(index, _check_config(folder, kwargs), parts)
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED_SUFFIXES)
     if pickled:
         raise ValueError(
@@ -114,7 +117,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _sharded_tensor_names(index: Path, quantized: bool) -> set[str]:
+def _sharded_tensor_names(index: Path, quantized: bool, parts: Sequence[str]) -> set[str]:
     content = _read_object(index)
     weight_map = content.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
@@ -122,6 +125,7 @@ def _sharded_tensor_names(index: Path, quantized: bool) -> set[str]:
     for name, shard in weight_map.items():
         if not (isinstance(shard, str) and shard):
             raise ValueError(f"the weight_map of {index} has {shard!r} for {name}; it needs a file's name")
+    weight_map = {name: shard for name, shard in weight_map.items() if not parts or is_of(name, parts)}
     held = {shard: _tensor_names(index.parent / shard, quantized) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in held[shard]:
@@ -151,9 +155,14 @@ def _tensor_names(file: Path, quantized: bool) -> set[str]:
         raise ValueError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
 
 
+def is_of(name: str, parts: Sequence[str]) -> bool:
+    """Whether a tensor is of one of these modules."""
+    return name.startswith(tuple(f"{part}." for part in parts))
+
+
 def check_parts(names: set[str], parts: tuple[str, ...], path: str | os.PathLike) -> None:
     """Raise a ValueError if a checkpoint has no tensor at all of one of a TwoTower's parts, or not all experts."""
-    absent = [part for part in parts if not any(name.startswith(f"{part}.") for name in names)]
+    absent = [part for part in parts if not any(is_of(name, [part]) for name in names)]
     if absent:
         raise ValueError(
             f"{path} holds no {', '.join(absent)}: it is no TwoTower checkpoint. From the checkpoint of a NemotronH "
@@ -251,6 +260,7 @@ __all__ = [
     "check_parts",
     "check_safetensors",
     "config_of_backbone",
+    "is_of",
     "load_backbone",
     "merge_expert_matrices",
     "register_checkpoint_layout",

@@ -116,6 +116,9 @@ def generate(
         Path | None, typer.Option("--output", help="With --input: where a line goes for each; goes on where it ended.")
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="With --input: how many are answered at a time.")] = 16,
+    towers: Annotated[
+        str, typer.Option(help="Load both, or with --mode ar only the context tower, in half the memory: context.")
+    ] = "both",
 ) -> None:
     """
     Answer PROMPT: the text on standard output, a line about its cost on standard error.
@@ -147,14 +150,18 @@ def generate(
         raise ValueError("give either PROMPT or --input FILE")
     if (input_file is None) != (output_file is None) or (input_file is not None and trace):
         raise ValueError("--input and --output go together, and without --trace")
+    if towers not in ("both", "context"):
+        raise ValueError(f"--towers is {towers!r}; use both or context")
+    if towers == "context" and (mode != "ar" or trace):
+        raise ValueError("--towers context has no denoiser: it goes with --mode ar, and without --trace")
     # Loading may take minutes; what is wrong with the options is known before.
     TwoTowerGenerationConfig(**options).validate()
     if input_file is not None and output_file is not None:
-        _generate_lines(input_file, output_file, model, options, raw, slots)
+        _generate_lines(input_file, output_file, model, options, raw, slots, towers)
         return
     assert prompt is not None
     prompt = _prompt(prompt)
-    two_towers, tokenizer = _load(model)
+    two_towers, tokenizer = _load(model, towers)
     _check_sampling(options, two_towers.generation_config.do_sample)
     inputs = _encode(prompt, tokenizer, raw).to(two_towers.device)
     console = output_console()
@@ -458,7 +465,13 @@ def _draft_length(text: str | None) -> int | str | None:
 
 
 def _generate_lines(
-    input_file: Path, output_file: Path, model: str | None, options: dict[str, Any], raw: bool, slots: int
+    input_file: Path,
+    output_file: Path,
+    model: str | None,
+    options: dict[str, Any],
+    raw: bool,
+    slots: int,
+    towers: str,
 ) -> None:
     """Answer a file of JSON lines, all of which are checked before the first is answered."""
     import torch
@@ -475,6 +488,8 @@ def _generate_lines(
         if unknown := [name for name in line.knobs if name not in known or name.startswith("_")]:
             raise ValueError(f"{unknown[0]} is no knob of a line; leave it out")
         TwoTowerGenerationConfig(**options | line.knobs).validate()
+        if towers == "context" and line.knobs.get("mode", "ar") != "ar":
+            raise ValueError(f"mode is {line.knobs['mode']!r}, which --towers context has no denoiser for; use ar")
 
     if output_file.exists() and input_file.exists() and output_file.samefile(input_file):
         raise ValueError(f"--output is the input, {input_file}; give another file")
@@ -483,7 +498,7 @@ def _generate_lines(
     left = [line for line in lines if line.key not in written.errors]
     output_file.parent.mkdir(parents=True, exist_ok=True)
     check_writable(output_file)
-    two_towers, tokenizer = _load(model)
+    two_towers, tokenizer = _load(model, towers)
 
     def arguments(line: jsonl.Line) -> dict[str, Any]:
         knobs = options | line.knobs
@@ -550,7 +565,7 @@ def _show_kernels(console: Any) -> None:
     show_table(console, "Packages", header, package_table(), left_columns=4)
 
 
-def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":
+def _load(model: str | None, towers: str = "both") -> "tuple[TwoTowerForBlockDiffusion, Any]":
     """Model and tokenizer: the demonstration checkpoint as it is fastest on a CPU, any other as it is stored."""
     import torch
     from transformers import AutoTokenizer
@@ -565,7 +580,7 @@ def _load(model: str | None) -> "tuple[TwoTowerForBlockDiffusion, Any]":
         options: dict[str, Any] = {"dtype": torch.float32}
     else:
         options = {"dtype": "auto", "device_map": "auto" if torch.cuda.is_available() else None}
-    two_towers = TwoTowerForBlockDiffusion.from_pretrained(origin, **options)
+    two_towers = TwoTowerForBlockDiffusion.from_pretrained(origin, towers=towers, **options)
     return two_towers, AutoTokenizer.from_pretrained(origin)
 
 

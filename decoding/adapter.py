@@ -37,7 +37,7 @@ from .engine import Engine
 from .rules import UnmaskingRule
 from .sampling import RowLogitsProcessors, derived_seeds
 from .serving import TwoTowerEngine
-from .state import Request, Row, TwoTowerGenerateOutput
+from .state import WIDE_RECORDS, Request, Row, TwoTowerGenerateOutput
 from .stopping import Stopping
 from .synchronisation import DONE, SynchronisedPasses
 
@@ -47,10 +47,11 @@ ACCEPTED = (*CALL_ARGUMENTS, "attention_mask", "cache", "use_cache", "engine")
 
 
 class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
-    """`generate`, as a caller of the engine. Whoever mixes it in gives `strategies` by mode, and `prepared`."""
+    """`generate`, as a caller of the engine. Whoever mixes it in gives the fields below."""
 
     strategies: dict[str, Any]
     prepared: Callable[[], Any]
+    has_denoiser: bool
 
     @accepts_past_key_values
     @torch.no_grad()
@@ -251,6 +252,11 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         ):
             config.max_new_tokens = None  # the checkpoint's, which would go before the caller's max_length
         resolve(config, self.config.block_size)
+        if not self.has_denoiser and config.mode != "ar":
+            raise ValueError(
+                f"mode is {config.mode!r}, which needs the denoiser, and this model was loaded without "
+                '(towers="context"); use mode="ar", or load it with towers="both", the default'
+            )
         for name, modes in (
             ("starting_block", ("mask_diffusion",)),
             ("step_callback", ("mask_diffusion", "self_speculative")),
@@ -433,6 +439,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             step_callback=step_callback,
             streamer=streamer,
         )
+        wants_logits = step_callback is not None or callable(config.unmasking_rule)
+        wants_logits |= any(name in WIDE_RECORDS for name in recorded)
+        request.works_anywhere = processors.fit_any_device and not wants_logits
         request.key = id(request)
         # What is shown padded rows, as by transformers, may count on its `max_length`, which counts their padding.
         padded = config.max_new_tokens is None and any(map(serves_all_rows, [*processors.given, *stopping_criteria]))

@@ -45,6 +45,20 @@ class Group:
         ids = torch.tensor([canvas.ids for canvas in canvases], device=self.device)
         return ids, torch.tensor([canvas.open for canvas in canvases], device=self.device)
 
+    def meet(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Logits (R, S, V) where this group works. They are large, so it goes to them where it can, with its few ids; not
+        where code of the user's, or a processor with tensors of its own, expects them beside the prompt.
+        """
+        if logits.device == self.device or not self.request.works_anywhere:
+            return logits.to(self.device)
+        self.device = logits.device
+        if "canvas" in vars(self):
+            self.canvas = (self.canvas[0].to(self.device), self.canvas[1].to(self.device))
+        if self.timestep is not None:
+            self.timestep = self.timestep.to(self.device)
+        return logits
+
     def denoise_step(self, logits: torch.Tensor, known: int = 0) -> torch.Tensor:
         """
         What one denoiser pass over the rows' canvases commits: what the rule and the user say.

@@ -112,21 +112,22 @@ class Engine:
             row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
         if strategy.part == "predict_next":
             newest = torch.tensor([[row.newest] for row in rows], device=self.device)
-            logits = self.run("predict_next", newest, part)[:, None].to(self.device)
+            logits = self.run("predict_next", newest, part)[:, None]
         else:
             times = torch.zeros(len(rows), device=self.device)
             for group, at in zip(groups, places, strict=True):
                 steps, request = [row.step for row in group.rows], group.request
                 times[at] = group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
             canvases = [groups[0].canvas[0]] if len(groups) == 1 else self._canvases(rows)
-            logits = self.run("denoise", canvases[0], part, times, *canvases[1:]).to(self.device)
+            logits = self.run("denoise", canvases[0], part, times, *canvases[1:])
         reports = []
         for group, at in zip(groups, places, strict=True):
             with self.guarded(group.rows):
+                own = logits[at if isinstance(at, slice) else at.to(logits.device)]
                 if strategy.part == "predict_next":
-                    reports.append((group, group.report(group.predict(logits[at]))))
+                    reports.append((group, group.report(group.predict(group.meet(own)))))
                 else:
-                    own = logits[at][:, : len(group.rows[0].canvas.ids)]
+                    own = group.meet(own[:, : len(group.rows[0].canvas.ids)])
                     reports.append((group, group.denoise_step(own, group.request.strategy.known)))
         for group, values in self._host(reports):
             with self.guarded(group.rows):
@@ -202,16 +203,16 @@ class Engine:
             with self.guarded(rows_of_group):
                 own = hidden_states
                 if len(rows_of_group) < len(rows):
-                    own = own[_places(rows_of_group, rows, self.device)]
+                    own = own[_places(rows_of_group, rows, own.device)]
                 if rows_of_group[0].phase == VERIFY:
                     own = own[:, : kept[rows_of_group[0]]]
                 else:
                     own = own[:, -1] if even else _last(own, [kept[row] for row in rows_of_group])
                 logits = self.run("context_lm_head", own)
-                logits = logits.to(self.device, torch.promote_types(logits.dtype, torch.float32))
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 logits = logits[:, None] if logits.ndim == 2 else logits
                 group = Group(rows_of_group, self.device)
-                reports.append((group, group.report(strategy.read(group, logits))))
+                reports.append((group, group.report(strategy.read(group, group.meet(logits)))))
         for row in rows:
             if row not in reading:
                 kept[row] = 0  # unless its verification gets as far as to say otherwise
@@ -234,7 +235,10 @@ class Engine:
         if len(reports) == 1:
             yield reports[0][0], reports[0][1].tolist()
             return
-        flat = torch.cat([values.flatten() for _, values in reports]).tolist() if reports else []
+        flat: list[float] = []
+        if reports:
+            device = reports[0][1].device
+            flat = torch.cat([values.flatten().to(device) for _, values in reports]).tolist()
         start = 0
         for group, values in reports:
             stop = start + values.numel()

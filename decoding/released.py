@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.placement import CONTEXT_PARTS, DENOISER_PARTS
 from ..compat_twotower import BaseStreamer, is_accelerate_available, requires_backends
 from ..inputs_twotower import check_ids
 from .state import BlockStep
@@ -20,9 +21,6 @@ from .state import BlockStep
 if is_accelerate_available():
     from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_submodules
-
-CONTEXT_PARTS = ("context_tower", "context_lm_head")
-DENOISER_PARTS = ("denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables")
 
 
 class ReleasedInterface:
@@ -135,6 +133,7 @@ class ReleasedInterface:
             The model itself.
         """
         requires_backends(self, "accelerate")
+        self.check_denoiser("place_towers_on_devices")
         remove_hook_from_submodules(self)  # of an earlier placement
         device_map = dict.fromkeys(CONTEXT_PARTS, ctx_device) | dict.fromkeys(DENOISER_PARTS, den_device)
         return dispatch_model(self, device_map, skip_keys=self._skip_keys_device_placement)

@@ -61,6 +61,10 @@ class RowLogitsProcessors:
         self.shared_by_rows = next(
             (name_of(one) for one, of_all in zip(first, self.shared, strict=True) if of_all), None
         )
+        # None has a tensor of its own, which would be on the device it was made for.
+        self.fit_any_device = not self.sees_text and not any(
+            isinstance(value, torch.Tensor) for processor in first for value in vars(processor).values()
+        )
         self.repairs = any(type(processor) is logits_process.InfNanRemoveLogitsProcessor for processor in first)
 
     def likeness(self) -> str:

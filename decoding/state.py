@@ -233,6 +233,7 @@ class Request:
     steps: int = 1  # most denoiser passes per block or draft
     in_step: bool = False
     runs_users_code: bool = False  # a processor, criterion, callback or rule, which is given tensors
+    works_anywhere: bool = False  # on whichever device its logits are, of which no more than tokens is wanted
     step_callback: Callable[[BlockStep], None] | None = None
     streamer: BaseStreamer | None = None
     rows: list[Row] = field(default_factory=list)

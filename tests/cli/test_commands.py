@@ -83,6 +83,24 @@ def test_generate_in_other_modes(checkpoint, mode, denoiser_passes):
     assert ("per denoiser pass" in result.stderr) == (mode == "mock_ar")
 
 
+def test_generate_with_the_context_tower_alone(checkpoint, tmp_path, monkeypatch):
+    loaded, load = [], TwoTowerForBlockDiffusion.from_pretrained
+    monkeypatch.setattr(
+        TwoTowerForBlockDiffusion, "from_pretrained", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1]
+    )
+    flags = ("--model", checkpoint, "--mode", "ar", "--max-new-tokens", 6)
+    expected = run("generate", QUESTION, *flags).stdout
+    assert run("generate", QUESTION, *flags, "--towers", "context").stdout == expected
+    (tmp_path / "in").write_text(json.dumps({"prompt": QUESTION}) + "\n")
+    run("generate", "--input", tmp_path / "in", "--output", tmp_path / "out", *flags, "--towers", "context")
+    assert json.loads((tmp_path / "out").read_text())["text"] == expected.strip()
+    assert [model.has_denoiser for model in loaded] == [True, False, False]
+    (tmp_path / "in").write_text(json.dumps({"prompt": QUESTION, "mode": "mock_ar"}) + "\n")
+    files = ("--input", tmp_path / "in", "--output", tmp_path / "other")
+    assert "no denoiser" in run("generate", *files, *flags, "--towers", "context", code=2).stderr
+    assert len(loaded) == 3, "refused before loading"
+
+
 def test_generate_hands_the_knobs_on(checkpoint):
     knobs = {"block_size": 4, "steps_per_block": 2, "confidence_threshold": 0.05, "max_new_tokens": 8}
     arguments = [part for name, value in knobs.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -124,6 +142,9 @@ def test_output_elsewhere_has_no_escape_codes(checkpoint, monkeypatch):
         (("--temperature", 0.5), 2, "--temperature given without sampling"),
         (("--top-k", 5, "--seed", 1), 2, "--top-k, --seed given without sampling"),
         (("--do-sample", "--temperature", 0), 2, "temperature"),
+        (("--towers", "left"), 2, "--towers is 'left'; use both or context"),
+        (("--towers", "context"), 2, "it goes with --mode ar"),
+        (("--towers", "context", "--mode", "ar", "--trace"), 2, "without --trace"),
     ],
 )
 def test_bad_values_are_one_line(checkpoint, arguments, code, message):

@@ -73,6 +73,14 @@ def is_quantized(weight):
     return weight.dtype == torch.int8 or type(weight.data) is not torch.Tensor
 
 
+def test_the_context_tower_alone(folder):
+    arguments = {"quantization_config": CONFIGS["torchao"], "device_map": "towers"}
+    whole = TwoTowerForBlockDiffusion.from_pretrained(folder, **arguments)
+    alone = TwoTowerForBlockDiffusion.from_pretrained(folder, towers="context", **arguments)
+    assert quantized_layers(alone) == {name for name in quantized_layers(whole) if name.startswith("context_tower.")}
+    assert torch.equal(alone(random_ids(2, 6)).logits, whole(random_ids(2, 6)).logits)
+
+
 @pytest.fixture(scope="module")
 def answers(load):
     """What a kind answers in a mode, and how many of the answers are right; each asked once."""
