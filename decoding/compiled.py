@@ -177,17 +177,22 @@ class CompiledPasses:
 
     Args:
         model: [`TwoTowerForBlockDiffusion`].
-        config: how programs are compiled, see [`compile_arguments`].
     """
 
-    def __init__(self, model: Any, config: CompileConfig | None = None):
-        self.model, self.config, self.programs = model, config, programs_of(model)
-        self.compiled_by = repr(sorted(compile_arguments(config).items()))
-        self.device = model.context_tower.embeddings.weight.device
+    def __init__(self, model: Any):
+        self.model, self.device = model, model.context_tower.embeddings.weight.device
+        self.config: CompileConfig | None = None
+        self.compiled_by, self.programs = "", Programs()
         self.templates: list[Held] = []  # by layer what the cache will hold, of no rows
         self.scratch: dict[Any, list[Held]] = {}  # by sizes, for copies of rows that do not lie together
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: B, and what `accepting` is given
         self.bar: Any = None
+
+    def begin(self, config: CompileConfig | None = None) -> None:
+        """Rows begin that ask for programs: from now on these are compiled as `config` says, of the model as it is."""
+        self.config, self.compiled_by = config, repr(sorted(compile_arguments(config).items()))
+        if self.programs is not (programs := programs_of(self.model)):
+            self.programs, self.templates, self.scratch = programs, [], {}
 
     def __call__(self, part: str, *args: Any) -> torch.Tensor:
         # Caches and programs hold ordinary tensors: of the inference mode that engines are in, they would be others.
@@ -334,7 +339,7 @@ class CompiledPasses:
     def _write_ids(self, ids: torch.Tensor, cache: TwoTowerCache) -> None:
         whole = cache if cache.whole is None else cache.whole
         kept = (ids.long() + 1)[:, None, :, None].to(cache.device)
-        slot = KeyValueSlot(whole.tokens, cache.rows, whole.batch_size, cache.width, cache.lengths)
+        slot = KeyValueSlot(whole.tokens, cache.rows, whole.batch_size, cache.width, cache.lengths if cache.ragged else None)
         slot.update(KeyValues(kept, kept[..., :0]))
 
     def _fit(self, whole: TwoTowerCache, rows: int, columns: int | None) -> None:

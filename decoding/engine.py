@@ -64,7 +64,8 @@ class Engine:
         for row in request.rows:
             row.phase = request.strategy.begin(row)
         if request.config.compile:
-            self.compiled = CompiledPasses(self.model, request.config.compile_config)
+            self.compiled = self.compiled or CompiledPasses(self.model)
+            self.compiled.begin(request.config.compile_config)
         for slot, row in enumerate(self.rows):
             row.slot = slot
 
