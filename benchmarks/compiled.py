@@ -12,6 +12,7 @@ time, with quartiles. Compiling takes most of an hour on a busy core, once per v
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -56,7 +57,7 @@ def main(rounds: int) -> None:
 
 
 def compared(
-    model: TwoTowerForBlockDiffusion, inputs: dict[str, torch.Tensor], options: dict[str, Any], rounds: int
+    model: TwoTowerForBlockDiffusion, inputs: dict[str, Any], options: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
     def call(compile: bool) -> torch.Tensor:
         return model.generate(**inputs, max_new_tokens=NEW_TOKENS, compile=compile, **options)
@@ -68,7 +69,7 @@ def compared(
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(rounds):
         for compile in seconds:
-            text, took = timed(lambda compile=compile: call(compile))
+            text, took = timed(partial(call, compile))
             texts.append(text)
             seconds[compile].append(took.cpu)
     tokens = len(inputs["input_ids"]) * NEW_TOKENS

@@ -6,8 +6,7 @@ which a pass is padded, so that a few programs serve all texts, and what of it c
 Programs belong to the model and are compiled when a pass first needs them. Weights are among their inputs, so that
 they see every change of them. Heads, what is chosen from logits, and code of the user's run between passes.
 
-Shapes: R rows of a pass, B of its program, T tokens of a pass, S of its program, C columns of the cache, H hidden size,
-V vocabulary.
+Shapes: R rows and T tokens of a pass, B and S of its program, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +184,10 @@ class CompiledPasses:
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[Held] = []  # by layer what the cache will hold, of no rows
         self.scratch: dict[Any, list[Held]] = {}  # by sizes, for copies of rows that do not lie together
-        self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: B, and what `accepting` is given
+        self.updates: tuple[int, list[Any]] = (
+            0,
+            [],
+        )  # of the chunk read tentatively: B, and what `accepting` is given
         self.bar: Any = None
 
     def begin(self, config: CompileConfig | None = None) -> None:
@@ -288,9 +290,7 @@ class CompiledPasses:
         held = [layer.buffers.key.shape[2] for layer in layers if layer.buffers is not None]
         return padded_size(max(cache.width + tokens, *held, 1), LEAST_COLUMNS) if layers else 0
 
-    def _held(
-        self, cache: TwoTowerCache, rows: int, columns: int | None, writes: bool
-    ) -> tuple[list[Held], bool]:
+    def _held(self, cache: TwoTowerCache, rows: int, columns: int | None, writes: bool) -> tuple[list[Held], bool]:
         """
         What layers hold of B rows, R of them `cache`'s, and whether it is a copy.
 
@@ -339,7 +339,9 @@ class CompiledPasses:
     def _write_ids(self, ids: torch.Tensor, cache: TwoTowerCache) -> None:
         whole = cache if cache.whole is None else cache.whole
         kept = (ids.long() + 1)[:, None, :, None].to(cache.device)
-        slot = KeyValueSlot(whole.tokens, cache.rows, whole.batch_size, cache.width, cache.lengths if cache.ragged else None)
+        slot = KeyValueSlot(
+            whole.tokens, cache.rows, whole.batch_size, cache.width, cache.lengths if cache.ragged else None
+        )
         slot.update(KeyValues(kept, kept[..., :0]))
 
     def _fit(self, whole: TwoTowerCache, rows: int, columns: int | None) -> None:
