@@ -25,7 +25,7 @@ MOST_TOKENS = 512
 # Over fewer columns attention would cost no less that could be felt.
 LEAST_COLUMNS = 256
 
-Held = KeyValues | MambaState | None
+LayerContent = KeyValues | MambaState | None
 
 
 def padded_size(count: int, least: int = 1) -> int:
@@ -38,7 +38,7 @@ def padded_size(count: int, least: int = 1) -> int:
 
 def denoising(
     model: Any,
-    held: Sequence[Held],
+    held: Sequence[LayerContent],
     ids: torch.Tensor,
     lengths: torch.Tensor,
     timestep: torch.Tensor | None,
@@ -49,7 +49,7 @@ def denoising(
 
 
 def reading(
-    model: Any, held: Sequence[Held], ids: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor | None
+    model: Any, held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor | None
 ) -> torch.Tensor:
     """The context tower reads (B, S) and writes what it holds then, of each row's first `counts` (B,): (B, S, H)."""
     tower = model.context_tower
@@ -59,7 +59,7 @@ def reading(
 
 
 def verifying(
-    model: Any, held: Sequence[Held], ids: torch.Tensor, lengths: torch.Tensor
+    model: Any, held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, list[Any]]:
     """The same tentatively: (B, S, H), and by layer what takes its state through any number of the tokens."""
     tower = model.context_tower
@@ -67,7 +67,7 @@ def verifying(
     return tower.reading_pass(tower.embeddings(ids), slots, lengths, tentative=True)
 
 
-def accepting(model: Any, held: Sequence[Held], updates: Sequence[Any], counts: torch.Tensor) -> None:
+def accepting(model: Any, held: Sequence[LayerContent], updates: Sequence[Any], counts: torch.Tensor) -> None:
     """Take states through each row's first `counts` (B,) tokens of those read tentatively."""
     backend = model.context_tower.kernels["ssd_state"]
     states = []
@@ -76,7 +76,7 @@ def accepting(model: Any, held: Sequence[Held], updates: Sequence[Any], counts: 
     _write_states(held, states)
 
 
-def _slots(held: Sequence[Held], ids: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
+def _slots(held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
     """Where keys and values go: behind what each row has, in all the columns there are."""
     slots: list[Any] = []
     for each in held:
@@ -90,7 +90,7 @@ def _slots(held: Sequence[Held], ids: torch.Tensor, lengths: torch.Tensor) -> li
     return slots
 
 
-def _write_states(held: Sequence[Held], states: Sequence[Any]) -> None:
+def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
     for place, state in zip(held, states, strict=True):
         if isinstance(place, MambaState):
             place.conv.copy_(state.conv)
@@ -182,8 +182,8 @@ class CompiledPasses:
         self.model, self.device = model, model.context_tower.embeddings.weight.device
         self.config: CompileConfig | None = None
         self.compiled_by, self.programs = "", Programs()
-        self.templates: list[Held] = []  # by layer what the cache will hold, of no rows
-        self.scratch: dict[Any, list[Held]] = {}  # by sizes, for copies of rows that do not lie together
+        self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
+        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
         self.updates: tuple[int, list[Any]] = (
             0,
             [],
@@ -218,8 +218,8 @@ class CompiledPasses:
         times = None if timestep is None else self._padded(timestep, rows)
         held = self._held(cache, rows, columns, writes=False)[0]
         inputs = (self._padded(ids, rows), self._lengths(cache, rows), times, masked)
-        sizes = (rows, tokens, columns, timestep is None, mask is None)
-        return self._run(denoising, sizes, held, *inputs)[: len(ids)]
+        kind = ("untimed",) * (timestep is None) + ("masked",) * (mask is not None)
+        return self._run(denoising, (rows, tokens, columns, *kind), held, *inputs)[: len(ids)]
 
     def predict_next(self, ids: torch.Tensor, cache: TwoTowerCache) -> torch.Tensor:
         return self.denoise(ids, cache)[:, -1]
@@ -290,7 +290,9 @@ class CompiledPasses:
         held = [layer.buffers.key.shape[2] for layer in layers if layer.buffers is not None]
         return padded_size(max(cache.width + tokens, *held, 1), LEAST_COLUMNS) if layers else 0
 
-    def _held(self, cache: TwoTowerCache, rows: int, columns: int | None, writes: bool) -> tuple[list[Held], bool]:
+    def _held(
+        self, cache: TwoTowerCache, rows: int, columns: int | None, writes: bool
+    ) -> tuple[list[LayerContent], bool]:
         """
         What layers hold of B rows, R of them `cache`'s, and whether it is a copy.
 
@@ -301,7 +303,7 @@ class CompiledPasses:
         count, there = cache.batch_size, whole.batch_size
         first = isinstance(cache.rows, slice)
         self._fit(whole, max(there, rows), columns)
-        held: list[Held] = []
+        held: list[LayerContent] = []
         for layer in whole.layers:
             if isinstance(layer, MambaLayer):
                 held.append(layer.state)
@@ -311,7 +313,7 @@ class CompiledPasses:
             return [each and self._static(type(each)(*(part[:rows] for part in each))) for each in held], False
         return self._copied(held, [*cache.indices, *[cache.indices[0]] * (rows - count)], columns), True
 
-    def _copied(self, held: list[Held], indices: Sequence[int], columns: int | None) -> list[Held]:
+    def _copied(self, held: list[LayerContent], indices: Sequence[int], columns: int | None) -> list[LayerContent]:
         """Copies of rows, which always lie in the same place."""
         index, sizes = uploaded(indices, self.device), (len(indices), columns)
         if sizes not in self.scratch:
@@ -323,7 +325,7 @@ class CompiledPasses:
                 torch.index_select(part, 0, index, out=copy)
         return self.scratch[sizes]
 
-    def _write_back(self, cache: TwoTowerCache, held: list[Held], tokens: int, states: bool = True) -> None:
+    def _write_back(self, cache: TwoTowerCache, held: list[LayerContent], tokens: int, states: bool = True) -> None:
         """Take over from copies of rows their last `tokens` keys and values, and their states."""
         whole, count = cache if cache.whole is None else cache.whole, cache.batch_size
         rows, own = uploaded(cache.indices, self.device), torch.arange(count, device=self.device)[:, None]
@@ -376,7 +378,8 @@ class CompiledPasses:
         key = (program.__name__, *sizes, self.compiled_by)
         compiled = self.programs.get(key)
         if compiled is None:
-            name = f"{program.__name__} {'x'.join(str(size) for size in sizes if not isinstance(size, bool))}"
+            numbers = "x".join(str(size) for size in sizes if isinstance(size, int))
+            name = " ".join([program.__name__, numbers, *(size for size in sizes if isinstance(size, str))])
             with self._shown(name):
                 compiled = torch.compile(_own_code(program, name), **compile_arguments(self.config))
                 outputs = compiled(self.model, *inputs)

