@@ -402,9 +402,9 @@ class CompiledPasses:
 
             if not isinstance(error, TorchDynamoException):
                 raise
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
             raise ValueError(
-                f"the pass {name} could not be compiled: {reason} Leave compile out, or choose how to compile by "
+                f"the pass {name} could not be compiled: {reason}. Leave compile out, or choose how to compile by "
                 "compile_config=CompileConfig(...); on a CPU, inductor needs a C++ compiler (g++, or the one that the "
                 'environment variable CXX names), which backend="aot_eager" does not'
             ) from error
