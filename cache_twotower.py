@@ -545,12 +545,9 @@ class TwoTowerCache(Cache):
         before, batch = len(lengths), len(lengths) + count
         for layer in (*self.layers, self.tokens):
             if isinstance(layer, KeyValueLayer) and layer.buffers is not None:
-                if len(layer.buffers.key) >= batch:
-                    # What a masked column holds has no weight, but NaN times nothing is NaN.
-                    for buffer in layer.buffers:
-                        buffer[before:batch].zero_()
-                else:
-                    layer.reserve(layer.buffers, batch, layer.buffers.key.shape[2])
+                # What a masked column holds has no weight, but NaN times nothing is NaN.
+                for buffer in layer.reserve(layer.buffers, batch, layer.buffers.key.shape[2]):
+                    buffer[before:batch].zero_()
             elif isinstance(layer, MambaLayer) and layer.state is not None:
                 for part in layer.reserve(layer.state, batch):
                     part[before:batch].zero_()

@@ -1024,22 +1024,44 @@ class ContextTower(TwoTowerBackbone):
         own = None if counts is None else listed(counts)
         if own is not None and min(own) == length:
             own = None
-        mask = ends = None
         # What is read tentatively is cut to a row's tokens later; to those, what stands behind them does not matter.
-        if own is not None and not tentative:
-            ends = uploaded(own, input_ids.device)
-            mask = torch.arange(length, device=input_ids.device) < ends[:, None]
+        ends = None if own is None or tentative else uploaded(own, input_ids.device)
         lengths = None if cache is None else cache.context_lengths()
-        keep: Literal["state", "update"] = "update" if tentative else "state"
-        layout = ChunkLayout(mask, ends, context_lengths=lengths, causal=True, keep=keep)
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         pasts = None if cache is None else cache.slots(input_ids)
-        hidden_states, presents = self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
+        hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
         if cache is not None:
             # Only now, so that an error in the middle leaves the cache as it was.
             cache.sign(self)
             cache.append(input_ids, presents, own, tentative)
         return hidden_states
+
+    def reading_pass(
+        self,
+        embedded: torch.Tensor,
+        pasts: Sequence[Past] | None,
+        context_lengths: torch.Tensor | None,
+        ends: torch.Tensor | None = None,
+        tentative: bool = False,
+        all_hidden_states: list[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, list[Present]]:
+        """
+        What `forward` does to the tokens (B, T, H): tensors in, tensors out.
+
+        Args:
+            pasts: the cache's `slots()`.
+            context_lengths: the cache's `context_lengths()`.
+            ends: (B,) tokens per row, default T.
+
+        Returns:
+            (B, T, H) normed hidden states, and per layer the states after a row's tokens, or what leads to them.
+        """
+        mask = None
+        if ends is not None:
+            mask = torch.arange(embedded.shape[1], device=embedded.device) < ends[:, None]
+        keep: Literal["state", "update"] = "update" if tentative else "state"
+        layout = ChunkLayout(mask, ends, context_lengths=context_lengths, causal=True, keep=keep)
+        return self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
 
     def read_blocks(
         self,
@@ -1103,6 +1125,8 @@ class Preparing:
         raise NotImplementedError
 
     def prepared(self) -> tuple[torch.Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return self.of_weights()  # which a compiled pass is to do by itself, as it outlives what is prepared
         held = self._prepared  # looked up once, as another thread may end it
         # What was prepared has no gradients.
         if held is None or torch.is_grad_enabled():

@@ -3,6 +3,7 @@ What this model does on a GPU, for whoever gets one for ten minutes: written to 
 --json says.
 
     python benchmarks/gpu.py              everything, at the released geometry, with bfloat16 weights that are random
+    python benchmarks/gpu.py --compiled   instead, both towers with compiled passes; an hour, most of it compiling
     python benchmarks/gpu.py --dry-run    the same code at toy sizes, on a CPU in seconds; so without a GPU, too
 
 Predictions are in the file before anything is measured; each outcome comes beside its prediction, as soon as it is
@@ -41,7 +42,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 from transformers import logging as transformers_logging
 
 from twotower import TwoTowerConfig, TwoTowerEngine, TwoTowerForBlockDiffusion
@@ -564,6 +565,39 @@ def measure_towers(bench: Bench) -> None:
             bench.record(outcome)
 
 
+def predict_compiled(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
+    """As of the towers, without a launch per kernel: each pass takes its floor."""
+    predicted: dict[str, Any] = {}
+    if rates is None:
+        return predicted
+    for rows in sizes.rows:
+        step, block = (floor_ms(pass_work(sizes, rows, count, sizes.prompt), rates) for count in (1, 16))
+        predicted[f"{rows} rows"] = {"ms": {"ar step": step, "block pass": block}} | {
+            "ar": {"tokens_per_second": rows * 1e3 / step},
+            "mask_diffusion, 2.5 tokens per pass": {"of_ar": 16 * step / (block + block * 16 / 2.5)},
+        }
+    return predicted
+
+
+def measure_compiled(bench: Bench) -> None:
+    """Tokens/s by compiled passes, on a GPU under CUDA graphs, next to eager ones."""
+    sizes, outcome = bench.sizes, dict[str, Any]()
+    model = bench.model(sizes.config(sizes.pattern), must_share(bench))
+    # Without a GPU this only shows that the script runs, for which torch need not generate code.
+    how = {"compile_config": CompileConfig(backend="eager")} if bench.device.type == "cpu" else {}
+    ways = tower_ways()
+    for rows in sizes.rows:
+        found = outcome[f"{rows} rows"] = dict[str, Any]()
+        for name in ("ar", "mask_diffusion, 2.5 tokens per pass", "self_speculative, 8 tokens per draft"):
+            started = time.perf_counter()
+            found[name] = speed(bench, model, rows, ways[name] | {"compile": True} | how)
+            found[name]["seconds_with_warm_up"] = time.perf_counter() - started
+            eager = speed(bench, model, rows, ways[name])
+            found[name]["of_eager"] = found[name]["tokens_per_second"] / eager["tokens_per_second"]
+            found[name]["of_ar"] = found[name]["tokens_per_second"] / found["ar"]["tokens_per_second"]
+            bench.record(outcome)
+
+
 def must_share(bench: Bench) -> bool:
     if bench.device.type != "cuda":
         return False
@@ -638,6 +672,10 @@ SECTIONS = {
     "layers": Section(130, predict_layers, measure_layers),
     "towers": Section(200, predict_towers, measure_towers),
 }
+
+
+# Not among them, as it takes longer than all together.
+COMPILED = {"compiled": Section(3600, predict_compiled, measure_compiled)}
 
 
 def run_sections(
@@ -729,7 +767,8 @@ def main() -> None:
         "--data", type=Path, default=Path(__file__).resolve().parents[1] / "tests", help="has goldens/"
     )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU; so without a GPU, too")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
+    parser.add_argument("--compiled", action="store_true", help="only compiled passes, which take an hour")
+    parser.add_argument("--minutes", type=float, help="for everything; default 9.5, of compiled passes 60")
     options = parser.parse_args()
     toy = options.dry_run or not torch.cuda.is_available()
     if not (options.data / "goldens" / "generations.json").is_file():
@@ -738,7 +777,9 @@ def main() -> None:
     sizes = sizes_of(options.data, toy)
     device = torch.device("cpu" if toy else "cuda")
     model = argparse.Namespace(dtype=torch.float32 if toy else torch.bfloat16, device=device)
-    run_sections(SECTIONS, sizes, options.data, options.json, toy, options.minutes, environment(model))
+    sections, minutes = (COMPILED, 60.0) if options.compiled else (SECTIONS, 9.5)
+    minutes = minutes if options.minutes is None else options.minutes
+    run_sections(sections, sizes, options.data, options.json, toy, minutes, environment(model))
 
 
 if __name__ == "__main__":

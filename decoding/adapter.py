@@ -26,6 +26,7 @@ from ..compat_twotower import (
 )
 from ..inputs_twotower import check_attention_mask, check_ids
 from .asking import asked_by_mode, made_for, serves_all_rows
+from .compiled import check_can_compile
 from .config import (
     REFUSED_ARGUMENTS,
     STRATEGY_DEFAULTS,
@@ -100,7 +101,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if kwargs.get("cache_implementation") is not None:  # transformers would not come to ask our config
             raise ValueError(
                 f"cache_implementation={kwargs['cache_implementation']!r} is not supported by TwoTower's generate; "
-                "leave it unset"
+                "leave it unset; compile=True runs compiled passes"
             )
         if kwargs.get("starting_block") is not None:
             kwargs["starting_block"] = _as_ids("starting_block", kwargs["starting_block"])
@@ -404,6 +405,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
         if processors.keeps_state is not None:
             _check_askable(processors, config, len(input_ids), model_kwargs)
+        if config.compile:
+            check_can_compile(self)
         cache = model_kwargs["cache"]
         if cache.batch_size not in (-1, len(input_ids)):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.utils import logging
 
 from .rules import PARAMETERS, UNMASKING_DEFAULTS, UNMASKING_RULES, Parameter, number_that, one_of, whole_number_from
@@ -36,6 +36,7 @@ KNOBS: dict[str, Parameter] = {
         lambda value: value == "auto" or whole_number_from(1).holds(value),
     ),
     "acceptance_ratio": number_that("lie in (0, 1]", 1.0, lambda value: 0 < value <= 1),
+    "compile": Parameter(False, "give True or False", lambda value: isinstance(value, bool)),
     "seed": Parameter(
         None,
         "give a whole number of 64 bits, or a list of one per row",
@@ -87,7 +88,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (),
     "cache_config": (),
     "max_cache_len": (),
-    "compile_config": (),
     "disable_compile": (),
     "continuous_batching_config": (),
     "output_attentions": (False,),
@@ -136,6 +136,10 @@ class TwoTowerGenerationConfig(GenerationConfig):
         seed (`int` or a list of one per row, defaults to a new one from torch's global generator):
             With `do_sample`, or the rule `"posterior"`: what a row draws depends on its seed and its text alone. Of
             `num_return_sequences` the first uses the seed itself.
+        compile (`bool`, defaults to `False`):
+            Run passes of both towers as compiled programs of static shapes, see `decoding/compiled.py`: the same
+            text, after minutes of compiling what no call has needed before. Processors, criteria and callbacks are
+            called as ever, between passes. transformers' `compile_config` says how, as arguments of `torch.compile`.
         unmasking_rule (`str`, defaults to `"confidence"`), confidence_threshold (`float`, defaults to 0.8), ...:
             Which predictions a pass commits, and the rules' parameters: see
             `decoding/rules.py`; the rule may also be a function, see [`UnmaskingRule`].
@@ -229,7 +233,9 @@ def check_supported(config: GenerationConfig) -> None:
     for name, unset in REFUSED.items():
         value = getattr(config, name, None)
         if value is not None and value not in unset:
-            raise ValueError(f"{name}={value!r} is not supported by TwoTower's generate; leave it unset")
+            instead = "; compile=True runs compiled passes" if name == "cache_implementation" else ""
+            raise ValueError(f"{name}={value!r} is not supported by TwoTower's generate; leave it unset{instead}")
+    check_compile_config(config.compile_config, config.compile)
     temperature = 1.0 if config.temperature is None else config.temperature
     if config.do_sample and not (isinstance(temperature, int | float) and temperature > 0):
         raise ValueError(f"temperature is {temperature!r}; sampling needs it above 0 (or do_sample=False)")
@@ -249,6 +255,20 @@ def check_supported(config: GenerationConfig) -> None:
         raise ValueError(
             f"watermarking_config is {watermark!r}, which counts calls and needs one token at a time; "
             f'use mode "ar" or "mock_ar" rather than {config.mode!r}'
+        )
+
+
+def check_compile_config(given: Any, is_used: bool) -> None:
+    """Refuse a `compile_config` that nobody would look at, or that `torch.compile` would not take."""
+    if given is None:
+        return
+    if not isinstance(given, CompileConfig):
+        raise ValueError(f"compile_config is a {type(given).__name__}; give transformers' CompileConfig")
+    if not is_used:
+        raise ValueError(f"compile_config={given!r} has no effect without compile=True; give both, or leave it unset")
+    if given.mode is not None and given.options is not None:
+        raise ValueError(
+            f"compile_config has the mode {given.mode!r} and options, of which torch.compile takes one; give mode=None"
         )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..cache_twotower import TwoTowerCache
 from .choosing import Group
+from .compiled import CompiledPasses
 from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
 from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row, padded
 
@@ -41,6 +42,7 @@ class Engine:
         self.model, self.cache, self.device, self.synced = model, cache, device, synced
         # A pass; with other ranks, once it is its turn.
         self.run = model._pass if synced else lambda part, *args: getattr(model, part)(*args)
+        self.compiled: CompiledPasses | None = None  # which runs those of rows that ask for it
         # Quantised and sharded weights are more than tensors and not made for inference mode. Hooks may be the user's.
         self.special_modules = synced or any(map(_is_special, model.modules()))
         self.rows: list[Row] = []  # that go on, in the order of the cache's rows
@@ -61,6 +63,9 @@ class Engine:
         self.rows += request.rows
         for row in request.rows:
             row.phase = request.strategy.begin(row)
+        if request.config.compile:
+            self.compiled = self.compiled or CompiledPasses(self.model)
+            self.compiled.begin(request.config.compile_config)
         for slot, row in enumerate(self.rows):
             row.slot = slot
 
@@ -86,6 +91,8 @@ class Engine:
             self.row_passes += len(took_part)
             self.row_chances += len(self.rows)
             self.release()
+        if self.compiled is not None and not self.rows:
+            self.compiled.close()
 
     def _denoisers(self) -> list[Row]:
         """Those that wait for the denoiser, of one kind of pass; where there are two, in turn."""
@@ -99,8 +106,12 @@ class Engine:
         self.last_part = next(iter(parts), self.last_part)
         return [row for row in rows if row.request.strategy.part == self.last_part]
 
+    def _runner(self, rows: list[Row]) -> Any:
+        """Who runs a pass: compiled programs, as soon as one of its rows asks for it."""
+        return self.compiled if any(row.request.config.compile for row in rows) else self.run
+
     def _denoiser_pass(self, rows: list[Row]) -> None:
-        strategy, part = rows[0].request.strategy, self._part(rows)
+        strategy, part, run = rows[0].request.strategy, self._part(rows), self._runner(rows)
         groups = [Group(own, self.device) for own in _groups(rows)]
         # Where each group's rows are in the pass; a lone one has all.
         places: list[Any] = [slice(None)]
@@ -112,14 +123,14 @@ class Engine:
             row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
         if strategy.part == "predict_next":
             newest = torch.tensor([[row.newest] for row in rows], device=self.device)
-            logits = self.run("predict_next", newest, part)[:, None]
+            logits = run("predict_next", newest, part)[:, None]
         else:
             times = torch.zeros(len(rows), device=self.device)
             for group, at in zip(groups, places, strict=True):
                 steps, request = [row.step for row in group.rows], group.request
                 times[at] = group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
             canvases = [groups[0].canvas[0]] if len(groups) == 1 else self._canvases(rows)
-            logits = self.run("denoise", canvases[0], part, times, *canvases[1:])
+            logits = run("denoise", canvases[0], part, times, *canvases[1:])
         reports = []
         for group, at in zip(groups, places, strict=True):
             with self.guarded(group.rows):
@@ -176,7 +187,7 @@ class Engine:
         return short
 
     def _context_pass(self, rows: list[Row]) -> None:
-        part = self._part(rows)
+        part, run = self._part(rows), self._runner(rows)
         chunks = [_chunk(row) for row in rows]
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)
@@ -187,7 +198,7 @@ class Engine:
             row.waited = False
         ids = torch.tensor([padded(chunk, width, 0) for chunk in chunks], device=self.device)
         even = min(counts) == width
-        hidden_states = self.run("context_tower", ids, part, None if even else counts, tentative)
+        hidden_states = run("context_tower", ids, part, None if even else counts, tentative)
         kept = dict(zip(rows, counts, strict=True))
         reading = [row for row in rows if row.phase == READ]
         for row, count in zip(rows, counts, strict=True):
@@ -208,7 +219,7 @@ class Engine:
                     own = own[:, : kept[rows_of_group[0]]]
                 else:
                     own = own[:, -1] if even else _last(own, [kept[row] for row in rows_of_group])
-                logits = self.run("context_lm_head", own)
+                logits = run("context_lm_head", own)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 logits = logits[:, None] if logits.ndim == 2 else logits
                 group = Group(rows_of_group, self.device)
@@ -220,7 +231,8 @@ class Engine:
             with self.guarded(group.rows):
                 kept.update(group.request.strategy.after_read(self, group, values))
         if tentative:
-            part.accept([kept[row] for row in rows])
+            counts = [kept[row] for row in rows]
+            part.accept(counts) if run is self.run else run("accept", part, counts)
 
     def _part(self, rows: list[Row]) -> TwoTowerCache:
         """The cache as far as it is about some rows; all of it, or its beginning, are views."""

@@ -83,6 +83,24 @@ def test_the_dry_run_leaves_a_record_of_every_section(gpu, tmp_path):
                 assert tokens / passes > int(way.split()[1]) * 0.75
 
 
+def test_the_dry_run_of_compiled_passes_leaves_a_record(gpu, tmp_path):
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, str(SCRIPT), "--compiled", "--dry-run", "--json", str(file)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (section,) = json.loads(file.read_text())["sections"].values()
+    assert section["status"] == "done" and list(section["outcome"]) == ["1 rows", "2 rows"]
+    for found in section["outcome"].values():
+        assert len(found) == 3 and all(figures["of_eager"] > 0 for figures in found.values())
+
+
+def test_predictions_of_compiled_passes_are_above_those_of_eager_ones(gpu):
+    sizes, rates = gpu.sizes_of(DATA, toy=False), gpu.RATES["H200"]
+    compiled, eager = gpu.predict_compiled(sizes, rates), gpu.predict_towers(sizes, rates)
+    assert list(compiled) == list(eager) and gpu.predict_compiled(sizes, None) == {}
+    for rows, predicted in compiled.items():
+        assert predicted["ar"]["tokens_per_second"] >= eager[rows]["ar"]["tokens_per_second"]
+
+
 def test_what_fails_is_recorded_and_the_next_section_goes_on(gpu, tmp_path):
     file = tmp_path / "gpu.json"
     found = run(gpu, {"raises": raises_half_way, "dies": dies, "good": good}, file)

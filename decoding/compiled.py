@@ -1,0 +1,434 @@
+"""
+Passes as compiled programs, for `generate(..., compile=True)`.
+
+A program serves passes of one kind over so many tokens, rows and columns of the cache. These are powers of two, to
+which a pass is padded, so that a few programs serve all texts, and what of it counts is told by tensors of one shape.
+Programs belong to the model and are compiled when a pass first needs them. Weights are among their inputs, so that
+they see every change of them. Heads, what is chosen from logits, and code of the user's run between passes.
+
+Shapes: R rows and T tokens of a pass, B and S of its program, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from transformers import CompileConfig
+
+from ..cache_twotower import KeyValueLayer, KeyValues, KeyValueSlot, MambaLayer, MambaState, TwoTowerCache, uploaded
+from ..compat_twotower import tqdm
+
+# Longer chunks are read in pieces of so many tokens: the program of a scan grows with its length.
+MOST_TOKENS = 512
+# Over fewer columns attention would cost no less that could be felt.
+LEAST_COLUMNS = 256
+
+LayerContent = KeyValues | MambaState | None
+
+
+def padded_size(count: int, least: int = 1) -> int:
+    """The power of two to which a size is padded."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
+# The programs: the model, and else tensors whose shapes never change.
+
+
+def denoising(
+    model: Any,
+    held: Sequence[LayerContent],
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    timestep: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """A denoiser pass: (B, S) -> (B, S, V)."""
+    return model.denoiser_pass(ids, held, lengths, timestep, mask)
+
+
+def reading(
+    model: Any, held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor | None
+) -> torch.Tensor:
+    """The context tower reads (B, S) and writes what it holds then, of each row's first `counts` (B,): (B, S, H)."""
+    tower = model.context_tower
+    hidden_states, states = tower.reading_pass(tower.embeddings(ids), _slots(held, ids, lengths), lengths, counts)
+    _write_states(held, states)
+    return hidden_states
+
+
+def verifying(
+    model: Any, held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, list[Any]]:
+    """The same tentatively: (B, S, H), and by layer what takes its state through any number of the tokens."""
+    tower = model.context_tower
+    slots = _slots(held, ids, lengths)
+    return tower.reading_pass(tower.embeddings(ids), slots, lengths, tentative=True)
+
+
+def accepting(model: Any, held: Sequence[LayerContent], updates: Sequence[Any], counts: torch.Tensor) -> None:
+    """Take states through each row's first `counts` (B,) tokens of those read tentatively."""
+    backend = model.context_tower.kernels["ssd_state"]
+    states = []
+    for each, update in zip(held, updates, strict=True):
+        states.append(update.apply(each, counts, backend) if isinstance(each, MambaState) else None)
+    _write_states(held, states)
+
+
+def _slots(held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
+    """Where keys and values go: behind what each row has, in all the columns there are."""
+    slots: list[Any] = []
+    for each in held:
+        if isinstance(each, KeyValues):
+            layer = KeyValueLayer()
+            layer.buffers = each
+            rows, tokens = ids.shape
+            slots.append(KeyValueSlot(layer, slice(0, rows), rows, each.key.shape[2] - tokens, lengths))
+        else:
+            slots.append(each)
+    return slots
+
+
+def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
+    for place, state in zip(held, states, strict=True):
+        if isinstance(place, MambaState):
+            place.conv.copy_(state.conv)
+            place.ssm.copy_(state.ssm)
+
+
+# What a model keeps.
+
+
+class Programs(dict[Any, Callable[..., Any]]):
+    """A model's programs, by what they were compiled for; a copy of the model, also by pickle, gets none."""
+
+    model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Programs, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
+        return Programs()
+
+
+def programs_of(model: Any) -> Programs:
+    """
+    The programs kept with a model, unless it has become another: by device, dtype, modules, hooks, kernels, ...
+
+    torch compiles again by itself where most of that has changed, but keeps what is of no use any more, gives up after
+    a few times, and does not look for new hooks. New values of weights, or new tensors, change nothing.
+    """
+    modules = [(type(each), each.training, *each._forward_pre_hooks, *each._forward_hooks) for each in model.modules()]
+    weights = [(type(each), each.device, each.dtype, each.shape, each.requires_grad) for each in model.parameters()]
+    config = model.config
+    ways = (config._attn_implementation, config._experts_implementation, *model.kernels.items())
+    kept: Programs | None = vars(model).get("_kept_programs")
+    if kept is None or kept.model_state != (modules, weights, ways):
+        kept = vars(model)["_kept_programs"] = Programs()
+        kept.model_state = (modules, weights, ways)
+    return kept
+
+
+def check_can_compile(model: Any) -> None:
+    """Raise a ValueError for a model whose passes cannot be compiled, before any of them is run."""
+    if model._is_synced(False):
+        raise ValueError("compile=True is not supported while parameters are spread over ranks; leave compile out")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"] or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            "compile=True needs all weights to stay on one device, and accelerate moves these, or what they are given "
+            f"({', '.join(devices)}); load the model without device_map and move it whole, or leave compile out"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        raise ValueError(
+            f"compile=True is not supported by transformers' {type(quantizer).__name__}; quantise otherwise, or leave "
+            "compile out"
+        )
+
+
+def compile_arguments(config: CompileConfig | None) -> dict[str, Any]:
+    """
+    What `torch.compile` is given: of transformers' config all it says, by default inductor, each program as one graph.
+
+    `mode="reduce-overhead"`, the default in both cases, is CUDA graphs; elsewhere, and to other backends, it is none.
+    """
+    if config is None:
+        config = CompileConfig(fullgraph=True)
+    names = ("fullgraph", "dynamic", "backend", "mode", "options")
+    arguments = {name: getattr(config, name) for name in names}
+    arguments["dynamic"] = bool(config.dynamic)  # None would look for it
+    if config.backend != "inductor" and config.mode == CompileConfig().mode:
+        arguments["mode"] = None
+    if config.options is not None:
+        arguments["options"] = dict(config.options)  # of which torch takes some out
+    return arguments
+
+
+# Running them.
+
+
+class CompiledPasses:
+    """
+    Runs passes for an engine by a model's programs; each method is that of the model of this name, and `accept` the
+    cache's.
+
+    Args:
+        model: [`TwoTowerForBlockDiffusion`].
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.device = model, model.context_tower.embeddings.weight.device
+        self.config: CompileConfig | None = None
+        self.compiled_by, self.programs = "", Programs()
+        self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
+        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
+        self.updates: tuple[int, list[Any]] = (
+            0,
+            [],
+        )  # of the chunk read tentatively: B, and what `accepting` is given
+        self.bar: Any = None
+
+    def begin(self, config: CompileConfig | None = None) -> None:
+        """Rows begin that ask for programs: from now on these are compiled as `config` says, of the model as it is."""
+        self.config, self.compiled_by = config, repr(sorted(compile_arguments(config).items()))
+        if self.programs is not (programs := programs_of(self.model)):
+            self.programs, self.templates, self.scratch = programs, [], {}
+
+    def __call__(self, part: str, *args: Any) -> torch.Tensor:
+        # Caches and programs hold ordinary tensors: of the inference mode that engines are in, they would be others.
+        with torch.inference_mode(False), torch.no_grad():
+            return getattr(self, part)(*args)
+
+    def context_lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.model.context_lm_head(hidden_states)
+
+    def denoise(
+        self,
+        ids: torch.Tensor,
+        cache: TwoTowerCache,
+        timestep: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(R, S), (R,) and (R, S) 1 on tokens -> (R, S, V); blocks are few sizes, so that these are not padded."""
+        rows, tokens = padded_size(len(ids)), ids.shape[1]
+        columns = self._columns(cache, tokens)
+        masked = None if mask is None else self._padded(mask.bool(), rows, fill=True)
+        times = None if timestep is None else self._padded(timestep, rows)
+        held = self._held(cache, rows, columns, writes=False)[0]
+        inputs = (self._padded(ids, rows), self._lengths(cache, rows), times, masked)
+        kind = ("untimed",) * (timestep is None) + ("masked",) * (mask is not None)
+        return self._run(denoising, (rows, tokens, columns, *kind), held, *inputs)[: len(ids)]
+
+    def predict_next(self, ids: torch.Tensor, cache: TwoTowerCache) -> torch.Tensor:
+        return self.denoise(ids, cache)[:, -1]
+
+    def context_tower(
+        self, ids: torch.Tensor, cache: TwoTowerCache, counts: Sequence[int] | None = None, tentative: bool = False
+    ) -> torch.Tensor:
+        counts = [ids.shape[1]] * len(ids) if counts is None else list(counts)
+        if tentative:
+            return self._read(ids, cache, counts, tentative=True)
+        pieces = []
+        for start in range(0, ids.shape[1], MOST_TOKENS):
+            piece = ids[:, start : start + MOST_TOKENS]
+            own = [min(max(count - start, 0), piece.shape[1]) for count in counts]
+            pieces.append(self._read(piece, cache, own))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _read(self, ids: torch.Tensor, cache: TwoTowerCache, counts: list[int], tentative: bool = False) -> Any:
+        """A chunk of one program: (R, T) -> (R, T, H)."""
+        cache._check()
+        # 1. A lone token of each row needs no counts; else what is padded must not count.
+        (batch, width), lone = ids.shape, not tentative and min(counts) == ids.shape[1] == 1
+        rows, tokens = padded_size(batch), 1 if lone else padded_size(width, 2)
+        columns = self._columns(cache, tokens)
+        held, copied = self._held(cache, rows, columns, writes=True)
+        inputs = [self._padded(ids, rows, tokens), self._lengths(cache, rows)]
+        # 2. Read.
+        if tentative:
+            hidden_states, updates = self._run(verifying, (rows, tokens, columns), held, *inputs)
+            self.updates = tokens, updates
+        else:
+            counted = None if lone else self._padded(torch.tensor(counts), rows)
+            hidden_states = self._run(reading, (rows, tokens, columns), held, *inputs, counted)
+        # 3. Keep it.
+        if copied:
+            self._write_back(cache, held, width, states=not tentative)
+        self._write_ids(ids, cache)
+        cache.sign(self.model.context_tower)
+        cache.append(ids, [], counts, tentative)
+        return hidden_states[:batch, :width]
+
+    def accept(self, cache: TwoTowerCache, counts: list[int]) -> None:
+        tokens, updates = self.updates
+        rows = padded_size(len(counts))
+        held, copied = self._held(cache, rows, None, writes=True)
+        self._run(accepting, (rows, tokens), held, updates, self._padded(torch.tensor(counts), rows))
+        if copied:
+            self._write_back(cache, held, 0)
+        cache.accept(counts)
+        self.updates = (0, [])
+
+    # What programs are given.
+
+    def _padded(self, tensor: torch.Tensor, rows: int, tokens: int | None = None, fill: Any = 0) -> torch.Tensor:
+        """(R,) or (R, T) -> (B,) or (B, S) on the device."""
+        size = (rows, *tensor.shape[1:]) if tokens is None else (rows, tokens)
+        padded = torch.full(size, fill, dtype=tensor.dtype, device=self.device)
+        padded[tuple(map(slice, tensor.shape))] = tensor
+        return padded
+
+    def _lengths(self, cache: TwoTowerCache, rows: int) -> torch.Tensor:
+        lengths = cache.host_lengths or []
+        return uploaded([*lengths, *[0] * (rows - len(lengths))], self.device)
+
+    def _columns(self, cache: TwoTowerCache, tokens: int) -> int:
+        """As many as the cache has, or more if these are too few for `tokens` more, or no power of two."""
+        layers = [layer for layer in cache.layers if isinstance(layer, KeyValueLayer)]
+        held = [layer.buffers.key.shape[2] for layer in layers if layer.buffers is not None]
+        return padded_size(max(cache.width + tokens, *held, 1), LEAST_COLUMNS) if layers else 0
+
+    def _held(
+        self, cache: TwoTowerCache, rows: int, columns: int | None, writes: bool
+    ) -> tuple[list[LayerContent], bool]:
+        """
+        What layers hold of B rows, R of them `cache`'s, and whether it is a copy.
+
+        The first rows are looked at where they are, with what is behind them as padding; which must not be others'
+        if the pass writes. Without `columns`, states alone.
+        """
+        whole = cache if cache.whole is None else cache.whole
+        count, there = cache.batch_size, whole.batch_size
+        first = isinstance(cache.rows, slice)
+        self._fit(whole, max(there, rows), columns)
+        held: list[LayerContent] = []
+        for layer in whole.layers:
+            if isinstance(layer, MambaLayer):
+                held.append(layer.state)
+            else:
+                held.append(layer.buffers if columns is not None and isinstance(layer, KeyValueLayer) else None)
+        if first and (not writes or count in (rows, there)):
+            return [each and self._static(type(each)(*(part[:rows] for part in each))) for each in held], False
+        return self._copied(held, [*cache.indices, *[cache.indices[0]] * (rows - count)], columns), True
+
+    def _copied(self, held: list[LayerContent], indices: Sequence[int], columns: int | None) -> list[LayerContent]:
+        """Copies of rows, which always lie in the same place."""
+        index, sizes = uploaded(indices, self.device), (len(indices), columns)
+        if sizes not in self.scratch:
+            copies = [each and type(each)(*(part.index_select(0, index) for part in each)) for each in held]
+            self.scratch[sizes] = [each and self._static(each) for each in copies]
+            return self.scratch[sizes]
+        for place, each in zip(self.scratch[sizes], held, strict=True):
+            for copy, part in zip(place or (), each or (), strict=True):
+                torch.index_select(part, 0, index, out=copy)
+        return self.scratch[sizes]
+
+    def _write_back(self, cache: TwoTowerCache, held: list[LayerContent], tokens: int, states: bool = True) -> None:
+        """Take over from copies of rows their last `tokens` keys and values, and their states."""
+        whole, count = cache if cache.whole is None else cache.whole, cache.batch_size
+        rows, own = uploaded(cache.indices, self.device), torch.arange(count, device=self.device)[:, None]
+        places = self._lengths(cache, count)[:, None] + torch.arange(tokens, device=self.device)
+        for layer, each in zip(whole.layers, held, strict=True):
+            if isinstance(each, KeyValues) and tokens:
+                for buffer, copy in zip(layer.buffers, each, strict=True):
+                    buffer.transpose(1, 2)[rows[:, None], places] = copy.transpose(1, 2)[own, places]
+            elif isinstance(each, MambaState) and states:
+                for state, copy in zip(layer.state, each, strict=True):
+                    state.index_copy_(0, rows, copy[:count])
+
+    def _write_ids(self, ids: torch.Tensor, cache: TwoTowerCache) -> None:
+        whole = cache if cache.whole is None else cache.whole
+        kept = (ids.long() + 1)[:, None, :, None].to(cache.device)
+        slot = KeyValueSlot(
+            whole.tokens, cache.rows, whole.batch_size, cache.width, cache.lengths if cache.ragged else None
+        )
+        slot.update(KeyValues(kept, kept[..., :0]))
+
+    def _fit(self, whole: TwoTowerCache, rows: int, columns: int | None) -> None:
+        """Room for so many rows, and just so many columns; zeros where nothing has been read."""
+        for idx, layer in enumerate(whole.layers):
+            if isinstance(layer, MambaLayer):
+                layer.reserve(layer.state or self._template(idx), rows)
+            elif isinstance(layer, KeyValueLayer) and columns is not None:
+                held = layer.buffers or self._template(idx)
+                if len(held.key) < rows or held.key.shape[2] != columns:
+                    grown = KeyValueLayer().reserve(held, max(rows, len(held.key)), columns)
+                    for old, new in zip(held, grown, strict=True):
+                        new[: len(old), :, : old.shape[2]] = old
+                    layer.buffers = grown
+
+    def _template(self, layer_idx: int) -> Any:
+        """What a layer will hold, of no rows, as a pass over one token shows it."""
+        if not self.templates:
+            cache = TwoTowerCache(self.model.config)
+            self.model.context_tower(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache)
+            self.templates = [each and type(each)(*(part[:0].clone() for part in each)) for each in cache.views()]
+        return self.templates[layer_idx]
+
+    def _static(self, held: Any) -> Any:
+        """For CUDA graphs, which would copy what they write to, or not be made."""
+        if self.device.type == "cuda":
+            for part in held:
+                torch._dynamo.mark_static_address(part, guard=False)
+        return held
+
+    def _run(self, program: Callable[..., Any], sizes: tuple[Any, ...], *inputs: Any) -> Any:
+        key = (program.__name__, *sizes, self.compiled_by)
+        compiled = self.programs.get(key)
+        if compiled is None:
+            numbers = "x".join(str(size) for size in sizes if isinstance(size, int))
+            name = " ".join([program.__name__, numbers, *(size for size in sizes if isinstance(size, str))])
+            with self._shown(name):
+                compiled = torch.compile(_own_code(program, name), **compile_arguments(self.config))
+                outputs = compiled(self.model, *inputs)
+            self.programs[key] = compiled
+        else:
+            outputs = compiled(self.model, *inputs)
+        # What a CUDA graph returns, the next one overwrites.
+        return _cloned(outputs) if self.device.type == "cuda" else outputs
+
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[None]:
+        """A progress bar of what is compiled; what torch cannot compile is an error that says what can be done."""
+        if self.bar is None:
+            self.bar = tqdm(desc="Compiling passes", unit="pass")
+        self.bar.set_postfix_str(name)
+        try:
+            yield
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException  # not at import, as it takes a second
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
+            raise ValueError(
+                f"the pass {name} could not be compiled: {reason}. Leave compile out, or choose how to compile by "
+                "compile_config=CompileConfig(...); on a CPU, inductor needs a C++ compiler (g++, or the one that the "
+                'environment variable CXX names), which backend="aot_eager" does not'
+            ) from error
+        self.bar.update()
+
+    def close(self) -> None:
+        """Nothing is to be compiled soon."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _own_code(function: Any, name: str) -> Callable[..., Any]:
+    """A copy of a function: torch keeps what it compiled by the function's code, and but a few for each."""
+    code = function.__code__.replace(co_name=name.replace(" ", "_"))
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
+
+
+def _cloned(outputs: Any) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return outputs.clone()
+    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
+        return type(outputs)(*map(_cloned, outputs))
+    return type(outputs)(map(_cloned, outputs)) if isinstance(outputs, tuple | list) else outputs
+
+
+__all__ = ["CompiledPasses", "check_can_compile", "compile_arguments", "padded_size", "programs_of"]
