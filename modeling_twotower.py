@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers import PreTrainedModel
 
 from .cache_twotower import (
@@ -79,7 +80,7 @@ from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32
-from .kernels.rms_norm import rms_norm
+from .kernels.rms_norm import rms_norm, rms_norm_by_torch
 from .kernels.ssd import ssd_scan
 from .objective_twotower import (
     Corruption,
@@ -857,9 +858,10 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
             if all_hidden_states is not None:
                 all_hidden_states.append(hidden_states)
             modulation = () if modulations is None else modulations[idx]
-            hidden_states, present = layer(hidden_states, None if pasts is None else pasts[idx], layout, *modulation)
+            past = None if pasts is None else pasts[idx]
+            hidden_states, present = call(layer, hidden_states, past, layout, *modulation)
             presents.append(present)
-        hidden_states = self.norm_f(hidden_states)
+        hidden_states = call(self.norm_f, hidden_states)
         if all_hidden_states is not None:
             all_hidden_states.append(hidden_states)
         return hidden_states, presents
@@ -963,6 +965,28 @@ class DenoiserTower(TwoTowerBackbone):
         return self.run_layers(self.embeddings(block_ids), pasts, layout._replace(keep="nothing"), modulations)[0]
 
 
+def call(module: nn.Module, *args: Any) -> Any:
+    """
+    `module(*args)`, straight from its `forward` where nobody has hooked anything to it: on a CPU, what else a call does
+    takes as long as the product of a small layer.
+    """
+    return module.forward(*args) if is_plain(module) else module(*args)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is its `forward` and no more."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return not (hooked or module._compiled_call_impl is not None or has_any_global_hook())
+
+
+def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`layer(hidden_states)`; of torch's own layer, as of most, no more than the product."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or not is_plain(layer):
+        return layer(hidden_states)
+    weights = layer._parameters
+    return F.linear(hidden_states, weights["weight"], weights["bias"])  # type: ignore[arg-type]
+
+
 class Preparing:
     """
     A module with tensors that depend on its weights alone. They are computed at every pass, since weights may change
@@ -977,23 +1001,32 @@ class Preparing:
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
+    def weights(self) -> list[nn.Parameter | None]:
+        """Those it depends on, where they can be used as they are; else none, or others than before."""
+        return list(self._parameters.values())
+
     def prepared(self) -> tuple[torch.Tensor, ...]:
+        held = self.held()
+        return self.of_weights() if held is None else held
+
+    def held(self) -> tuple[torch.Tensor, ...] | None:
+        """What has been prepared; None where nothing has been, or is of no use to this pass."""
         held = self._prepared  # looked up once, as another thread may end it
         # What was prepared has no gradients.
         if held is None or torch.is_grad_enabled():
-            return self.of_weights()
+            return None
         # Adapters put other weights in the place of a module's during its pass.
-        before, now = held[0], self._parameters.values()
+        before, now = held[0], self.weights()
         changed = len(before) != len(now) or any(map(is_not, before, now))
-        return self.of_weights() if changed else held[1]
+        return None if changed else held[1]
 
     def prepare(self) -> None:
         """Not where weights come and go: what offloads, shards or adapts them does so around a pass of the module."""
-        weights = self._parameters.values()
+        weights = self.weights()
         whole = all(type(weight) is nn.Parameter and weight.numel() > 0 for weight in weights if weight is not None)
         if whole and not (self._forward_pre_hooks or self._forward_hooks or hasattr(self, "_hf_hook")):
             with torch.inference_mode(False), torch.no_grad():
-                self._prepared = list(weights), self.of_weights()
+                self._prepared = weights, self.of_weights()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepared": None}  # a copy would never be told that it has ended
@@ -1007,7 +1040,7 @@ class TwoTowerRMSNorm(NemotronHRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         backend = self.kernels["rms_norm"]
         if backend in ALWAYS_TORCH["rms_norm"]:
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            return rms_norm_by_torch(hidden_states, self.weight, self.variance_epsilon)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, backend)
 
 
@@ -1023,8 +1056,13 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         return -torch.exp(at_least_float32(self.A_log)), at_least_float32(self.dt_bias)
 
-    @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
+        self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
+    ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
+        hooked = any("_hf_hook" in module.__dict__ for module in (self.conv1d, self.norm))
+        return (self._mixed_with_hooks if hooked else self._mixed)(hidden_states, past, layout)
+
+    def _mixed(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
@@ -1032,7 +1070,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
-        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
+        gate, inputs, dt = linear(self.in_proj, hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
         dt = F.softplus(dt + dt_bias)
         if self.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*self.time_step_limit)
@@ -1085,11 +1123,18 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             present = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
         elif scan.state is not None:
             present = MambaState(conv_after, scan.state)
-        return self.out_proj(y), present
+        return linear(self.out_proj, y), present
+
+    # accelerate's, on modules whose weights are used without calling them.
+    _mixed_with_hooks = force_accelerate_hooks(["conv1d", "norm"])(_mixed)
 
 
-class TwoTowerAttention(NemotronHAttention):
-    """Attention of a chunk over the context and itself; there are no position embeddings."""
+class TwoTowerAttention(Preparing, NemotronHAttention):
+    """
+    Attention of a chunk over the context and itself; there are no position embeddings.
+
+    Where weights may be prepared, queries, keys and values are projected at once.
+    """
 
     kernels = AUTO_KERNELS
 
@@ -1099,14 +1144,29 @@ class TwoTowerAttention(NemotronHAttention):
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
                 projection.bias = nn.Parameter(torch.zeros(projection.out_features))
 
+    def weights(self) -> list[nn.Parameter | None]:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(type(each) is nn.Linear and is_plain(each) for each in projections):
+            return []
+        return [weight for each in projections for weight in each._parameters.values()]
+
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        weights = self.weights()
+        return tuple(torch.cat(part) for part in (weights[::2], weights[1::2]) if None not in part)  # type: ignore
+
+    def _projected(self, hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Queries, keys and values, each (B, T, heads * D)."""
+        merged = self.held()
+        if not merged:
+            return [linear(each, hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)]
+        keys = merged[0].shape[0] // (self.num_key_value_groups + 2)
+        return F.linear(hidden_states, *merged).split_with_sizes([self.num_key_value_groups * keys, keys, keys], -1)
+
     def forward(
         self, hidden_states: torch.Tensor, past: KeyValues | KeyValueSlot | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, KeyValues | None]:
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(heads).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self._projected(hidden_states))
         present: KeyValues | None = KeyValues(key, value)
         own = present
         if isinstance(past, KeyValueSlot):
@@ -1127,7 +1187,7 @@ class TwoTowerAttention(NemotronHAttention):
             scale=self.scaling,
             backend=backend,
         )
-        return self.o_proj(attended), present
+        return linear(self.o_proj, attended), present
 
 
 class TwoTowerRouter(Preparing, NemotronHTopkRouter):
@@ -1179,7 +1239,7 @@ def grouped_mm_or_all(
     token by token.
     """
     tokens, chosen = indices.shape
-    size = experts.up_proj[0].numel()
+    size = math.prod(experts.up_proj.shape[1:])
     if experts._is_expert_parallel:
         return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
     if hidden_states.device.type == "cpu":
@@ -1196,8 +1256,9 @@ def _copied_experts(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
-    up_proj, down_proj = (part.index_select(0, indices[0]) for part in (experts.up_proj, experts.down_proj))
-    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))
+    chosen = indices[0]
+    up_proj, down_proj = experts.up_proj.index_select(0, chosen), experts.down_proj.index_select(0, chosen)
+    activated = call(experts.act_fn, F.linear(hidden_states, up_proj.flatten(0, 1)))
     outputs = torch.bmm(activated.view(len(up_proj), 1, -1), down_proj.transpose(1, 2))[:, 0]
     return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
 
@@ -1241,12 +1302,20 @@ class TwoTowerExperts(Preparing, NemotronHExperts):
         return (torch.arange(self.num_experts, device=self.up_proj.device),)
 
 
+class TwoTowerMLP(NemotronHMLP):
+    """transformers' own, called for less."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return linear(self.down_proj, call(self.act_fn, linear(self.up_proj, hidden_states)))
+
+
 class TwoTowerMoE(NemotronHMoE):
     """transformers' mixture of experts with our router."""
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.gate, self.experts = TwoTowerRouter(config), TwoTowerExperts(config)
+        self.shared_experts = TwoTowerMLP(config, config.moe_shared_expert_intermediate_size)
         # Of what is not projected any more, the factor can be part of the sum.
         self.scale, self.is_latent = 1.0, config.moe_latent_size is not None
         if not self.is_latent:
@@ -1255,16 +1324,16 @@ class TwoTowerMoE(NemotronHMoE):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
-        _, weights, indices = self.gate(tokens)
+        _, weights, indices = call(self.gate, tokens)
         if self.is_latent:
             routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
         else:
-            routed = self.experts(tokens, indices, weights)
-        return torch.add(self.shared_experts(hidden_states), routed.view_as(hidden_states), alpha=self.scale)
+            routed = call(self.experts, tokens, indices, weights)
+        return torch.add(call(self.shared_experts, hidden_states), routed.view_as(hidden_states), alpha=self.scale)
 
 
 STATEFUL_MIXERS = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
-STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": NemotronHMLP}
+STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": TwoTowerMLP}
 
 
 class TwoTowerLayer(GradientCheckpointingLayer):
@@ -1306,16 +1375,17 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         Returns:
             (B, T, H) and what the layer adds to the cache, unless it has been written.
         """
+        norm, mixer = self.norm, self.mixer
         if not modulation:
-            mixer_input = self.norm(hidden_states)
+            mixer_input = call(norm, hidden_states)
         else:
             shift, scale, gate = modulation
             # A stateful layer's input is modulated before its norm, as NVIDIA's code does.
             if self.stateful:
-                mixer_input = self.norm(torch.addcmul(shift, hidden_states, scale))
+                mixer_input = call(norm, torch.addcmul(shift, hidden_states, scale))
             else:
-                mixer_input = torch.addcmul(shift, self.norm(hidden_states), scale)
-        mixed, present = self.mixer(mixer_input, past, layout) if self.stateful else (self.mixer(mixer_input), None)
+                mixer_input = torch.addcmul(shift, call(norm, hidden_states), scale)
+        mixed, present = call(mixer, mixer_input, past, layout) if self.stateful else (call(mixer, mixer_input), None)
         return torch.addcmul(hidden_states, gate, mixed) if modulation else hidden_states + mixed, present
 
 
