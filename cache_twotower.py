@@ -111,23 +111,25 @@ class KeyValueSlot(NamedTuple):
 
     def update(self, chunk: KeyValues) -> KeyValues:
         """Write (B, Hkv, T, D); returns all there is then, (B, Hkv, width + T, D), of a slice of rows in views."""
-        tokens = chunk.key.shape[2]
+        rows, tokens = self.rows, chunk.key.shape[2]
         columns = self.width + tokens
         buffers = self.layer.buffers
-        if buffers is None or len(buffers.key) < self.of or buffers.key.shape[2] < columns:
+        if buffers is None or buffers.key.shape[0] < self.of or buffers.key.shape[2] < columns:
             buffers = self.layer.reserve(chunk, self.of, columns)
-        if self.starts is None and isinstance(self.rows, slice):
+        if self.starts is None and isinstance(rows, slice):
             for buffer, new in zip(buffers, chunk, strict=True):
-                buffer[self.rows, :, self.width : columns] = new
+                place = buffer.narrow(2, self.width, tokens)
+                (place if rows == slice(0, buffer.shape[0]) else place[rows]).copy_(new)
         else:
             device = chunk.key.device
-            rows = torch.arange(len(chunk.key), device=device) if isinstance(self.rows, slice) else self.rows
+            rows = torch.arange(len(chunk.key), device=device) if isinstance(rows, slice) else rows
             places = torch.arange(tokens, device=device) + (
                 self.width if self.starts is None else self.starts[:, None]
             )
             for buffer, new in zip(buffers, chunk, strict=True):
                 buffer.transpose(1, 2)[rows[:, None], places] = new.transpose(1, 2)
-        return rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in buffers)), self.rows)
+        held = KeyValues(buffers.key.narrow(2, 0, columns), buffers.value.narrow(2, 0, columns))
+        return rows_of(held, self.rows)
 
     def read_with(self, chunk: KeyValues) -> tuple[KeyValues, KeyValues | None]:
         """
@@ -169,6 +171,8 @@ class MambaLayer:
 def rows_of(held: Held, rows: Rows) -> Held:
     """Views of a slice of rows, copies of others."""
     if isinstance(rows, slice):
+        if rows == slice(0, held[0].shape[0]) and not held[0].is_inference():
+            return held
         # What was computed in inference mode, a pass with gradients could not save.
         cloned = torch.is_grad_enabled() and held[0].is_inference()
         return type(held)(*(part[rows].clone() if cloned else part[rows] for part in held))
@@ -380,8 +384,8 @@ class TwoTowerCache(Cache):
                     "with more room"
                 )
             width = self.columns - tokens
-        ids = (input_ids.long() + 1)[:, None, :, None].to(self.device)
-        KeyValueSlot(self.tokens, rows, of, width, starts).update(KeyValues(ids, ids[..., :0]))
+        ids = (input_ids.long() + 1).to(self.device).view(batch, 1, tokens, 1)
+        KeyValueSlot(self.tokens, rows, of, width, starts).update(KeyValues(ids, ids.narrow(3, 0, 0)))
         slots: list[KeyValueSlot | MambaState | None] = []
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer):

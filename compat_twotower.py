@@ -57,6 +57,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHMoE,
     NemotronHPreTrainedModel,
     NemotronHRMSNorm,
+    NemotronHRMSNormGated,
     NemotronHTopkRouter,
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -90,6 +91,16 @@ def accepts_past_key_values(method: Method) -> Method:
         return method(self, *args, **kwargs)
 
     return with_either_name  # type: ignore[return-value]
+
+
+def attention_implementation(config: Any) -> str | None:
+    """`config._attn_implementation`, for every layer of every pass: the attribute is looked up through four layers."""
+    return vars(config)["_attn_implementation_internal"]
+
+
+def experts_implementation(config: Any) -> str | None:
+    """Likewise `config._experts_implementation`."""
+    return vars(config)["_experts_implementation_internal"]
 
 
 class CacheOutput(ModelOutput):
@@ -143,14 +154,17 @@ __all__ = [
     "NemotronHMoE",
     "NemotronHPreTrainedModel",
     "NemotronHRMSNorm",
+    "NemotronHRMSNormGated",
     "NemotronHTopkRouter",
     "QuantizationConfigMixin",
     "RequestStatus",
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",
+    "attention_implementation",
     "batched_mm_experts_forward",
     "can_return_tuple",
+    "experts_implementation",
     "force_accelerate_hooks",
     "get_checkpoint_conversion_mapping",
     "get_relative_imports",

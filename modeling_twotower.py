@@ -45,6 +45,7 @@ from .checkpoints.loading import (
     spare_modules,
 )
 from .compat_twotower import (
+    ACT2FN,
     CacheOutput,
     ExpertsInterface,
     GradientCheckpointingLayer,
@@ -55,8 +56,10 @@ from .compat_twotower import (
     NemotronHMoE,
     NemotronHPreTrainedModel,
     NemotronHRMSNorm,
+    NemotronHRMSNormGated,
     NemotronHTopkRouter,
     accepts_past_key_values,
+    attention_implementation,
     batched_mm_experts_forward,
     can_return_tuple,
     force_accelerate_hooks,
@@ -93,6 +96,7 @@ from .objective_twotower import (
     sample_masked,
     weighted_mean,
 )
+from .steps_twotower import PreparedStep
 
 
 @dataclass
@@ -552,8 +556,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         try:
             for module in modules:
                 module.prepare()
+            self.context_tower.prepare_step()
             yield
         finally:
+            self.context_tower._step = None
             for module in modules:
                 module._prepared = None
 
@@ -870,6 +876,18 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
 class ContextTower(TwoTowerBackbone):
     """The autoregressive tower: reads tokens causally, into the cache or for all block boundaries at once."""
 
+    _step: PreparedStep | None = None
+
+    def prepare_step(self) -> None:
+        """On a CPU, and where all of the tower is our own and nobody has hooked anything to it, see [`PreparedStep`]."""
+        modules = [module for module in self.modules() if module is not self]
+        own = all(type(module) in STEP_MODULES and is_untouched(module) for module in modules)
+        if own:
+            self._step = PreparedStep.of(self, modules, grouped_mm_or_all)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_step": None}  # as of what is prepared
+
     @accepts_past_key_values
     def forward(
         self,
@@ -909,9 +927,14 @@ class ContextTower(TwoTowerBackbone):
         lengths = None if cache is None else cache.context_lengths()
         keep: Literal["state", "update"] = "update" if tentative else "state"
         layout = ChunkLayout(mask, ends, context_lengths=lengths, causal=True, keep=keep)
-        embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
         pasts = None if cache is None else cache.slots(input_ids)
-        hidden_states, presents = self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
+        step = self._step  # looked up once, as another thread may end it
+        lone = length == 1 and own is None and not tentative and all_hidden_states is None
+        if lone and step is not None and pasts is not None and cache.width > 0 and step.fits(embedded):
+            hidden_states, presents = step.run(embedded, pasts, lengths)
+        else:
+            hidden_states, presents = self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
         if cache is not None:
             # Only now, so that an error in the middle leaves the cache as it was.
             cache.sign(self)
@@ -981,10 +1004,15 @@ def is_plain(module: nn.Module) -> bool:
 
 def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`layer(hidden_states)`; of torch's own layer, as of most, no more than the product."""
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or not is_plain(layer):
+    if type(layer) is not nn.Linear or not is_untouched(layer):
         return layer(hidden_states)
     weights = layer._parameters
     return F.linear(hidden_states, weights["weight"], weights["bias"])  # type: ignore[arg-type]
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether its weights may be used without calling it: nor has accelerate replaced its `forward`."""
+    return "forward" not in module.__dict__ and is_plain(module)
 
 
 class Preparing:
@@ -996,12 +1024,12 @@ class Preparing:
     _parameters: dict[str, nn.Parameter | None]  # the module's, as its hooks are
     _forward_pre_hooks: dict[int, Any]
     _forward_hooks: dict[int, Any]
-    _prepared: tuple[list[nn.Parameter | None], tuple[torch.Tensor, ...]] | None = None
+    _prepared: tuple[list[torch.Tensor | None], tuple[torch.Tensor, ...]] | None = None
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
-    def weights(self) -> list[nn.Parameter | None]:
+    def weights(self) -> list[torch.Tensor | None]:
         """Those it depends on, where they can be used as they are; else none, or others than before."""
         return list(self._parameters.values())
 
@@ -1023,8 +1051,9 @@ class Preparing:
     def prepare(self) -> None:
         """Not where weights come and go: what offloads, shards or adapts them does so around a pass of the module."""
         weights = self.weights()
-        whole = all(type(weight) is nn.Parameter and weight.numel() > 0 for weight in weights if weight is not None)
-        if whole and not (self._forward_pre_hooks or self._forward_hooks or hasattr(self, "_hf_hook")):
+        tensors = [weight for weight in weights if weight is not None]
+        whole = all(type(each) in (nn.Parameter, torch.Tensor) and each.numel() > 0 for each in tensors)
+        if tensors and whole and not (self._forward_pre_hooks or self._forward_hooks or hasattr(self, "_hf_hook")):
             with torch.inference_mode(False), torch.no_grad():
                 self._prepared = weights, self.of_weights()
 
@@ -1059,7 +1088,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     def forward(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
-        hooked = any("_hf_hook" in module.__dict__ for module in (self.conv1d, self.norm))
+        hooked = "_hf_hook" in self.conv1d.__dict__ or "_hf_hook" in self.norm.__dict__
         return (self._mixed_with_hooks if hooked else self._mixed)(hidden_states, past, layout)
 
     def _mixed(
@@ -1070,7 +1099,9 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
-        gate, inputs, dt = linear(self.in_proj, hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
+        gate, inputs, dt = linear(self.in_proj, hidden_states).split_with_sizes(
+            [channels, self.conv_dim, self.num_heads], -1
+        )
         dt = F.softplus(dt + dt_bias)
         if self.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*self.time_step_limit)
@@ -1144,9 +1175,9 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
                 projection.bias = nn.Parameter(torch.zeros(projection.out_features))
 
-    def weights(self) -> list[nn.Parameter | None]:
+    def weights(self) -> list[torch.Tensor | None]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if not all(type(each) is nn.Linear and is_plain(each) for each in projections):
+        if not all(type(each) is nn.Linear and is_untouched(each) for each in projections):
             return []
         return [weight for each in projections for weight in each._parameters.values()]
 
@@ -1172,7 +1203,7 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
         if isinstance(past, KeyValueSlot):
             (past, own), present = past.read_with(KeyValues(key, value)), None
         backend = self.kernels["block_attention"]
-        if backend in ("auto", "torch") and self.config._attn_implementation == "eager":
+        if backend in ("auto", "torch") and attention_implementation(self.config) == "eager":
             backend = "eager"
         attended = block_attention(
             query,
@@ -1198,15 +1229,24 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         # Some releases of transformers make it float32 whatever the model's dtype.
         self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
 
+    def weights(self) -> list[torch.Tensor | None]:
+        return [*self._parameters.values(), self.e_score_correction_bias]
+
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (self.weight.double(),)
+        return self.weight.double(), self.e_score_correction_bias.double()
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
-        (weight,) = self.prepared()
+        weight, bias = self.prepared()
         logits = F.linear(hidden_states.flatten(0, -2).double(), weight)
+        weights, indices = self.choose(logits, bias)
+        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        return logits, weights.to(wide), indices
+
+    def choose(self, logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, E) float64 router logits, and (E,) -> weights, float64, and indices (tokens, top-k)."""
         scores = logits.sigmoid()
-        choice = scores + self.e_score_correction_bias
+        choice = scores + bias
         if self.num_group != self.topk_group:
             choice = self._without_weak_groups(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
@@ -1215,8 +1255,7 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.routed_scaling_factor != 1:
             weights = weights * self.routed_scaling_factor
-        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        return logits, weights.to(wide), indices
+        return weights, indices
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
@@ -1256,10 +1295,10 @@ def _copied_experts(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
-    chosen = indices[0]
+    chosen = indices.view(-1)
     up_proj, down_proj = experts.up_proj.index_select(0, chosen), experts.down_proj.index_select(0, chosen)
     activated = call(experts.act_fn, F.linear(hidden_states, up_proj.flatten(0, 1)))
-    outputs = torch.bmm(activated.view(len(up_proj), 1, -1), down_proj.transpose(1, 2))[:, 0]
+    outputs = torch.bmm(activated.view(up_proj.shape[0], 1, -1), down_proj.transpose(1, 2)).squeeze(1)
     return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
 
 
@@ -1387,6 +1426,27 @@ class TwoTowerLayer(GradientCheckpointingLayer):
                 mixer_input = torch.addcmul(shift, call(norm, hidden_states), scale)
         mixed, present = call(mixer, mixer_input, past, layout) if self.stateful else (call(mixer, mixer_input), None)
         return torch.addcmul(hidden_states, gate, mixed) if modulation else hidden_states + mixed, present
+
+
+# What a tower is made of, as far as [`PreparedStep`] knows it.
+STEP_MODULES = (
+    nn.Embedding,
+    nn.ModuleList,
+    nn.Linear,
+    nn.Conv1d,
+    nn.Identity,
+    TwoTowerLayer,
+    TwoTowerRMSNorm,
+    TwoTowerMamba,
+    NemotronHRMSNormGated,
+    TwoTowerAttention,
+    TwoTowerMoE,
+    TwoTowerRouter,
+    TwoTowerExperts,
+    TwoTowerMLP,
+    type(ACT2FN["silu"]),
+    type(ACT2FN["relu2"]),
+)
 
 
 class TimestepEmbedder(nn.Module):

@@ -35,6 +35,13 @@ def gated_rms_norm(
     kernel = choose("gated_rms_norm", backend, *arguments)
     if kernel is not None:
         return kernel(*arguments)
+    return gated_rms_norm_by_torch(*arguments)
+
+
+def gated_rms_norm_by_torch(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group_size: int, eps: float
+) -> torch.Tensor:
+    """The same with torch's own operations."""
     # With the gate first, the product lies in memory as it does, and needs no copy to be seen as groups.
     gated = F.silu(at_least_float32(gate)).view(x.shape) * x
     normed = rms_norm_by_torch(gated.view(-1, len(weight) // group_size, group_size), None, eps)
