@@ -111,25 +111,28 @@ class KeyValueSlot(NamedTuple):
 
     def update(self, chunk: KeyValues) -> KeyValues:
         """Write (B, Hkv, T, D); returns all there is then, (B, Hkv, width + T, D), of a slice of rows in views."""
+        key, value = self.write(chunk)
+        columns = self.width + chunk.key.shape[2]
+        return rows_of(KeyValues(key.narrow(2, 0, columns), value.narrow(2, 0, columns)), self.rows)
+
+    def write(self, chunk: KeyValues) -> KeyValues:
+        """Write (B, Hkv, T, D); returns the buffers."""
         rows, tokens = self.rows, chunk.key.shape[2]
-        columns = self.width + tokens
         buffers = self.layer.buffers
-        if buffers is None or buffers.key.shape[0] < self.of or buffers.key.shape[2] < columns:
-            buffers = self.layer.reserve(chunk, self.of, columns)
+        if buffers is None or buffers.key.shape[0] < self.of or buffers.key.shape[2] < self.width + tokens:
+            buffers = self.layer.reserve(chunk, self.of, self.width + tokens)
         if self.starts is None and isinstance(rows, slice):
             for buffer, new in zip(buffers, chunk, strict=True):
-                place = buffer.narrow(2, self.width, tokens)
-                (place if rows == slice(0, buffer.shape[0]) else place[rows]).copy_(new)
-        else:
-            device = chunk.key.device
-            rows = torch.arange(len(chunk.key), device=device) if isinstance(rows, slice) else rows
-            places = torch.arange(tokens, device=device) + (
-                self.width if self.starts is None else self.starts[:, None]
-            )
-            for buffer, new in zip(buffers, chunk, strict=True):
-                buffer.transpose(1, 2)[rows[:, None], places] = new.transpose(1, 2)
-        held = KeyValues(buffers.key.narrow(2, 0, columns), buffers.value.narrow(2, 0, columns))
-        return rows_of(held, self.rows)
+                if new.shape[3] > 0:
+                    place = buffer.narrow(2, self.width, tokens)
+                    (place if rows == slice(0, buffer.shape[0]) else place[rows]).copy_(new)
+            return buffers
+        device = chunk.key.device
+        chosen = torch.arange(len(chunk.key), device=device) if isinstance(rows, slice) else rows
+        places = torch.arange(tokens, device=device) + (self.width if self.starts is None else self.starts[:, None])
+        for buffer, new in zip(buffers, chunk, strict=True):
+            buffer.transpose(1, 2)[chosen[:, None], places] = new.transpose(1, 2)
+        return buffers
 
     def read_with(self, chunk: KeyValues) -> tuple[KeyValues, KeyValues | None]:
         """
@@ -385,14 +388,15 @@ class TwoTowerCache(Cache):
                 )
             width = self.columns - tokens
         ids = (input_ids.long() + 1).to(self.device).view(batch, 1, tokens, 1)
-        KeyValueSlot(self.tokens, rows, of, width, starts).update(KeyValues(ids, ids.narrow(3, 0, 0)))
+        KeyValueSlot(self.tokens, rows, of, width, starts).write(KeyValues(ids, ids.narrow(3, 0, 0)))
         slots: list[KeyValueSlot | MambaState | None] = []
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer):
                 slots.append(KeyValueSlot(layer, rows, of, width, starts))
+            elif isinstance(layer, MambaLayer) and layer.state is not None:
+                slots.append(rows_of(layer.state, rows))
             else:
-                stateful = isinstance(layer, MambaLayer) and layer.state is not None
-                slots.append(rows_of(layer.state, rows) if stateful else None)
+                slots.append(None)
         return slots
 
     def append(

@@ -927,13 +927,14 @@ class ContextTower(TwoTowerBackbone):
         lengths = None if cache is None else cache.context_lengths()
         keep: Literal["state", "update"] = "update" if tentative else "state"
         layout = ChunkLayout(mask, ends, context_lengths=lengths, causal=True, keep=keep)
-        embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
         pasts = None if cache is None else cache.slots(input_ids)
         step = self._step  # looked up once, as another thread may end it
-        lone = length == 1 and own is None and not tentative and all_hidden_states is None
-        if lone and step is not None and pasts is not None and cache.width > 0 and step.fits(embedded):
-            hidden_states, presents = step.run(embedded, pasts, lengths)
+        lone = length == 1 and own is None and not tentative and inputs_embeds is None and all_hidden_states is None
+        if step is not None and lone and cache is not None and cache.width > 0 and step.fits():
+            assert pasts is not None
+            hidden_states, presents = step.run(input_ids, pasts, lengths)
         else:
+            embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
             hidden_states, presents = self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
         if cache is not None:
             # Only now, so that an error in the middle leaves the cache as it was.
