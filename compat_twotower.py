@@ -98,9 +98,9 @@ def attention_implementation(config: Any) -> str | None:
     return vars(config)["_attn_implementation_internal"]
 
 
-def experts_implementation(config: Any) -> str | None:
-    """Likewise `config._experts_implementation`."""
-    return vars(config)["_experts_implementation_internal"]
+def implementations(flags: dict[str, Any]) -> tuple[str | None, str | None]:
+    """A config's `vars` -> its `_attn_implementation` and `_experts_implementation`, for every step of one token."""
+    return flags["_attn_implementation_internal"], flags["_experts_implementation_internal"]
 
 
 class CacheOutput(ModelOutput):
@@ -164,12 +164,12 @@ __all__ = [
     "attention_implementation",
     "batched_mm_experts_forward",
     "can_return_tuple",
-    "experts_implementation",
     "force_accelerate_hooks",
     "get_checkpoint_conversion_mapping",
     "get_relative_imports",
     "grouped_mm",
     "grouped_mm_experts_forward",
+    "implementations",
     "is_accelerate_available",
     "logits_process",
     "register_checkpoint_conversion_mapping",

@@ -879,7 +879,7 @@ class ContextTower(TwoTowerBackbone):
     _step: PreparedStep | None = None
 
     def prepare_step(self) -> None:
-        """On a CPU, and where all of the tower is our own and nobody has hooked anything to it, see [`PreparedStep`]."""
+        """On a CPU, where all of the tower is our own and nobody has hooked anything to it; see [`PreparedStep`]."""
         modules = [module for module in self.modules() if module is not self]
         own = all(type(module) in STEP_MODULES and is_untouched(module) for module in modules)
         if own:
@@ -991,8 +991,8 @@ class DenoiserTower(TwoTowerBackbone):
 
 def call(module: nn.Module, *args: Any) -> Any:
     """
-    `module(*args)`, straight from its `forward` where nobody has hooked anything to it: on a CPU, what else a call does
-    takes as long as the product of a small layer.
+    `module(*args)`, straight from its `forward` where nobody has hooked anything to it: on a CPU, what else a call
+    does takes as long as the product of a small layer.
     """
     return module.forward(*args) if is_plain(module) else module(*args)
 

@@ -24,13 +24,15 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from .cache_twotower import KeyValues, KeyValueSlot, MambaState, Past, Present
-from .compat_twotower import attention_implementation, experts_implementation
+from .compat_twotower import implementations
 from .kernels.backends import ALWAYS_TORCH
 from .kernels.block_attention import block_attention
 from .kernels.ssd import ssd_step_reference
 
 # More needless products, and larger copies of weights, than these cost more than they save.
 FEW_PRODUCTS = 2**21
+# What attention and experts are computed by.
+USUAL = ("sdpa", "grouped_mm_or_loop")
 
 
 class PreparedStep:
@@ -42,7 +44,8 @@ class PreparedStep:
     """
 
     def __init__(self, tower: Any, modules: Sequence[nn.Module], experts: Callable[..., torch.Tensor]):
-        self.tower, self.kernels, self.asked = tower, tower.kernels, _implementations(tower)
+        self.tower, self.kernels = tower, tower.kernels
+        self.flags = vars(tower.config)
         self.holders = [holder for module in modules for holder in (module._parameters, module._buffers) if holder]
         self.weights = list(chain.from_iterable(map(dict.values, self.holders)))
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
@@ -64,20 +67,20 @@ class PreparedStep:
         )
         by_torch = all(backend in ALWAYS_TORCH[op] for op, backend in tower.kernels.items())
         usual = all(_is_usual(layer.mixer) for layer in tower.layers)
-        if not (plain and by_torch and usual and _implementations(tower) == ("sdpa", "grouped_mm_or_loop")):
+        if not (plain and by_torch and usual and implementations(vars(tower.config)) == USUAL):
             return None
         with torch.inference_mode(False), torch.no_grad():
             return cls(tower, modules, experts)
 
     def fits(self) -> bool:
         """Whether the tower is still as it was, and the step one without gradients."""
-        now = chain.from_iterable(map(dict.values, self.holders))
+        now = list(chain.from_iterable(map(dict.values, self.holders)))
         return (
             not torch.is_grad_enabled()
             and self.tower.kernels is self.kernels
-            and _implementations(self.tower) == self.asked
+            and implementations(self.flags) == USUAL
             and not (any(self.hooks) or has_any_global_hook())
-            and sum(map(len, self.holders)) == len(self.weights)
+            and len(now) == len(self.weights)
             and all(map(is_, now, self.weights))
         )
 
@@ -98,10 +101,6 @@ class PreparedStep:
             x, present = layer(x, past, lengths)
             presents.append(present)
         return _normed(x, *self.norm).unsqueeze(1), presents
-
-
-def _implementations(tower: Any) -> tuple[str | None, str | None]:
-    return attention_implementation(tower.config), experts_implementation(tower.config)
 
 
 def _is_usual(mixer: Any) -> bool:
