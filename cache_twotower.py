@@ -292,13 +292,14 @@ class TwoTowerCache(Cache):
         """
         embeddings = tower.embeddings.weight
         remedy = "give a cache of this model, or leave past_key_values out"
-        dtype, some = _facts(embeddings)
+        dtype = _computed_in(embeddings)
         if self.dtype not in (None, dtype):
             raise ValueError(f"past_key_values was read in {self.dtype}, this model computes in {dtype}; {remedy}")
         reader = None if self.reader is None else self.reader()
         # Every pass asks, and comparing weights waits for the device.
         if reader is tower:
             return
+        some = _facts(embeddings)[1]
         for name, expected in TwoTowerCache(config).geometry.items():
             if (held := self.geometry.get(name)) != expected:
                 raise ValueError(
@@ -695,14 +696,19 @@ def _differ(some: torch.Tensor | None, others: torch.Tensor | None) -> bool:
     return some is not None and others is not None and not some.to(others.device).equal(others)
 
 
+def _computed_in(weights: torch.Tensor) -> torch.dtype:
+    device = weights.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weights.dtype
+
+
 def _facts(weights: torch.Tensor) -> tuple[torch.dtype, torch.Tensor | None]:
     """
     What models are told apart by: the dtype of the keys one with such embeddings computes, and a few of their numbers;
     None where they are offloaded, sharded or quantised.
     """
-    device, dtype = weights.device.type, weights.dtype
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device, dtype = weights.device.type, _computed_in(weights)
     if device == "meta" or type(weights) not in (torch.Tensor, torch.nn.Parameter):
         return dtype, None
     rows = weights.detach()[:: max(1, len(weights) // 16)]

@@ -1307,12 +1307,24 @@ def _all_experts(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Every expert's output for every token, times its weight, which may be none."""
+    held = experts.held()
     shares = weights.new_zeros(len(weights), experts.num_experts).scatter(1, indices, weights)
+    if held and held[1].numel() > 0 and hidden_states.dtype == weights.dtype:
+        return _as_one_layer(experts, held[1], hidden_states, shares[..., None])
     activated = experts.act_fn(hidden_states @ experts.up_proj.transpose(1, 2))  # (E, T, I)
     outputs = torch.bmm(activated, experts.down_proj.transpose(1, 2))
     # What an expert that was not chosen makes of a token may be no number.
     weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)
     return weighted.sum(0).to(hidden_states.dtype)
+
+
+def _as_one_layer(
+    experts: "TwoTowerExperts", down_proj: torch.Tensor, hidden_states: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """The same as two products: (T, H), all experts' (E * I, H), and (T, E, 1) -> (T, H)."""
+    activated = call(experts.act_fn, F.linear(hidden_states, experts.up_proj.flatten(0, 1)))
+    activated.view(*shares.shape[:2], -1).mul_(shares).masked_fill_(shares == 0, 0.0)
+    return activated @ down_proj
 
 
 def _grouped_experts(
@@ -1321,7 +1333,7 @@ def _grouped_experts(
     """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
     # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
     chosen, order = indices.flatten().sort()
-    (numbers,) = experts.prepared()
+    numbers = (experts.held() or experts.of_weights())[0]
     ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
     grouped = hidden_states[order // indices.shape[1]]
     activated = experts.act_fn(grouped_mm(grouped, experts.up_proj.transpose(1, 2), ends))
@@ -1339,7 +1351,10 @@ class TwoTowerExperts(Preparing, NemotronHExperts):
     """transformers' experts; the way they are computed is looked up by name."""
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (torch.arange(self.num_experts, device=self.up_proj.device),)
+        """Numbers of experts, and of few small ones, where [`_all_experts`] may be used, (E * I, H) of all of them, else nothing."""
+        numbers, size = torch.arange(self.num_experts, device=self.up_proj.device), math.prod(self.up_proj.shape[1:])
+        few = numbers.device.type == "cpu" and self.num_experts * size < FEW_PRODUCTS
+        return numbers, self.down_proj.transpose(1, 2).flatten(0, 1) if few else numbers[:0]
 
 
 class TwoTowerMLP(NemotronHMLP):

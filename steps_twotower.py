@@ -29,8 +29,6 @@ from .kernels.backends import ALWAYS_TORCH
 from .kernels.block_attention import block_attention
 from .kernels.ssd import ssd_step_reference
 
-# More needless products, and larger copies of weights, than these cost more than they save.
-FEW_PRODUCTS = 2**21
 # What attention and experts are computed by.
 USUAL = ("sdpa", "grouped_mm_or_loop")
 
@@ -121,7 +119,7 @@ def _step_of(layer: Any, experts: Callable[..., torch.Tensor]) -> Callable[..., 
         )
     if hasattr(mixer, "gate"):
         shared, routed = _Mlp.of(mixer.shared_experts), partial(experts, mixer.experts)
-        return partial(_experts_step, norm, mixer, shared, _Dense.of(mixer), routed, mixer.gate.prepared())
+        return partial(_experts_step, norm, mixer, shared, routed, mixer.gate.prepared())
     return partial(_mlp_step, norm, _Mlp.of(mixer))
 
 
@@ -271,52 +269,10 @@ def _mlp_step(
     return mlp.add(x, _normed(x, *norm)), None
 
 
-class _Dense(NamedTuple):
-    """
-    Of few and small experts, all of them and the shared one as a single layer: (E * I + shared, H) and (the same, H),
-    copies. To compute those that weigh nothing costs less than to leave them out.
-
-    Args:
-        experts: E.
-        width: E * I.
-        most: rows for which that holds.
-    """
-
-    up_weight: torch.Tensor
-    down_weight: torch.Tensor
-    activation: Callable[[torch.Tensor], torch.Tensor]
-    experts: int
-    width: int
-    most: int
-
-    @classmethod
-    def of(cls, mixer: Any) -> "_Dense | None":
-        experts, shared = mixer.experts, mixer.shared_experts
-        up_proj, down_proj = experts.up_proj, experts.down_proj
-        wasted = up_proj.numel() - mixer.gate.top_k * up_proj[0].numel()
-        most = FEW_PRODUCTS // max(wasted, 1)
-        if most == 0 or shared.up_proj.bias is not None or up_proj.numel() > FEW_PRODUCTS:
-            return None
-        up_weight = torch.cat((up_proj.flatten(0, 1), shared.up_proj.weight))
-        down_weight = torch.cat((down_proj.transpose(1, 2).flatten(0, 1), shared.down_proj.weight.t()))
-        return cls(up_weight, down_weight, shared.act_fn.forward, *up_proj.shape[:1], up_proj.shape[:2].numel(), most)
-
-    def add(self, x: torch.Tensor, normed: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        activated = self.activation(F.linear(normed, self.up_weight))
-        shares = weights.new_zeros(weights.shape[0], self.experts, 1).scatter_(
-            1, indices.unsqueeze(2), weights.unsqueeze(2)
-        )
-        routed = activated.narrow(1, 0, self.width).view(weights.shape[0], self.experts, -1)
-        # What an expert that was not chosen makes of a token may be no number.
-        routed.mul_(shares).masked_fill_(shares == 0, 0.0)
-        return torch.addmm(x, activated, self.down_weight)
-
-
 def _experts_step(
     norm: tuple[torch.Tensor, float],
     mixer: Any,
     shared: _Mlp,
-    dense: _Dense | None,
     experts: Callable[..., torch.Tensor],
     router: tuple[torch.Tensor, torch.Tensor],
     x: torch.Tensor,
@@ -325,8 +281,6 @@ def _experts_step(
 ) -> tuple[torch.Tensor, None]:
     normed = _normed(x, *norm)
     weights, indices = mixer.gate.choose(F.linear(normed.double(), router[0]), router[1])
-    if dense is not None and 1 < x.shape[0] <= dense.most:
-        return dense.add(x, normed, indices, (weights * mixer.scale).float()), None
     if x.shape[0] == 1:
         x = shared.add(x, normed)
         up_proj, down_proj = mixer.experts.up_proj, mixer.experts.down_proj

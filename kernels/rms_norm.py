@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .backends import choose
 
 # Up to so many numbers, what a norm takes on a CPU is the number of its operations.
-FEW = 2**15
+FEW = 2**13
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "auto") -> torch.Tensor:
