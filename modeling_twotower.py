@@ -1240,23 +1240,30 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
         weight, bias = self.prepared()
         logits = F.linear(hidden_states.flatten(0, -2).double(), weight)
-        weights, indices = self.choose(logits, bias)
         wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        return logits, weights.to(wide), indices
+        return logits, *self.choose(logits, bias, wide)
 
-    def choose(self, logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens, E) float64 router logits, and (E,) -> weights, float64, and indices (tokens, top-k)."""
+    def choose(
+        self, logits: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, E) float64 router logits, and (E,) -> weights in that dtype, and indices, (tokens, top-k)."""
         scores = logits.sigmoid()
         choice = scores + bias
         if self.num_group != self.topk_group:
             choice = self._without_weak_groups(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, indices)
-        if self.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.routed_scaling_factor != 1:
-            weights = weights * self.routed_scaling_factor
-        return weights, indices
+            return self._normed(weights, torch.float64).mul(self.routed_scaling_factor).to(dtype), indices
+        return self._normed(weights, dtype), indices
+
+    def _normed(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if not self.norm_topk_prob:
+            return weights.to(dtype)
+        total = weights.sum(-1, keepdim=True) + 1e-20
+        if torch.is_grad_enabled():
+            return (weights / total).to(dtype)
+        return torch.div(weights, total, out=torch.empty_like(weights, dtype=dtype))  # rounded in the same kernel
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
@@ -1276,7 +1283,7 @@ def grouped_mm_or_all(
     """
     (T, H) tokens through their experts: torch's grouped product, or on a CPU where that takes less time a lone
     token's experts copied, or all experts' products, most of which weigh nothing. What torch does not group, float64,
-    token by token.
+    token by token. Grouped outputs are not rounded to the tokens' dtype yet.
     """
     tokens, chosen = indices.shape
     size = math.prod(experts.up_proj.shape[1:])
@@ -1285,7 +1292,8 @@ def grouped_mm_or_all(
     if hidden_states.device.type == "cpu":
         if tokens == 1 and chosen * size < FEW_WEIGHTS:
             return _copied_experts(experts, hidden_states, indices, weights)
-        if tokens > 1 and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
+        wasted = tokens * (experts.num_experts - chosen) * size
+        if tokens > 1 and max(wasted, experts.num_experts * size) < FEW_PRODUCTS:
             return _all_experts(experts, hidden_states, indices, weights)
     if hidden_states.dtype == torch.float64:
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)
@@ -1307,10 +1315,9 @@ def _all_experts(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Every expert's output for every token, times its weight, which may be none."""
-    held = experts.held()
     shares = weights.new_zeros(len(weights), experts.num_experts).scatter(1, indices, weights)
-    if held and held[1].numel() > 0 and hidden_states.dtype == weights.dtype:
-        return _as_one_layer(experts, held[1], hidden_states, shares[..., None])
+    if hidden_states.dtype == weights.dtype and not torch.is_grad_enabled():
+        return _as_one_layer(experts, experts.prepared()[1], hidden_states, shares[..., None])
     activated = experts.act_fn(hidden_states @ experts.up_proj.transpose(1, 2))  # (E, T, I)
     outputs = torch.bmm(activated, experts.down_proj.transpose(1, 2))
     # What an expert that was not chosen makes of a token may be no number.
@@ -1333,14 +1340,16 @@ def _grouped_experts(
     """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
     # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
     chosen, order = indices.flatten().sort()
-    numbers = (experts.held() or experts.of_weights())[0]
+    numbers = experts.prepared()[0]
     ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
-    grouped = hidden_states[order // indices.shape[1]]
+    # A lone token's need no indices.
+    lone = len(indices) == 1
+    grouped = hidden_states.expand(len(order), -1).contiguous() if lone else hidden_states[order // indices.shape[1]]
     activated = experts.act_fn(grouped_mm(grouped, experts.up_proj.transpose(1, 2), ends))
     outputs = grouped_mm(activated, experts.down_proj.transpose(1, 2), ends)
     by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
     # Weights are of NVIDIA's precision, float32, so the outputs are summed in it.
-    return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0].to(hidden_states.dtype)
+    return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]
 
 
 GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"
@@ -1351,9 +1360,9 @@ class TwoTowerExperts(Preparing, NemotronHExperts):
     """transformers' experts; the way they are computed is looked up by name."""
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        """Numbers of experts, and of few small ones, where [`_all_experts`] may be used, (E * I, H) of all of them, else nothing."""
-        numbers, size = torch.arange(self.num_experts, device=self.up_proj.device), math.prod(self.up_proj.shape[1:])
-        few = numbers.device.type == "cpu" and self.num_experts * size < FEW_PRODUCTS
+        """Numbers of experts; and (E * I, H) of few small ones, as [`_as_one_layer`] wants them, else nothing."""
+        numbers = torch.arange(self.num_experts, device=self.up_proj.device)
+        few = numbers.device.type == "cpu" and self.up_proj.numel() < FEW_PRODUCTS
         return numbers, self.down_proj.transpose(1, 2).flatten(0, 1) if few else numbers[:0]
 
 
@@ -1381,10 +1390,14 @@ class TwoTowerMoE(NemotronHMoE):
         tokens = hidden_states.flatten(0, -2)
         _, weights, indices = call(self.gate, tokens)
         if self.is_latent:
-            routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
+            routed = self.experts(self.fc1_latent_proj(tokens), indices, weights).to(hidden_states.dtype)
+            routed = self.fc2_latent_proj(routed)
         else:
             routed = call(self.experts, tokens, indices, weights)
-        return torch.add(call(self.shared_experts, hidden_states), routed.view_as(hidden_states), alpha=self.scale)
+        shared, routed = call(self.shared_experts, hidden_states), routed.view_as(hidden_states)
+        if routed.dtype == shared.dtype or torch.is_grad_enabled():
+            return torch.add(shared, routed.to(shared.dtype), alpha=self.scale)
+        return torch.add(shared, routed, alpha=self.scale, out=torch.empty_like(shared))  # rounded in the same kernel
 
 
 STATEFUL_MIXERS = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
@@ -1465,7 +1478,7 @@ STEP_MODULES = (
 )
 
 
-class TimestepEmbedder(nn.Module):
+class TimestepEmbedder(Preparing, nn.Module):
     """Masked fraction of a block -> (B, H): sinusoidal features, then a two-layer MLP."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -1479,13 +1492,24 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size),
         )
 
+    def weights(self) -> list[torch.Tensor | None]:
+        return [self.mlp[0].weight]  # which says on what device, and in what dtype
+
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        """The features' frequencies."""
+        weight = self.mlp[0].weight
+        half = torch.arange(
+            self.features // 2, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)
+        )
+        return (torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period))),)
+
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
         dtype = next(self.mlp.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)
-        angles = (timestep.to(dtype) * self.scale).to(wide)[:, None]
-        half = torch.arange(self.features // 2, device=timestep.device, dtype=angles.dtype)
-        angles = angles * torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
+        held = self.held()
+        frequencies = held[0] if held else self.of_weights()[0].to(timestep.device)
+        angles = (timestep.to(dtype) * self.scale).to(wide)[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 

@@ -280,7 +280,7 @@ def _experts_step(
     lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, None]:
     normed = _normed(x, *norm)
-    weights, indices = mixer.gate.choose(F.linear(normed.double(), router[0]), router[1])
+    weights, indices = mixer.gate.choose(F.linear(normed.double(), router[0]), router[1], torch.float32)
     if x.shape[0] == 1:
         x = shared.add(x, normed)
         up_proj, down_proj = mixer.experts.up_proj, mixer.experts.down_proj
@@ -288,5 +288,5 @@ def _experts_step(
             activated = shared.activation(F.linear(normed, up_proj[expert]))
             x = torch.addmm(x, activated, down_proj[expert].t(), alpha=weight * mixer.scale)
         return x, None
-    routed = experts(normed, indices, weights.float())
+    routed = experts(normed, indices, weights)
     return torch.add(shared.add(x, normed), routed, alpha=mixer.scale), None
