@@ -111,23 +111,28 @@ class KeyValueSlot(NamedTuple):
 
     def update(self, chunk: KeyValues) -> KeyValues:
         """Write (B, Hkv, T, D); returns all there is then, (B, Hkv, width + T, D), of a slice of rows in views."""
-        tokens = chunk.key.shape[2]
-        columns = self.width + tokens
+        key, value = self.write(chunk)
+        columns = self.width + chunk.key.shape[2]
+        return rows_of(KeyValues(key.narrow(2, 0, columns), value.narrow(2, 0, columns)), self.rows)
+
+    def write(self, chunk: KeyValues) -> KeyValues:
+        """Write (B, Hkv, T, D); returns the buffers."""
+        rows, tokens = self.rows, chunk.key.shape[2]
         buffers = self.layer.buffers
-        if buffers is None or len(buffers.key) < self.of or buffers.key.shape[2] < columns:
-            buffers = self.layer.reserve(chunk, self.of, columns)
-        if self.starts is None and isinstance(self.rows, slice):
+        if buffers is None or buffers.key.shape[0] < self.of or buffers.key.shape[2] < self.width + tokens:
+            buffers = self.layer.reserve(chunk, self.of, self.width + tokens)
+        if self.starts is None and isinstance(rows, slice):
             for buffer, new in zip(buffers, chunk, strict=True):
-                buffer[self.rows, :, self.width : columns] = new
-        else:
-            device = chunk.key.device
-            rows = torch.arange(len(chunk.key), device=device) if isinstance(self.rows, slice) else self.rows
-            places = torch.arange(tokens, device=device) + (
-                self.width if self.starts is None else self.starts[:, None]
-            )
-            for buffer, new in zip(buffers, chunk, strict=True):
-                buffer.transpose(1, 2)[rows[:, None], places] = new.transpose(1, 2)
-        return rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in buffers)), self.rows)
+                if new.shape[3] > 0:
+                    place = buffer.narrow(2, self.width, tokens)
+                    (place if rows == slice(0, buffer.shape[0]) else place[rows]).copy_(new)
+            return buffers
+        device = chunk.key.device
+        chosen = torch.arange(len(chunk.key), device=device) if isinstance(rows, slice) else rows
+        places = torch.arange(tokens, device=device) + (self.width if self.starts is None else self.starts[:, None])
+        for buffer, new in zip(buffers, chunk, strict=True):
+            buffer.transpose(1, 2)[chosen[:, None], places] = new.transpose(1, 2)
+        return buffers
 
     def read_with(self, chunk: KeyValues) -> tuple[KeyValues, KeyValues | None]:
         """
@@ -169,6 +174,8 @@ class MambaLayer:
 def rows_of(held: Held, rows: Rows) -> Held:
     """Views of a slice of rows, copies of others."""
     if isinstance(rows, slice):
+        if rows == slice(0, held[0].shape[0]) and not held[0].is_inference():
+            return held
         # What was computed in inference mode, a pass with gradients could not save.
         cloned = torch.is_grad_enabled() and held[0].is_inference()
         return type(held)(*(part[rows].clone() if cloned else part[rows] for part in held))
@@ -286,13 +293,14 @@ class TwoTowerCache(Cache):
         """
         embeddings = tower.embeddings.weight
         remedy = "give a cache of this model, or leave past_key_values out"
-        dtype, some = _facts(embeddings)
+        dtype = _computed_in(embeddings)
         if self.dtype not in (None, dtype):
             raise ValueError(f"past_key_values was read in {self.dtype}, this model computes in {dtype}; {remedy}")
         reader = None if self.reader is None else self.reader()
         # Every pass asks, and comparing weights waits for the device.
         if reader is tower:
             return
+        some = _facts(embeddings)[1]
         for name, expected in TwoTowerCache(config).geometry.items():
             if (held := self.geometry.get(name)) != expected:
                 raise ValueError(
@@ -393,15 +401,16 @@ class TwoTowerCache(Cache):
                     "with more room"
                 )
             width = self.columns - tokens
-        ids = (input_ids.long() + 1)[:, None, :, None].to(self.device)
-        KeyValueSlot(self.tokens, rows, of, width, starts).update(KeyValues(ids, ids[..., :0]))
+        ids = (input_ids.long() + 1).to(self.device).view(batch, 1, tokens, 1)
+        KeyValueSlot(self.tokens, rows, of, width, starts).write(KeyValues(ids, ids.narrow(3, 0, 0)))
         slots: list[KeyValueSlot | MambaState | None] = []
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer):
                 slots.append(KeyValueSlot(layer, rows, of, width, starts))
+            elif isinstance(layer, MambaLayer) and layer.state is not None:
+                slots.append(rows_of(layer.state, rows))
             else:
-                stateful = isinstance(layer, MambaLayer) and layer.state is not None
-                slots.append(rows_of(layer.state, rows) if stateful else None)
+                slots.append(None)
         return slots
 
     def _go_to(self, device: torch.device) -> None:
@@ -711,14 +720,19 @@ def _differ(some: torch.Tensor | None, others: torch.Tensor | None) -> bool:
     return some is not None and others is not None and not some.to(others.device).equal(others)
 
 
+def _computed_in(weights: torch.Tensor) -> torch.dtype:
+    device = weights.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weights.dtype
+
+
 def _facts(weights: torch.Tensor) -> tuple[torch.dtype, torch.Tensor | None]:
     """
     What models are told apart by: the dtype of the keys one with such embeddings computes, and a few of their numbers;
     None where they are offloaded, sharded or quantised.
     """
-    device, dtype = weights.device.type, weights.dtype
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device, dtype = weights.device.type, _computed_in(weights)
     if device == "meta" or type(weights) not in (torch.Tensor, torch.nn.Parameter):
         return dtype, None
     rows = weights.detach()[:: max(1, len(weights) // 16)]

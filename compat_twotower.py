@@ -57,6 +57,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHMoE,
     NemotronHPreTrainedModel,
     NemotronHRMSNorm,
+    NemotronHRMSNormGated,
     NemotronHTopkRouter,
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -92,6 +93,16 @@ def accepts_past_key_values(method: Method) -> Method:
         return method(self, *args, **kwargs)
 
     return with_either_name  # type: ignore[return-value]
+
+
+def attention_implementation(config: Any) -> str | None:
+    """`config._attn_implementation`, for every layer of every pass: the attribute is looked up through four layers."""
+    return vars(config)["_attn_implementation_internal"]
+
+
+def implementations(flags: dict[str, Any]) -> tuple[str | None, str | None]:
+    """A config's `vars` -> its `_attn_implementation` and `_experts_implementation`, for every step of one token."""
+    return flags["_attn_implementation_internal"], flags["_experts_implementation_internal"]
 
 
 class CacheOutput(ModelOutput):
@@ -145,12 +156,14 @@ __all__ = [
     "NemotronHMoE",
     "NemotronHPreTrainedModel",
     "NemotronHRMSNorm",
+    "NemotronHRMSNormGated",
     "NemotronHTopkRouter",
     "QuantizationConfigMixin",
     "RequestStatus",
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",
+    "attention_implementation",
     "batched_mm_experts_forward",
     "cached_file",
     "can_return_tuple",
@@ -160,6 +173,7 @@ __all__ = [
     "get_relative_imports",
     "grouped_mm",
     "grouped_mm_experts_forward",
+    "implementations",
     "is_accelerate_available",
     "logits_process",
     "register_checkpoint_conversion_mapping",

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers import PreTrainedModel
 
 from .cache_twotower import (
@@ -53,6 +54,7 @@ from .checkpoints.placement import (
 )
 from .checkpoints.selection import only_tensors_of
 from .compat_twotower import (
+    ACT2FN,
     CacheOutput,
     ExpertsInterface,
     GradientCheckpointingLayer,
@@ -63,8 +65,10 @@ from .compat_twotower import (
     NemotronHMoE,
     NemotronHPreTrainedModel,
     NemotronHRMSNorm,
+    NemotronHRMSNormGated,
     NemotronHTopkRouter,
     accepts_past_key_values,
+    attention_implementation,
     batched_mm_experts_forward,
     can_return_tuple,
     force_accelerate_hooks,
@@ -88,7 +92,7 @@ from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32
-from .kernels.rms_norm import rms_norm
+from .kernels.rms_norm import rms_norm, rms_norm_by_torch
 from .kernels.ssd import ssd_scan
 from .mirror_twotower import views_on
 from .objective_twotower import (
@@ -102,6 +106,7 @@ from .objective_twotower import (
     sample_masked,
     weighted_mean,
 )
+from .steps_twotower import PreparedStep
 
 
 @dataclass
@@ -661,8 +666,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         try:
             for module in modules:
                 module.prepare()
+            self.context_tower.prepare_step()
             yield
         finally:
+            self.context_tower._step = None
             for module in modules:
                 module._prepared = None
 
@@ -982,9 +989,10 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
             if all_hidden_states is not None:
                 all_hidden_states.append(hidden_states)
             modulation = () if modulations is None else modulations[idx]
-            hidden_states, present = layer(hidden_states, None if pasts is None else pasts[idx], layout, *modulation)
+            past = None if pasts is None else pasts[idx]
+            hidden_states, present = call(layer, hidden_states, past, layout, *modulation)
             presents.append(present)
-        hidden_states = self.norm_f(hidden_states)
+        hidden_states = call(self.norm_f, hidden_states)
         if all_hidden_states is not None:
             all_hidden_states.append(hidden_states)
         return hidden_states, presents
@@ -992,6 +1000,18 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
 
 class ContextTower(TwoTowerBackbone):
     """The autoregressive tower: reads tokens causally, into the cache or for all block boundaries at once."""
+
+    _step: PreparedStep | None = None
+
+    def prepare_step(self) -> None:
+        """On a CPU, where all of the tower is our own and nobody has hooked anything to it; see [`PreparedStep`]."""
+        modules = [module for module in self.modules() if module is not self]
+        own = all(type(module) in STEP_MODULES and is_untouched(module) for module in modules)
+        if own:
+            self._step = PreparedStep.of(self, modules, grouped_mm_or_all)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_step": None}  # as of what is prepared
 
     @accepts_past_key_values
     def forward(
@@ -1027,9 +1047,15 @@ class ContextTower(TwoTowerBackbone):
         # What is read tentatively is cut to a row's tokens later; to those, what stands behind them does not matter.
         ends = None if own is None or tentative else uploaded(own, input_ids.device)
         lengths = None if cache is None else cache.context_lengths()
-        embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         pasts = None if cache is None else cache.slots(input_ids)
-        hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
+        step = self._step  # looked up once, as another thread may end it
+        lone = length == 1 and own is None and not tentative and inputs_embeds is None and all_hidden_states is None
+        if step is not None and lone and cache is not None and cache.width > 0 and step.fits():
+            assert pasts is not None
+            hidden_states, presents = step.run(input_ids, pasts, lengths)
+        else:
+            embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
+            hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
         if cache is not None:
             # Only now, so that an error in the middle leaves the cache as it was.
             cache.sign(self)
@@ -1110,6 +1136,33 @@ class DenoiserTower(TwoTowerBackbone):
         return self.run_layers(self.embeddings(block_ids), pasts, layout._replace(keep="nothing"), modulations)[0]
 
 
+def call(module: nn.Module, *args: Any) -> Any:
+    """
+    `module(*args)`, straight from its `forward` where nobody has hooked anything to it: on a CPU, what else a call
+    does takes as long as the product of a small layer.
+    """
+    return module.forward(*args) if is_plain(module) else module(*args)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is its `forward` and no more."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return not (hooked or module._compiled_call_impl is not None or has_any_global_hook())
+
+
+def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`layer(hidden_states)`; of torch's own layer, as of most, no more than the product."""
+    if type(layer) is not nn.Linear or not is_untouched(layer):
+        return layer(hidden_states)
+    weights = layer._parameters
+    return F.linear(hidden_states, weights["weight"], weights["bias"])  # type: ignore[arg-type]
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether its weights may be used without calling it: nor has accelerate replaced its `forward`."""
+    return "forward" not in module.__dict__ and is_plain(module)
+
+
 class Preparing:
     """
     A module with tensors that depend on its weights alone. They are computed at every pass, since weights may change
@@ -1119,30 +1172,40 @@ class Preparing:
     _parameters: dict[str, nn.Parameter | None]  # the module's, as its hooks are
     _forward_pre_hooks: dict[int, Any]
     _forward_hooks: dict[int, Any]
-    _prepared: tuple[list[nn.Parameter | None], tuple[torch.Tensor, ...]] | None = None
+    _prepared: tuple[list[torch.Tensor | None], tuple[torch.Tensor, ...]] | None = None
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
+    def weights(self) -> list[torch.Tensor | None]:
+        """Those it depends on, where they can be used as they are; else none, or others than before."""
+        return list(self._parameters.values())
+
     def prepared(self) -> tuple[torch.Tensor, ...]:
+        held = self.held()
+        return self.of_weights() if held is None else held
+
+    def held(self) -> tuple[torch.Tensor, ...] | None:
+        """What has been prepared; None where nothing has been, or is of no use to this pass."""
         if torch.compiler.is_compiling():
-            return self.of_weights()  # which a compiled pass is to do by itself, as it outlives what is prepared
+            return None  # a compiled pass, which outlives what is prepared, is to do it by itself
         held = self._prepared  # looked up once, as another thread may end it
         # What was prepared has no gradients.
         if held is None or torch.is_grad_enabled():
-            return self.of_weights()
+            return None
         # Adapters put other weights in the place of a module's during its pass.
-        before, now = held[0], self._parameters.values()
+        before, now = held[0], self.weights()
         changed = len(before) != len(now) or any(map(is_not, before, now))
-        return self.of_weights() if changed else held[1]
+        return None if changed else held[1]
 
     def prepare(self) -> None:
         """Not where weights come and go: what offloads, shards or adapts them does so around a pass of the module."""
-        weights = self._parameters.values()
-        whole = all(type(weight) is nn.Parameter and weight.numel() > 0 for weight in weights if weight is not None)
-        if whole and not (self._forward_pre_hooks or self._forward_hooks or hasattr(self, "_hf_hook")):
+        weights = self.weights()
+        tensors = [weight for weight in weights if weight is not None]
+        whole = all(type(each) in (nn.Parameter, torch.Tensor) and each.numel() > 0 for each in tensors)
+        if tensors and whole and not (self._forward_pre_hooks or self._forward_hooks or hasattr(self, "_hf_hook")):
             with torch.inference_mode(False), torch.no_grad():
-                self._prepared = list(weights), self.of_weights()
+                self._prepared = weights, self.of_weights()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepared": None}  # a copy would never be told that it has ended
@@ -1156,7 +1219,7 @@ class TwoTowerRMSNorm(NemotronHRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         backend = self.kernels["rms_norm"]
         if backend in ALWAYS_TORCH["rms_norm"]:
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            return rms_norm_by_torch(hidden_states, self.weight, self.variance_epsilon)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, backend)
 
 
@@ -1172,8 +1235,13 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         return -torch.exp(at_least_float32(self.A_log)), at_least_float32(self.dt_bias)
 
-    @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
+        self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
+    ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
+        hooked = "_hf_hook" in self.conv1d.__dict__ or "_hf_hook" in self.norm.__dict__
+        return (self._mixed_with_hooks if hooked else self._mixed)(hidden_states, past, layout)
+
+    def _mixed(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
@@ -1181,7 +1249,9 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
-        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
+        gate, inputs, dt = linear(self.in_proj, hidden_states).split_with_sizes(
+            [channels, self.conv_dim, self.num_heads], -1
+        )
         dt = F.softplus(dt + dt_bias)
         if self.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*self.time_step_limit)
@@ -1234,11 +1304,18 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             present = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
         elif scan.state is not None:
             present = MambaState(conv_after, scan.state)
-        return self.out_proj(y), present
+        return linear(self.out_proj, y), present
+
+    # accelerate's, on modules whose weights are used without calling them.
+    _mixed_with_hooks = force_accelerate_hooks(["conv1d", "norm"])(_mixed)
 
 
-class TwoTowerAttention(NemotronHAttention):
-    """Attention of a chunk over the context and itself; there are no position embeddings."""
+class TwoTowerAttention(Preparing, NemotronHAttention):
+    """
+    Attention of a chunk over the context and itself; there are no position embeddings.
+
+    Where weights may be prepared, queries, keys and values are projected at once.
+    """
 
     kernels = AUTO_KERNELS
 
@@ -1248,20 +1325,35 @@ class TwoTowerAttention(NemotronHAttention):
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
                 projection.bias = nn.Parameter(torch.zeros(projection.out_features))
 
+    def weights(self) -> list[torch.Tensor | None]:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(type(each) is nn.Linear and is_untouched(each) for each in projections):
+            return []
+        return [weight for each in projections for weight in each._parameters.values()]
+
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        weights = self.weights()
+        return tuple(torch.cat(part) for part in (weights[::2], weights[1::2]) if None not in part)  # type: ignore
+
+    def _projected(self, hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Queries, keys and values, each (B, T, heads * D)."""
+        merged = self.held()
+        if not merged:
+            return [linear(each, hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)]
+        keys = merged[0].shape[0] // (self.num_key_value_groups + 2)
+        return F.linear(hidden_states, *merged).split_with_sizes([self.num_key_value_groups * keys, keys, keys], -1)
+
     def forward(
         self, hidden_states: torch.Tensor, past: KeyValues | KeyValueSlot | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, KeyValues | None]:
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(heads).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self._projected(hidden_states))
         present: KeyValues | None = KeyValues(key, value)
         own = present
         if isinstance(past, KeyValueSlot):
             (past, own), present = past.read_with(KeyValues(key, value)), None
         backend = self.kernels["block_attention"]
-        if backend in ("auto", "torch") and self.config._attn_implementation == "eager":
+        if backend in ("auto", "torch") and attention_implementation(self.config) == "eager":
             backend = "eager"
         attended = block_attention(
             query,
@@ -1276,7 +1368,7 @@ class TwoTowerAttention(NemotronHAttention):
             scale=self.scaling,
             backend=backend,
         )
-        return self.o_proj(attended), present
+        return linear(self.o_proj, attended), present
 
 
 class TwoTowerRouter(Preparing, NemotronHTopkRouter):
@@ -1287,25 +1379,40 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         # Some releases of transformers make it float32 whatever the model's dtype.
         self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
 
+    def weights(self) -> list[torch.Tensor | None]:
+        return [*self._parameters.values(), self.e_score_correction_bias]
+
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (self.weight.double(),)
+        return self.weight.double(), self.e_score_correction_bias.double()
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
-        (weight,) = self.prepared()
+        weight, bias = self.prepared()
         logits = F.linear(hidden_states.flatten(0, -2).double(), weight)
+        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        return logits, *self.choose(logits, bias, wide)
+
+    def choose(
+        self, logits: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, E) float64 router logits, and (E,) -> weights in that dtype, and indices, (tokens, top-k)."""
         scores = logits.sigmoid()
-        choice = scores + self.e_score_correction_bias
+        choice = scores + bias
         if self.num_group != self.topk_group:
             choice = self._without_weak_groups(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, indices)
-        if self.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.routed_scaling_factor != 1:
-            weights = weights * self.routed_scaling_factor
-        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        return logits, weights.to(wide), indices
+            return self._normed(weights, torch.float64).mul(self.routed_scaling_factor).to(dtype), indices
+        return self._normed(weights, dtype), indices
+
+    def _normed(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if not self.norm_topk_prob:
+            return weights.to(dtype)
+        total = weights.sum(-1, keepdim=True) + 1e-20
+        if torch.is_grad_enabled():
+            return (weights / total).to(dtype)
+        return torch.div(weights, total, out=torch.empty_like(weights, dtype=dtype))  # rounded in the same kernel
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
@@ -1325,16 +1432,17 @@ def grouped_mm_or_all(
     """
     (T, H) tokens through their experts: torch's grouped product, or on a CPU where that takes less time a lone
     token's experts copied, or all experts' products, most of which weigh nothing. What torch does not group, float64,
-    token by token.
+    token by token. Grouped outputs are not rounded to the tokens' dtype yet.
     """
     tokens, chosen = indices.shape
-    size = experts.up_proj[0].numel()
+    size = math.prod(experts.up_proj.shape[1:])
     if experts._is_expert_parallel:
         return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
     if hidden_states.device.type == "cpu":
         if tokens == 1 and chosen * size < FEW_WEIGHTS:
             return _copied_experts(experts, hidden_states, indices, weights)
-        if tokens > 1 and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
+        wasted = tokens * (experts.num_experts - chosen) * size
+        if tokens > 1 and max(wasted, experts.num_experts * size) < FEW_PRODUCTS:
             return _all_experts(experts, hidden_states, indices, weights)
     if hidden_states.dtype == torch.float64:
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)
@@ -1345,9 +1453,10 @@ def _copied_experts(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
-    up_proj, down_proj = (part.index_select(0, indices[0]) for part in (experts.up_proj, experts.down_proj))
-    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))
-    outputs = torch.bmm(activated.view(len(up_proj), 1, -1), down_proj.transpose(1, 2))[:, 0]
+    chosen = indices.view(-1)
+    up_proj, down_proj = experts.up_proj.index_select(0, chosen), experts.down_proj.index_select(0, chosen)
+    activated = call(experts.act_fn, F.linear(hidden_states, up_proj.flatten(0, 1)))
+    outputs = torch.bmm(activated.view(up_proj.shape[0], 1, -1), down_proj.transpose(1, 2)).squeeze(1)
     return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
 
 
@@ -1356,11 +1465,22 @@ def _all_experts(
 ) -> torch.Tensor:
     """Every expert's output for every token, times its weight, which may be none."""
     shares = weights.new_zeros(len(weights), experts.num_experts).scatter(1, indices, weights)
+    if hidden_states.dtype == weights.dtype and not torch.is_grad_enabled():
+        return _as_one_layer(experts, experts.prepared()[1], hidden_states, shares[..., None])
     activated = experts.act_fn(hidden_states @ experts.up_proj.transpose(1, 2))  # (E, T, I)
     outputs = torch.bmm(activated, experts.down_proj.transpose(1, 2))
     # What an expert that was not chosen makes of a token may be no number.
     weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)
     return weighted.sum(0).to(hidden_states.dtype)
+
+
+def _as_one_layer(
+    experts: "TwoTowerExperts", down_proj: torch.Tensor, hidden_states: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """The same as two products: (T, H), all experts' (E * I, H), and (T, E, 1) -> (T, H)."""
+    activated = call(experts.act_fn, F.linear(hidden_states, experts.up_proj.flatten(0, 1)))
+    activated.view(*shares.shape[:2], -1).mul_(shares).masked_fill_(shares == 0, 0.0)
+    return activated @ down_proj
 
 
 def _grouped_experts(
@@ -1369,14 +1489,16 @@ def _grouped_experts(
     """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
     # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
     chosen, order = indices.flatten().sort()
-    (numbers,) = experts.prepared()
+    numbers = experts.prepared()[0]
     ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
-    grouped = hidden_states[order // indices.shape[1]]
+    # A lone token's need no indices.
+    lone = len(indices) == 1
+    grouped = hidden_states.expand(len(order), -1).contiguous() if lone else hidden_states[order // indices.shape[1]]
     activated = experts.act_fn(grouped_mm(grouped, experts.up_proj.transpose(1, 2), ends))
     outputs = grouped_mm(activated, experts.down_proj.transpose(1, 2), ends)
     by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
     # Weights are of NVIDIA's precision, float32, so the outputs are summed in it.
-    return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0].to(hidden_states.dtype)
+    return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]
 
 
 GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"
@@ -1387,7 +1509,17 @@ class TwoTowerExperts(Preparing, NemotronHExperts):
     """transformers' experts; the way they are computed is looked up by name."""
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (torch.arange(self.num_experts, device=self.up_proj.device),)
+        """Numbers of experts; and (E * I, H) of few small ones, as [`_as_one_layer`] wants them, else nothing."""
+        numbers = torch.arange(self.num_experts, device=self.up_proj.device)
+        few = numbers.device.type == "cpu" and self.up_proj.numel() < FEW_PRODUCTS
+        return numbers, self.down_proj.transpose(1, 2).flatten(0, 1) if few else numbers[:0]
+
+
+class TwoTowerMLP(NemotronHMLP):
+    """transformers' own, called for less."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return linear(self.down_proj, call(self.act_fn, linear(self.up_proj, hidden_states)))
 
 
 class TwoTowerMoE(NemotronHMoE):
@@ -1396,6 +1528,7 @@ class TwoTowerMoE(NemotronHMoE):
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.gate, self.experts = TwoTowerRouter(config), TwoTowerExperts(config)
+        self.shared_experts = TwoTowerMLP(config, config.moe_shared_expert_intermediate_size)
         # Of what is not projected any more, the factor can be part of the sum.
         self.scale, self.is_latent = 1.0, config.moe_latent_size is not None
         if not self.is_latent:
@@ -1404,16 +1537,20 @@ class TwoTowerMoE(NemotronHMoE):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
-        _, weights, indices = self.gate(tokens)
+        _, weights, indices = call(self.gate, tokens)
         if self.is_latent:
-            routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
+            routed = self.experts(self.fc1_latent_proj(tokens), indices, weights).to(hidden_states.dtype)
+            routed = self.fc2_latent_proj(routed)
         else:
-            routed = self.experts(tokens, indices, weights)
-        return torch.add(self.shared_experts(hidden_states), routed.view_as(hidden_states), alpha=self.scale)
+            routed = call(self.experts, tokens, indices, weights)
+        shared, routed = call(self.shared_experts, hidden_states), routed.view_as(hidden_states)
+        if routed.dtype == shared.dtype or torch.is_grad_enabled():
+            return torch.add(shared, routed.to(shared.dtype), alpha=self.scale)
+        return torch.add(shared, routed, alpha=self.scale, out=torch.empty_like(shared))  # rounded in the same kernel
 
 
 STATEFUL_MIXERS = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
-STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": NemotronHMLP}
+STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": TwoTowerMLP}
 
 
 class TwoTowerLayer(GradientCheckpointingLayer):
@@ -1455,20 +1592,42 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         Returns:
             (B, T, H) and what the layer adds to the cache, unless it has been written.
         """
+        norm, mixer = self.norm, self.mixer
         if not modulation:
-            mixer_input = self.norm(hidden_states)
+            mixer_input = call(norm, hidden_states)
         else:
             shift, scale, gate = modulation
             # A stateful layer's input is modulated before its norm, as NVIDIA's code does.
             if self.stateful:
-                mixer_input = self.norm(torch.addcmul(shift, hidden_states, scale))
+                mixer_input = call(norm, torch.addcmul(shift, hidden_states, scale))
             else:
-                mixer_input = torch.addcmul(shift, self.norm(hidden_states), scale)
-        mixed, present = self.mixer(mixer_input, past, layout) if self.stateful else (self.mixer(mixer_input), None)
+                mixer_input = torch.addcmul(shift, call(norm, hidden_states), scale)
+        mixed, present = call(mixer, mixer_input, past, layout) if self.stateful else (call(mixer, mixer_input), None)
         return torch.addcmul(hidden_states, gate, mixed) if modulation else hidden_states + mixed, present
 
 
-class TimestepEmbedder(nn.Module):
+# What a tower is made of, as far as [`PreparedStep`] knows it.
+STEP_MODULES = (
+    nn.Embedding,
+    nn.ModuleList,
+    nn.Linear,
+    nn.Conv1d,
+    nn.Identity,
+    TwoTowerLayer,
+    TwoTowerRMSNorm,
+    TwoTowerMamba,
+    NemotronHRMSNormGated,
+    TwoTowerAttention,
+    TwoTowerMoE,
+    TwoTowerRouter,
+    TwoTowerExperts,
+    TwoTowerMLP,
+    type(ACT2FN["silu"]),
+    type(ACT2FN["relu2"]),
+)
+
+
+class TimestepEmbedder(Preparing, nn.Module):
     """Masked fraction of a block -> (B, H): sinusoidal features, then a two-layer MLP."""
 
     def __init__(self, config: TwoTowerConfig):
@@ -1482,13 +1641,24 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size),
         )
 
+    def weights(self) -> list[torch.Tensor | None]:
+        return [self.mlp[0].weight]  # which says on what device, and in what dtype
+
+    def of_weights(self) -> tuple[torch.Tensor, ...]:
+        """The features' frequencies."""
+        weight = self.mlp[0].weight
+        half = torch.arange(
+            self.features // 2, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)
+        )
+        return (torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period))),)
+
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
         dtype = next(self.mlp.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)
-        angles = (timestep.to(dtype) * self.scale).to(wide)[:, None]
-        half = torch.arange(self.features // 2, device=timestep.device, dtype=angles.dtype)
-        angles = angles * torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
+        held = self.held()
+        frequencies = held[0] if held else self.of_weights()[0].to(timestep.device)
+        angles = (timestep.to(dtype) * self.scale).to(wide)[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 

@@ -336,7 +336,9 @@ class Group:
         if processors.lists[0]:
             problems = problems.masked_fill(~(scores > -torch.inf).any(-1), FORBIDDEN)
         if not processors.repairs:
-            problems = problems.masked_fill(~logits.amax(-1).isfinite(), NOT_A_NUMBER)
+            # What is no number, or infinite, less itself is no number: fewer operations than `isfinite`.
+            largest = logits.amax(-1)
+            problems = problems.masked_fill((largest - largest) != 0, NOT_A_NUMBER)
         return Prediction(logits, tokens, scores, problems, certain)
 
     def report(self, prediction: Prediction, committed: torch.Tensor | None = None) -> torch.Tensor:

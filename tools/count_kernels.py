@@ -85,11 +85,12 @@ def passes(model: Any, batch: int, block_size: int) -> dict[str, Callable[[], An
         return cache
 
     cache, block = read(), read()
+    several, one = ids(block_size), ids(1)
     return {
-        "denoiser pass": lambda: model.denoise(ids(block_size), cache, 0.5),
-        "block read": lambda: model.context_tower(ids(block_size), block, tentative=True),
+        "denoiser pass": lambda: model.denoise(several, cache, 0.5),
+        "block read": lambda: model.context_tower(several, block, tentative=True),
         "accept": lambda: block.accept([1] * batch),
-        "AR step": lambda: model.context_tower(ids(1), cache),
+        "AR step": lambda: model.context_tower(one, cache),
     }
 
 
