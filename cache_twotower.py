@@ -174,10 +174,10 @@ class MambaLayer:
 def rows_of(held: Held, rows: Rows) -> Held:
     """Views of a slice of rows, copies of others."""
     if isinstance(rows, slice):
-        if rows == slice(0, held[0].shape[0]) and not held[0].is_inference():
-            return held
         # What was computed in inference mode, a pass with gradients could not save.
         cloned = torch.is_grad_enabled() and held[0].is_inference()
+        if rows == slice(0, held[0].shape[0]) and not cloned:
+            return held
         return type(held)(*(part[rows].clone() if cloned else part[rows] for part in held))
     return type(held)(*(part.index_select(0, rows.to(part.device)) for part in held))
 
