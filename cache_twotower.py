@@ -182,6 +182,10 @@ def rows_of(held: Held, rows: Rows) -> Held:
     return type(held)(*(part.index_select(0, rows.to(part.device)) for part in held))
 
 
+def _rows_on(device: torch.device, rows: Rows) -> Rows:
+    return rows if isinstance(rows, slice) else rows.to(device)
+
+
 Past = KeyValues | KeyValueSlot | MambaState | None
 Present = KeyValues | MambaState | MambaUpdate | None
 
@@ -359,15 +363,13 @@ class TwoTowerCache(Cache):
         held: list[KeyValues | MambaState | None] = []
         for layer in self.layers if layers is None else layers:
             if isinstance(layer, KeyValueLayer) and layer.buffers is not None and columns > 0:
-                parts: KeyValues | MambaState = KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers))
+                rows = _rows_on(layer.buffers.key.device, rows)  # once for all layers there
+                held.append(rows_of(KeyValues(*(buffer[:, :, :columns] for buffer in layer.buffers)), rows))
             elif isinstance(layer, MambaLayer) and layer.state is not None:
-                parts = layer.state
+                rows = _rows_on(layer.state.ssm.device, rows)
+                held.append(rows_of(layer.state, rows))
             else:
                 held.append(None)
-                continue
-            if not isinstance(rows, slice):
-                rows = rows.to(parts[0].device)  # once for all layers there
-            held.append(rows_of(parts, rows))
         return held
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:

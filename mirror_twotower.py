@@ -80,6 +80,8 @@ class Mirror:
                 kept = part[first].clone()
                 part[first] = part[second]
                 part[second] = kept
+            else:  # one of them is newer than what is held, and has no place here yet
+                self.held[first] = self.held[second] = NOTHING
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep these, in that order; what is held of them need not be fetched again."""

@@ -420,6 +420,16 @@ def test_a_row_in_the_place_of_another_is_fetched_whole(tokens):
         assert_mirrored(cache)
 
 
+def test_a_row_that_goes_where_there_is_no_room_yet():
+    """To the place of a row that was added since anybody looked."""
+    with without_gradients():
+        cache = filled_cache(Random(0))
+        assert_mirrored(cache)
+        cache.add_rows(1)
+        cache.swap_rows(0, 3)
+        assert_mirrored(cache)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_copies_have_no_mirror(copied):
     cache = filled_cache_with_mirror()
