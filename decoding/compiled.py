@@ -184,10 +184,7 @@ class CompiledPasses:
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
         self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
-        self.updates: tuple[int, list[Any]] = (
-            0,
-            [],
-        )  # of the chunk read tentatively: B, and what `accepting` is given
+        self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
         self.bar: Any = None
 
     def begin(self, config: CompileConfig | None = None) -> None:
