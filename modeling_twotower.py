@@ -932,7 +932,7 @@ class ContextTower(TwoTowerBackbone):
         lone = length == 1 and own is None and not tentative and inputs_embeds is None and all_hidden_states is None
         if step is not None and lone and cache is not None and cache.width > 0 and step.fits():
             assert pasts is not None
-            hidden_states, presents = step.run(input_ids, pasts, lengths)
+            hidden_states, presents = step.run(input_ids, pasts, lengths, cache.spares())
         else:
             embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
             hidden_states, presents = self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
@@ -1493,22 +1493,24 @@ class TimestepEmbedder(Preparing, nn.Module):
         )
 
     def weights(self) -> list[torch.Tensor | None]:
-        return [self.mlp[0].weight]  # which says on what device, and in what dtype
+        """One, which says on what device frequencies are wanted, and in what dtype."""
+        return [self.mlp[0].weight] if is_untouched(self.mlp[0]) else []
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        """The features' frequencies."""
-        weight = self.mlp[0].weight
+        return (self._frequencies(self.mlp[0].weight.device),)
+
+    def _frequencies(self, device: torch.device) -> torch.Tensor:
         half = torch.arange(
-            self.features // 2, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)
+            self.features // 2, device=device, dtype=torch.promote_types(self.mlp[0].weight.dtype, torch.float32)
         )
-        return (torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period))),)
+        return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
         dtype = next(self.mlp.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)
         held = self.held()
-        frequencies = held[0] if held else self.of_weights()[0].to(timestep.device)
+        frequencies = held[0] if held else self._frequencies(timestep.device)
         angles = (timestep.to(dtype) * self.scale).to(wide)[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 

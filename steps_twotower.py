@@ -27,7 +27,7 @@ from .cache_twotower import KeyValues, KeyValueSlot, MambaState, Past, Present
 from .compat_twotower import implementations
 from .kernels.backends import ALWAYS_TORCH
 from .kernels.block_attention import block_attention
-from .kernels.ssd import ssd_step_reference
+from .kernels.ssd import TILE, ssd_step_by_tiles, ssd_step_reference
 
 # What attention and experts are computed by.
 USUAL = ("sdpa", "grouped_mm_or_loop")
@@ -83,20 +83,25 @@ class PreparedStep:
         )
 
     def run(
-        self, input_ids: torch.Tensor, pasts: Sequence[Past], lengths: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        pasts: Sequence[Past],
+        lengths: torch.Tensor | None,
+        spares: Sequence[torch.Tensor | None],
     ) -> tuple[torch.Tensor, list[Present]]:
         """
         Args:
             input_ids: (B, 1).
             pasts: the cache's `slots()`.
+            spares: the cache's `spares()`, where scan states may be written to.
             lengths: the cache's `context_lengths()`.
 
         Returns:
             (B, 1, H) normed hidden states, and per layer what it adds to the cache.
         """
         x, presents = torch.embedding(self.embeddings, input_ids.view(-1)), []
-        for layer, past in zip(self.layers, pasts, strict=True):
-            x, present = layer(x, past, lengths)
+        for layer, past, spare in zip(self.layers, pasts, spares, strict=True):
+            x, present = layer(x, past, spare if isinstance(past, MambaState) else lengths)
             presents.append(present)
         return _normed(x, *self.norm).unsqueeze(1), presents
 
@@ -201,7 +206,7 @@ class _Mamba(NamedTuple):
 
 
 def _mamba_step(
-    norm: tuple[torch.Tensor, float], layer: _Mamba, x: torch.Tensor, past: MambaState, lengths: torch.Tensor | None
+    norm: tuple[torch.Tensor, float], layer: _Mamba, x: torch.Tensor, past: MambaState, spare: torch.Tensor | None
 ) -> tuple[torch.Tensor, MambaState]:
     rows, groups = x.shape[0], layer.groups
     projected = F.linear(_normed(x, *norm), layer.in_weight, layer.in_bias)
@@ -216,7 +221,8 @@ def _mamba_step(
     # 2. Scan.
     values = values.view(rows, 1, layer.A.shape[0], -1)
     B, C = B.view(rows, 1, groups, -1), C.view(rows, 1, groups, -1)
-    y, state = ssd_step_reference(values, dt.unsqueeze(1), layer.A, B, C, past.ssm)
+    scanned = (values, dt.unsqueeze(1), layer.A, B, C, past.ssm)
+    y, state = ssd_step_by_tiles(*scanned, spare) if past.ssm.numel() > TILE else ssd_step_reference(*scanned)
     # 3. Gate and norm.
     y = torch.addcmul(y, layer.D, values).view(rows, -1) * F.silu(gate)
     y = y.view(rows * groups, -1)

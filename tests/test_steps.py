@@ -135,3 +135,29 @@ def test_generation_takes_its_steps_so_unless_somebody_listens(monkeypatch):
     model.context_tower.layers[1].mixer.register_forward_hook(lambda *_: None)
     assert torch.equal(model.generate(random_ids(2, 5, seed=3), **options), text)
     assert len(taken) == 5
+
+
+@torch.no_grad()
+def test_states_are_written_to_the_memory_of_those_before_the_last_unless_somebody_may_want_them_back(monkeypatch):
+    monkeypatch.setattr("twotower.steps_twotower.TILE", 1)
+    model = tiny_model("base")
+    caches = read(model), read(model)
+    expected = [steps(model, caches[0], 1) for _ in range(3)]
+    layer = caches[1].layers[0]
+
+    def place() -> int:
+        return layer.state.ssm.data_ptr()
+
+    with model.prepared():
+        within = [steps(model, caches[1], 1) for _ in range(2)]
+        spare, kept = layer.spare.data_ptr(), place()
+        within += [steps(model, caches[1], 1)]
+        assert (place(), layer.spare.data_ptr()) == (spare, kept)
+        held = layer.state.ssm.clone()
+        with pytest.raises(ZeroDivisionError), caches[1].undone_on_error():
+            steps(model, caches[1], 3)
+            raise ZeroDivisionError
+        assert torch.equal(layer.state.ssm, held)
+        steps(model, caches[1].copy_rows([0, 1]), 3)  # writes to nothing of the other's
+        assert torch.equal(layer.state.ssm, held)
+    assert_close(torch.cat(within), torch.cat(expected))
