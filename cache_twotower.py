@@ -76,6 +76,7 @@ class KeyValueLayer:
     """Buffers (rows, Hkv, columns, D) with room for more than is held; what of them counts is the cache's to say."""
 
     buffers: KeyValues | None = None
+    expected = 0  # how many columns there will be at least
 
     # In inference mode too, buffers are ordinary tensors: a later call outside of it must be able to write to them.
     @torch.inference_mode(False)
@@ -83,7 +84,7 @@ class KeyValueLayer:
         """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, by copying."""
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
         if columns > held_columns:  # by an eighth at least, so that appending costs amortised constant time
-            columns = max(columns, held_columns + held_columns // 8)
+            columns = max(columns, held_columns + held_columns // 8, self.expected)
             columns += -columns % COLUMNS
         if rows > held_rows:
             rows = max(rows, 2 * held_rows)
@@ -326,9 +327,10 @@ class TwoTowerCache(Cache):
             self.reader = ref(tower)
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
+    def undone_on_error(self, only_read: bool = False) -> Iterator[None]:
         """
-        If what is done within fails, leave the cache as it was.
+        If what is done within fails, leave the cache as it was. With `only_read` no rows are added, dropped or moved
+        within: buffers then need not be as small as they were, so that those that grow can be freed at once.
 
         Little is copied for that. Columns that count are never written over, but by rows that take others' places,
         which is noted; states, and buffers that grow or lose rows, are replaced by new ones. (So the old ones live on
@@ -336,6 +338,8 @@ class TwoTowerCache(Cache):
         """
         whole = self if self.whole is None else self.whole
         holders = [self, whole, whole.tokens, *whole.layers]
+        if only_read:
+            holders = [holder for holder in holders if not isinstance(holder, KeyValueLayer)]
         before = [dict(vars(holder)) for holder in holders]
         outer = whole.undoing
         steps = whole.undoing = [] if outer is None else outer
@@ -354,6 +358,15 @@ class TwoTowerCache(Cache):
             raise
         finally:
             whole.undoing = outer
+
+    def expect(self, columns: int) -> None:
+        """
+        Let buffers have so many columns at once when they grow next: a long text is then read in chunks without ever
+        holding two copies of what has been read of it.
+        """
+        for layer in (*self.layers, self.tokens):
+            if isinstance(layer, KeyValueLayer):
+                layer.expected = columns
 
     def views(self) -> list[KeyValues | MambaState | None]:
         """What each layer holds of the rows; of all or of the first rows views, no copies."""

@@ -531,7 +531,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             cache = TwoTowerCache(self.config)
         embeds = None if inputs_embeds is None else packed.pack(inputs_embeds)
         # Logits may be too large for the memory when the cache has been extended.
-        with nullcontext() if cache is None else cache.undone_on_error():
+        with nullcontext() if cache is None else cache.undone_on_error(only_read=True):
             hidden_states = self.context_tower(
                 packed.ids, cache, packed.counts, inputs_embeds=embeds, all_hidden_states=all_hidden_states
             )
