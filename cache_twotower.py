@@ -91,11 +91,19 @@ class KeyValueLayer:
         size = max(rows, held_rows), max(columns, held_columns)
         if size == (held_rows, held_columns) and self.buffers is not None:
             return self.buffers
-        grown = KeyValues(*(part.new_zeros(size[0], part.shape[1], size[1], part.shape[3]) for part in like))
-        for old, new in zip(self.buffers or (), grown, strict=False):
-            new[:held_rows, :, :held_columns] = old
-        self.buffers = grown
-        return grown
+        if self.buffers is None:
+            self.buffers = KeyValues(
+                *(part.new_zeros(size[0], part.shape[1], size[1], part.shape[3]) for part in like)
+            )
+            return self.buffers
+        # One after the other, so that only one is there twice; keys last, since they say how much room there is.
+        for name in ("value", "key"):
+            old = getattr(self.buffers, name)
+            new = old.new_zeros(size[0], old.shape[1], size[1], old.shape[3])
+            new[:held_rows, :, :held_columns] = old[:held_rows, :, :held_columns]
+            del old
+            self.buffers = self.buffers._replace(**{name: new})
+        return self.buffers
 
 
 class KeyValueSlot(NamedTuple):
@@ -119,9 +127,13 @@ class KeyValueSlot(NamedTuple):
     def write(self, chunk: KeyValues) -> KeyValues:
         """Write (B, Hkv, T, D); returns the buffers."""
         rows, tokens = self.rows, chunk.key.shape[2]
+        held = self.layer.buffers
+        lacking = held is None or held.key.shape[0] < self.of or held.key.shape[2] < self.width + tokens
+        del held  # which is to be freed as it grows
+        if lacking:
+            self.layer.reserve(chunk, self.of, self.width + tokens)
         buffers = self.layer.buffers
-        if buffers is None or buffers.key.shape[0] < self.of or buffers.key.shape[2] < self.width + tokens:
-            buffers = self.layer.reserve(chunk, self.of, self.width + tokens)
+        assert buffers is not None
         if self.starts is None and isinstance(rows, slice):
             for buffer, new in zip(buffers, chunk, strict=True):
                 if new.shape[3] > 0:

@@ -857,3 +857,39 @@ def test_after_a_failed_forward_pass_whose_buffers_had_grown_the_cache_goes_on(m
         assert cache.get_seq_length() == read
         logits = [model(ids[:, read : read + 70], cache=each).logits for each in (cache, expected)]
         assert_close(logits[0], logits[1])
+
+
+@torch.no_grad()
+def test_keys_and_values_grow_one_after_the_other(monkeypatch):
+    model, cache, alive = tiny_model("base"), TwoTowerCache(tiny_model("base").config), []
+    model.context_tower(random_ids(1, 60, seed=1), cache)
+    layer = next(layer for layer in cache.layers if isinstance(layer, KeyValueLayer))
+    value, new_zeros = ref(layer.buffers.value), torch.Tensor.new_zeros
+
+    def noted(tensor, *size):
+        if tensor is layer.buffers.key:
+            alive.append(value() is not None)
+        return new_zeros(tensor, *size)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", noted)
+    model.context_tower(random_ids(1, 60, seed=2), cache)
+    assert alive == [False]
+
+
+@torch.no_grad()
+def test_where_memory_lacks_for_keys_after_values_have_grown_the_cache_goes_on(monkeypatch):
+    model, cache, expected = tiny_model("base"), *(TwoTowerCache(tiny_model("base").config) for _ in range(2))
+    for each in (cache, expected):
+        model.context_tower(random_ids(1, 60, seed=1), each)
+    layer = next(layer for layer in cache.layers if isinstance(layer, KeyValueLayer))
+    new_zeros = torch.Tensor.new_zeros
+
+    def lacking(tensor, *size):
+        return 1 / 0 if tensor is layer.buffers.key else new_zeros(tensor, *size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", lacking)
+        with pytest.raises(ZeroDivisionError):
+            model.context_tower(random_ids(1, 200, seed=2), cache)
+    outputs = [model.context_tower(random_ids(1, 60, seed=2), each) for each in (cache, expected)]
+    assert_close(outputs[0], outputs[1])
