@@ -76,6 +76,7 @@ class KeyValueLayer:
     """Buffers (rows, Hkv, columns, D) with room for more than is held; what of them counts is the cache's to say."""
 
     buffers: KeyValues | None = None
+    expected = 0  # how many columns there will be at least
 
     # In inference mode too, buffers are ordinary tensors: a later call outside of it must be able to write to them.
     @torch.inference_mode(False)
@@ -83,18 +84,26 @@ class KeyValueLayer:
         """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, by copying."""
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
         if columns > held_columns:  # by an eighth at least, so that appending costs amortised constant time
-            columns = max(columns, held_columns + held_columns // 8)
+            columns = max(columns, held_columns + held_columns // 8, self.expected)
             columns += -columns % COLUMNS
         if rows > held_rows:
             rows = max(rows, 2 * held_rows)
         size = max(rows, held_rows), max(columns, held_columns)
         if size == (held_rows, held_columns) and self.buffers is not None:
             return self.buffers
-        grown = KeyValues(*(part.new_zeros(size[0], part.shape[1], size[1], part.shape[3]) for part in like))
-        for old, new in zip(self.buffers or (), grown, strict=False):
-            new[:held_rows, :, :held_columns] = old
-        self.buffers = grown
-        return grown
+        if self.buffers is None:
+            self.buffers = KeyValues(
+                *(part.new_zeros(size[0], part.shape[1], size[1], part.shape[3]) for part in like)
+            )
+            return self.buffers
+        # One after the other, so that only one is there twice; keys last, since they say how much room there is.
+        for name in ("value", "key"):
+            old = getattr(self.buffers, name)
+            new = old.new_zeros(size[0], old.shape[1], size[1], old.shape[3])
+            new[:held_rows, :, :held_columns] = old[:held_rows, :, :held_columns]
+            del old
+            self.buffers = self.buffers._replace(**{name: new})
+        return self.buffers
 
 
 class KeyValueSlot(NamedTuple):
@@ -118,9 +127,13 @@ class KeyValueSlot(NamedTuple):
     def write(self, chunk: KeyValues) -> KeyValues:
         """Write (B, Hkv, T, D); returns the buffers."""
         rows, tokens = self.rows, chunk.key.shape[2]
+        held = self.layer.buffers
+        lacking = held is None or held.key.shape[0] < self.of or held.key.shape[2] < self.width + tokens
+        del held  # which is to be freed as it grows
+        if lacking:
+            self.layer.reserve(chunk, self.of, self.width + tokens)
         buffers = self.layer.buffers
-        if buffers is None or buffers.key.shape[0] < self.of or buffers.key.shape[2] < self.width + tokens:
-            buffers = self.layer.reserve(chunk, self.of, self.width + tokens)
+        assert buffers is not None
         if self.starts is None and isinstance(rows, slice):
             for buffer, new in zip(buffers, chunk, strict=True):
                 if new.shape[3] > 0:
@@ -154,6 +167,16 @@ class MambaLayer:
 
     state: MambaState | None = None
     shared = False
+    spare: torch.Tensor | None = None  # scan states before those of `state`, whose memory is free to be written to
+
+    def replace(self, state: MambaState) -> None:
+        """Hold other tensors."""
+        free = not self.shared and self.state is not None and self.state.ssm.shape == state.ssm.shape
+        self.spare = self.state.ssm if free and self.state is not None else None
+        self.state, self.shared = state, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "spare": None}  # no copy writes to what another has
 
     def reserve(self, like: MambaState, rows: int) -> MambaState:
         """States of so many rows at least, zeros where there were none, that can be written to in place."""
@@ -166,7 +189,7 @@ class MambaLayer:
                 new = MambaState(*(part.new_zeros(count, *part.shape[1:]) for part in like))
                 for old, place in zip(held or (), new, strict=False):
                     place[: len(old)] = old
-            self.state, self.shared = new, False
+            self.state, self.shared, self.spare = new, False, None
             return new
         return held
 
@@ -321,9 +344,10 @@ class TwoTowerCache(Cache):
             self.reader = ref(tower)
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
+    def undone_on_error(self, only_read: bool = False) -> Iterator[None]:
         """
-        If what is done within fails, leave the cache as it was.
+        If what is done within fails, leave the cache as it was. With `only_read` no rows are added, dropped or moved
+        within: buffers then need not be as small as they were, so that those that grow can be freed at once.
 
         Little is copied for that. Columns that count are never written over, but by rows that take others' places,
         which is noted; states, and buffers that grow or lose rows, are replaced by new ones. (So the old ones live on
@@ -331,6 +355,8 @@ class TwoTowerCache(Cache):
         """
         whole = self if self.whole is None else self.whole
         holders = [self, whole, whole.tokens, *whole.layers]
+        if only_read:
+            holders = [holder for holder in holders if not isinstance(holder, KeyValueLayer)]
         before = [dict(vars(holder)) for holder in holders]
         outer = whole.undoing
         steps = whole.undoing = [] if outer is None else outer
@@ -350,6 +376,15 @@ class TwoTowerCache(Cache):
             raise
         finally:
             whole.undoing = outer
+
+    def expect(self, columns: int) -> None:
+        """
+        Let buffers have so many columns at once when they grow next: a long text is then read in chunks without ever
+        holding two copies of what has been read of it.
+        """
+        for layer in (*self.layers, self.tokens):
+            if isinstance(layer, KeyValueLayer):
+                layer.expected = columns
 
     def views(self, layers: Sequence[Any] | None = None) -> list[KeyValues | MambaState | None]:
         """
@@ -423,6 +458,20 @@ class TwoTowerCache(Cache):
         if isinstance(self.rows, torch.Tensor):
             self.rows = self.rows.to(device)
 
+    def spares(self) -> list[torch.Tensor | None]:
+        """Of each layer, memory to write its next scan states (B, H, P, N) to, where there is some."""
+        spares = [getattr(layer, "spare", None) for layer in self.layers]
+        inference = torch.is_inference_mode_enabled()
+        # What was made in inference mode cannot be written to outside of it.
+        usable = self.whole is None and not torch.is_grad_enabled()
+        rows = len(self.host_lengths or ())
+        return [
+            spare
+            if usable and spare is not None and len(spare) == rows and spare.is_inference() <= inference
+            else None
+            for spare in spares
+        ]
+
     def append(
         self,
         input_ids: torch.Tensor,
@@ -450,7 +499,7 @@ class TwoTowerCache(Cache):
         for idx, state in states.items():
             layer, batch = self.layers[idx], len(state.ssm)
             if self is whole and (layer.state is None or len(layer.state.ssm) <= batch):
-                layer.state, layer.shared = state, False
+                layer.replace(state)
             else:
                 places.append((layer.reserve(state, len(whole.host_lengths or ())), state))
         # Only now, after all that may lack memory.
@@ -617,7 +666,7 @@ class TwoTowerCache(Cache):
                     layer.buffers = held and rows_of(KeyValues(*(part[:, :, :width] for part in held)), place)
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
-                layer.state, layer.shared = layer.state and rows_of(layer.state, place), False
+                layer.state, layer.shared, layer.spare = layer.state and rows_of(layer.state, place), False, None
         if self.mirror is not None:
             self.mirror.select_rows(chosen)
         self._set_lengths(lengths)
@@ -661,7 +710,7 @@ class TwoTowerCache(Cache):
             if isinstance(layer, MambaLayer):
                 each = _with_zeros(parts, counts)
                 layer.state = MambaState(*map(torch.cat, zip(*each, strict=True))) if each else None
-                layer.shared = False
+                layer.shared, layer.spare = False, None
         self.geometry, self.dtype, self.embeddings = signed.geometry, signed.dtype, signed.embeddings
         self.device, self.mirror = signed.device, None
         self._set_lengths([length for each in lengths for length in each])

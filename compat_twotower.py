@@ -57,7 +57,6 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHMoE,
     NemotronHPreTrainedModel,
     NemotronHRMSNorm,
-    NemotronHRMSNormGated,
     NemotronHTopkRouter,
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -98,11 +97,6 @@ def accepts_past_key_values(method: Method) -> Method:
 def attention_implementation(config: Any) -> str | None:
     """`config._attn_implementation`, for every layer of every pass: the attribute is looked up through four layers."""
     return vars(config)["_attn_implementation_internal"]
-
-
-def implementations(flags: dict[str, Any]) -> tuple[str | None, str | None]:
-    """A config's `vars` -> its `_attn_implementation` and `_experts_implementation`, for every step of one token."""
-    return flags["_attn_implementation_internal"], flags["_experts_implementation_internal"]
 
 
 class CacheOutput(ModelOutput):
@@ -156,7 +150,6 @@ __all__ = [
     "NemotronHMoE",
     "NemotronHPreTrainedModel",
     "NemotronHRMSNorm",
-    "NemotronHRMSNormGated",
     "NemotronHTopkRouter",
     "QuantizationConfigMixin",
     "RequestStatus",
@@ -173,7 +166,6 @@ __all__ = [
     "get_relative_imports",
     "grouped_mm",
     "grouped_mm_experts_forward",
-    "implementations",
     "is_accelerate_available",
     "logits_process",
     "register_checkpoint_conversion_mapping",

@@ -54,7 +54,6 @@ from .checkpoints.placement import (
 )
 from .checkpoints.selection import only_tensors_of
 from .compat_twotower import (
-    ACT2FN,
     CacheOutput,
     ExpertsInterface,
     GradientCheckpointingLayer,
@@ -65,7 +64,6 @@ from .compat_twotower import (
     NemotronHMoE,
     NemotronHPreTrainedModel,
     NemotronHRMSNorm,
-    NemotronHRMSNormGated,
     NemotronHTopkRouter,
     accepts_past_key_values,
     attention_implementation,
@@ -106,7 +104,6 @@ from .objective_twotower import (
     sample_masked,
     weighted_mean,
 )
-from .steps_twotower import PreparedStep
 
 
 @dataclass
@@ -641,7 +638,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             cache = TwoTowerCache(self.config)
         embeds = None if inputs_embeds is None else packed.pack(inputs_embeds)
         # Logits may be too large for the memory when the cache has been extended.
-        with nullcontext() if cache is None else cache.undone_on_error():
+        with nullcontext() if cache is None else cache.undone_on_error(only_read=True):
             hidden_states = self.context_tower(
                 packed.ids, cache, packed.counts, inputs_embeds=embeds, all_hidden_states=all_hidden_states
             )
@@ -666,10 +663,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         try:
             for module in modules:
                 module.prepare()
-            self.context_tower.prepare_step()
             yield
         finally:
-            self.context_tower._step = None
             for module in modules:
                 module._prepared = None
 
@@ -1001,18 +996,6 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
 class ContextTower(TwoTowerBackbone):
     """The autoregressive tower: reads tokens causally, into the cache or for all block boundaries at once."""
 
-    _step: PreparedStep | None = None
-
-    def prepare_step(self) -> None:
-        """On a CPU, where all of the tower is our own and nobody has hooked anything to it; see [`PreparedStep`]."""
-        modules = [module for module in self.modules() if module is not self]
-        own = all(type(module) in STEP_MODULES and is_untouched(module) for module in modules)
-        if own:
-            self._step = PreparedStep.of(self, modules, grouped_mm_or_all)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_step": None}  # as of what is prepared
-
     @accepts_past_key_values
     def forward(
         self,
@@ -1048,14 +1031,8 @@ class ContextTower(TwoTowerBackbone):
         ends = None if own is None or tentative else uploaded(own, input_ids.device)
         lengths = None if cache is None else cache.context_lengths()
         pasts = None if cache is None else cache.slots(input_ids)
-        step = self._step  # looked up once, as another thread may end it
-        lone = length == 1 and own is None and not tentative and inputs_embeds is None and all_hidden_states is None
-        if step is not None and lone and cache is not None and cache.width > 0 and step.fits():
-            assert pasts is not None
-            hidden_states, presents = step.run(input_ids, pasts, lengths)
-        else:
-            embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
-            hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
+        embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
         if cache is not None:
             # Only now, so that an error in the middle leaves the cache as it was.
             cache.sign(self)
@@ -1606,27 +1583,6 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         return torch.addcmul(hidden_states, gate, mixed) if modulation else hidden_states + mixed, present
 
 
-# What a tower is made of, as far as [`PreparedStep`] knows it.
-STEP_MODULES = (
-    nn.Embedding,
-    nn.ModuleList,
-    nn.Linear,
-    nn.Conv1d,
-    nn.Identity,
-    TwoTowerLayer,
-    TwoTowerRMSNorm,
-    TwoTowerMamba,
-    NemotronHRMSNormGated,
-    TwoTowerAttention,
-    TwoTowerMoE,
-    TwoTowerRouter,
-    TwoTowerExperts,
-    TwoTowerMLP,
-    type(ACT2FN["silu"]),
-    type(ACT2FN["relu2"]),
-)
-
-
 class TimestepEmbedder(Preparing, nn.Module):
     """Masked fraction of a block -> (B, H): sinusoidal features, then a two-layer MLP."""
 
@@ -1642,22 +1598,24 @@ class TimestepEmbedder(Preparing, nn.Module):
         )
 
     def weights(self) -> list[torch.Tensor | None]:
-        return [self.mlp[0].weight]  # which says on what device, and in what dtype
+        """One, which says on what device frequencies are wanted, and in what dtype."""
+        return [self.mlp[0].weight] if is_untouched(self.mlp[0]) else []
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        """The features' frequencies."""
-        weight = self.mlp[0].weight
+        return (self._frequencies(self.mlp[0].weight.device),)
+
+    def _frequencies(self, device: torch.device) -> torch.Tensor:
         half = torch.arange(
-            self.features // 2, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)
+            self.features // 2, device=device, dtype=torch.promote_types(self.mlp[0].weight.dtype, torch.float32)
         )
-        return (torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period))),)
+        return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
         dtype = next(self.mlp.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)
         held = self.held()
-        frequencies = held[0] if held else self.of_weights()[0].to(timestep.device)
+        frequencies = held[0] if held else self._frequencies(timestep.device)
         angles = (timestep.to(dtype) * self.scale).to(wide)[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 

@@ -368,6 +368,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         with nullcontext() if synced else self.prepared(), cache.undone_on_error():
             try:
                 loop.admit(request)
+                cache.expect(max(len(row.prompt) for row in request.rows))
                 while loop.rows:
                     loop.step()
             finally:

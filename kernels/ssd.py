@@ -66,7 +66,11 @@ def ssd_scan(
     dtype, tokens = x.dtype, x.shape[1]
     x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
     if tokens == 1 and not return_chunk_states:
-        y, state = ssd_step_reference(x, dt, A, B, C, state)
+        large = state is not None and state.dtype == x.dtype and state.numel() > TILE and x.device.type == "cpu"
+        if state is not None and large and not torch.is_grad_enabled():
+            y, state = ssd_step_by_tiles(x, dt, A, B, C, state)
+        else:
+            y, state = ssd_step_reference(x, dt, A, B, C, state)
         return ScanOutput(torch.addcmul(y, D[:, None], x).to(dtype), state if return_state else None)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.to(x.dtype)
     outputs, chunk_states = [], []
@@ -144,6 +148,38 @@ def ssd_step_reference(
     # A product with one row is several times as fast on a CPU as one with one column.
     y = torch.bmm(C.reshape(batch * groups, 1, states), after.view(batch * groups, -1, states).transpose(1, 2))
     return y.view(x.shape), after
+
+
+# States of so many numbers lie in a processor's cache from when they are read to when they give the output.
+TILE = 2**18
+
+
+def ssd_step_by_tiles(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The same for large float32 states and without gradients, some rows at a time; the new state in `out`, if given:
+    memory that is new to the process costs a CPU several times what is done in it.
+    """
+    batch, _, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    out = torch.empty_like(state) if out is None else out
+    decay = (dt * A).exp_().view(batch, heads, 1, 1)
+    added = (x * dt.unsqueeze(-1)).view(batch, groups, -1, 1)
+    B, C = B.view(batch, groups, 1, states), C.reshape(batch, groups, 1, states)
+    y, rows = x.new_empty(batch, groups, 1, heads // groups * head_dim), max(1, TILE // state[0].numel())
+    for first in range(0, batch, rows):
+        tile = slice(first, first + rows)
+        after = torch.mul(state[tile], decay[tile], out=out[tile]).view(-1, *added.shape[1:3], states)
+        after.addcmul_(added[tile], B[tile])
+        y[tile] = torch.matmul(C[tile], after.transpose(2, 3))
+    return y.view(x.shape), out
 
 
 def ssd_chunk_reference(

@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 from contextlib import contextmanager
+from weakref import ref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from twotower.cache_twotower import KeyValues, MambaState, MambaUpdate, TwoTowerCache
+from twotower.cache_twotower import KeyValueLayer, KeyValues, MambaState, MambaUpdate, TwoTowerCache
 from twotower.generation_twotower import MODES
 from twotower.kernels.block_attention import JOINED
 
@@ -793,3 +794,102 @@ def test_nothing_is_read_from_the_device_within_a_pass(no_host_reads, geometry, 
             model.context_tower(ids[:, :1], cache)
             model.context_tower(ids, cache, counts, tentative=True)
             cache.accept([1, 0, 1][:batch])
+
+
+@torch.no_grad()
+def test_a_cache_that_knows_how_long_a_text_will_be_grows_once():
+    model, cache = tiny_model("base"), TwoTowerCache(tiny_model("base").config)
+    ids = random_ids(1, 300, seed=1)
+    cache.expect(300)
+    places = set()
+    for chunk in ids.split(50, dim=1):
+        model.context_tower(chunk, cache)
+        places.add(cache.layers[2].buffers.key.data_ptr())
+    assert len(places) == 1 and cache.layers[2].buffers.key.shape[2] == 320
+    expected = TwoTowerCache(model.config)
+    model.context_tower(ids, expected)
+    assert_close(cache.view(2).key, expected.view(2).key)
+
+
+@torch.no_grad()
+def test_generate_reads_a_long_prompt_into_buffers_that_have_room_for_it():
+    model, cache = tiny_model("base"), TwoTowerCache(tiny_model("base").config)
+    grown, reserve = [], KeyValueLayer.reserve
+
+    def noted(layer, like, rows, columns):
+        grown.append(columns)
+        return reserve(layer, like, rows, columns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeyValueLayer, "reserve", noted)
+        options = {"mode": "ar", "max_new_tokens": 3, "prefill_chunk_size": 50, "return_dict_in_generate": True}
+        model.generate(random_ids(1, 300, seed=1), cache=cache, **options)
+    assert len(grown) == 2  # of keys and values, and of ids
+
+
+@torch.no_grad()
+def test_a_forward_pass_keeps_no_buffer_that_has_grown(monkeypatch):
+    model, alive = tiny_model("base"), []
+    cache = TwoTowerCache(model.config)
+    model(random_ids(1, 60, seed=1), cache=cache)
+    buffers = [ref(layer.buffers.key) for layer in cache.layers if isinstance(layer, KeyValueLayer)]
+    head = model.context_lm_head.forward
+    monkeypatch.setattr(
+        model.context_lm_head, "forward", lambda x: alive.extend(each() is not None for each in buffers) or head(x)
+    )
+    model(random_ids(1, 60, seed=2), cache=cache)
+    assert alive == [False]
+
+
+@torch.no_grad()
+def test_after_a_failed_forward_pass_whose_buffers_had_grown_the_cache_goes_on(monkeypatch):
+    model = tiny_model("base")
+    ids = random_ids(1, 180, seed=1)
+    for read in (0, 60):
+        cache, expected = TwoTowerCache(model.config), TwoTowerCache(model.config)
+        for each in (cache, expected):
+            if read:
+                model(ids[:, :read], cache=each)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.context_lm_head, "forward", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids[:, read : read + 100], cache=cache)
+        assert cache.get_seq_length() == read
+        logits = [model(ids[:, read : read + 70], cache=each).logits for each in (cache, expected)]
+        assert_close(logits[0], logits[1])
+
+
+@torch.no_grad()
+def test_keys_and_values_grow_one_after_the_other(monkeypatch):
+    model, cache, alive = tiny_model("base"), TwoTowerCache(tiny_model("base").config), []
+    model.context_tower(random_ids(1, 60, seed=1), cache)
+    layer = next(layer for layer in cache.layers if isinstance(layer, KeyValueLayer))
+    value, new_zeros = ref(layer.buffers.value), torch.Tensor.new_zeros
+
+    def noted(tensor, *size):
+        if tensor is layer.buffers.key:
+            alive.append(value() is not None)
+        return new_zeros(tensor, *size)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", noted)
+    model.context_tower(random_ids(1, 60, seed=2), cache)
+    assert alive == [False]
+
+
+@torch.no_grad()
+def test_where_memory_lacks_for_keys_after_values_have_grown_the_cache_goes_on(monkeypatch):
+    model, cache, expected = tiny_model("base"), *(TwoTowerCache(tiny_model("base").config) for _ in range(2))
+    for each in (cache, expected):
+        model.context_tower(random_ids(1, 60, seed=1), each)
+    layer = next(layer for layer in cache.layers if isinstance(layer, KeyValueLayer))
+    new_zeros = torch.Tensor.new_zeros
+
+    def lacking(tensor, *size):
+        return 1 / 0 if tensor is layer.buffers.key else new_zeros(tensor, *size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", lacking)
+        with pytest.raises(ZeroDivisionError):
+            model.context_tower(random_ids(1, 200, seed=2), cache)
+    outputs = [model.context_tower(random_ids(1, 60, seed=2), each) for each in (cache, expected)]
+    assert_close(outputs[0], outputs[1])

@@ -5,7 +5,7 @@ import torch
 from tolerances import assert_close
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-from twotower.kernels.ssd import ssd_chunk_reference, ssd_scan, ssd_state, ssd_step_reference
+from twotower.kernels.ssd import TILE, ssd_chunk_reference, ssd_scan, ssd_state, ssd_step_by_tiles, ssd_step_reference
 
 BATCH, HEADS, HEAD_DIM, STATE, CHUNK = 2, 4, 5, 6, 8
 RAGGED = [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -202,3 +202,23 @@ def test_one_token_is_the_recurrence_and_a_chunk_of_one(batch, groups):
     scan = ssd_scan(x, dt, A, B, C, D, state)
     assert_close(scan.y, chunk_y + D[:, None] * x)
     assert_close(scan.state, chunk_after)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_one_token_of_large_states_is_taken_some_rows_at_a_time(groups, monkeypatch):
+    """Into memory that is given, and so that `ssd_scan` does it, too."""
+    torch.manual_seed(0)
+    batch, heads, head_dim, states = 5, 8, 64, 128
+    x, state = torch.randn(batch, 1, heads, head_dim), torch.randn(batch, heads, head_dim, states)
+    dt, A, D = torch.rand(batch, 1, heads), -torch.rand(heads), torch.randn(heads)
+    B, C = torch.randn(2, batch, 1, groups, states)
+    assert TILE // state[0].numel() not in (0, 1, batch) and state.numel() > TILE
+    expected, expected_after = ssd_step_reference(x, dt, A, B, C, state)
+    out = torch.full_like(state, torch.nan)
+    y, after = ssd_step_by_tiles(x, dt, A, B, C, state, out)
+    assert after is out
+    assert_close(y, expected)
+    assert_close(after, expected_after)
+    monkeypatch.setattr("twotower.kernels.ssd.ssd_step_reference", None)
+    with torch.no_grad():
+        assert_close(ssd_scan(x, dt, A, B, C, D, state).state, expected_after)
