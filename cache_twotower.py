@@ -83,8 +83,8 @@ class KeyValueLayer:
     def reserve(self, like: KeyValues, rows: int, columns: int) -> KeyValues:
         """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, by copying."""
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
-        if columns > held_columns:  # by an eighth at least, so that appending costs amortised constant time
-            columns = max(columns, held_columns + held_columns // 8, self.expected)
+        if columns > held_columns:  # by a sixteenth at least, so that appending costs amortised constant time
+            columns = max(columns, held_columns + held_columns // 16, self.expected)
             columns += -columns % COLUMNS
         if rows > held_rows:
             rows = max(rows, 2 * held_rows)

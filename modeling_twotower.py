@@ -1418,8 +1418,7 @@ def grouped_mm_or_all(
     if hidden_states.device.type == "cpu":
         if tokens == 1 and chosen * size < FEW_WEIGHTS:
             return _copied_experts(experts, hidden_states, indices, weights)
-        wasted = tokens * (experts.num_experts - chosen) * size
-        if tokens > 1 and max(wasted, experts.num_experts * size) < FEW_PRODUCTS:
+        if tokens > 1 and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
             return _all_experts(experts, hidden_states, indices, weights)
     if hidden_states.dtype == torch.float64:
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)
@@ -1441,23 +1440,14 @@ def _all_experts(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Every expert's output for every token, times its weight, which may be none."""
-    shares = weights.new_zeros(len(weights), experts.num_experts).scatter(1, indices, weights)
-    if hidden_states.dtype == weights.dtype and not torch.is_grad_enabled():
-        return _as_one_layer(experts, experts.prepared()[1], hidden_states, shares[..., None])
-    activated = experts.act_fn(hidden_states @ experts.up_proj.transpose(1, 2))  # (E, T, I)
-    outputs = torch.bmm(activated, experts.down_proj.transpose(1, 2))
+    up_proj, down_proj = experts.up_proj, experts.down_proj
+    shares = weights.new_zeros(len(weights), len(up_proj)).scatter(1, indices, weights)
+    activated = call(experts.act_fn, F.linear(hidden_states, up_proj.flatten(0, 1)))  # (T, E * I)
+    by_expert = activated.view(len(weights), len(up_proj), -1).transpose(0, 1)
+    outputs = torch.bmm(by_expert, down_proj.transpose(1, 2))  # (E, T, H)
     # What an expert that was not chosen makes of a token may be no number.
     weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)
     return weighted.sum(0).to(hidden_states.dtype)
-
-
-def _as_one_layer(
-    experts: "TwoTowerExperts", down_proj: torch.Tensor, hidden_states: torch.Tensor, shares: torch.Tensor
-) -> torch.Tensor:
-    """The same as two products: (T, H), all experts' (E * I, H), and (T, E, 1) -> (T, H)."""
-    activated = call(experts.act_fn, F.linear(hidden_states, experts.up_proj.flatten(0, 1)))
-    activated.view(*shares.shape[:2], -1).mul_(shares).masked_fill_(shares == 0, 0.0)
-    return activated @ down_proj
 
 
 def _grouped_experts(
@@ -1466,7 +1456,7 @@ def _grouped_experts(
     """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
     # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
     chosen, order = indices.flatten().sort()
-    numbers = experts.prepared()[0]
+    (numbers,) = experts.prepared()
     ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
     # A lone token's need no indices.
     lone = len(indices) == 1
@@ -1486,10 +1476,7 @@ class TwoTowerExperts(Preparing, NemotronHExperts):
     """transformers' experts; the way they are computed is looked up by name."""
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        """Numbers of experts; and (E * I, H) of few small ones, as [`_as_one_layer`] wants them, else nothing."""
-        numbers = torch.arange(self.num_experts, device=self.up_proj.device)
-        few = numbers.device.type == "cpu" and self.up_proj.numel() < FEW_PRODUCTS
-        return numbers, self.down_proj.transpose(1, 2).flatten(0, 1) if few else numbers[:0]
+        return (torch.arange(self.num_experts, device=self.up_proj.device),)
 
 
 class TwoTowerMLP(NemotronHMLP):
@@ -1522,7 +1509,7 @@ class TwoTowerMoE(NemotronHMoE):
             routed = call(self.experts, tokens, indices, weights)
         shared, routed = call(self.shared_experts, hidden_states), routed.view_as(hidden_states)
         if routed.dtype == shared.dtype or torch.is_grad_enabled():
-            return torch.add(shared, routed.to(shared.dtype), alpha=self.scale)
+            return torch.add(shared, routed, alpha=self.scale).to(shared.dtype)
         return torch.add(shared, routed, alpha=self.scale, out=torch.empty_like(shared))  # rounded in the same kernel
 
 

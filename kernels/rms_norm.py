@@ -36,7 +36,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "
 def rms_norm_by_torch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """The same with torch's own operations, without a `weight` by 1."""
     size = x.shape[-1]
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() > FEW or torch.is_grad_enabled():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() > FEW:
         return F.rms_norm(x, (size,), weight, eps)
     # On a CPU that is seven operations, and layer norm is one: the mean of [x, -x] is 0, and its variance mean(x^2).
     mirrored = torch.native_layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[0]
