@@ -985,9 +985,9 @@ class TwoTowerBackbone(TwoTowerPreTrainedModel):
                 all_hidden_states.append(hidden_states)
             modulation = () if modulations is None else modulations[idx]
             past = None if pasts is None else pasts[idx]
-            hidden_states, present = call(layer, hidden_states, past, layout, *modulation)
+            hidden_states, present = layer(hidden_states, past, layout, *modulation)
             presents.append(present)
-        hidden_states = call(self.norm_f, hidden_states)
+        hidden_states = self.norm_f(hidden_states)
         if all_hidden_states is not None:
             all_hidden_states.append(hidden_states)
         return hidden_states, presents
@@ -1031,7 +1031,7 @@ class ContextTower(TwoTowerBackbone):
         ends = None if own is None or tentative else uploaded(own, input_ids.device)
         lengths = None if cache is None else cache.context_lengths()
         pasts = None if cache is None else cache.slots(input_ids)
-        embedded = call(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds
+        embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
         if cache is not None:
             # Only now, so that an error in the middle leaves the cache as it was.
@@ -1113,31 +1113,10 @@ class DenoiserTower(TwoTowerBackbone):
         return self.run_layers(self.embeddings(block_ids), pasts, layout._replace(keep="nothing"), modulations)[0]
 
 
-def call(module: nn.Module, *args: Any) -> Any:
-    """
-    `module(*args)`, straight from its `forward` where nobody has hooked anything to it: on a CPU, what else a call
-    does takes as long as the product of a small layer.
-    """
-    return module.forward(*args) if is_plain(module) else module(*args)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is its `forward` and no more."""
-    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return not (hooked or module._compiled_call_impl is not None or has_any_global_hook())
-
-
-def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`layer(hidden_states)`; of torch's own layer, as of most, no more than the product."""
-    if type(layer) is not nn.Linear or not is_untouched(layer):
-        return layer(hidden_states)
-    weights = layer._parameters
-    return F.linear(hidden_states, weights["weight"], weights["bias"])  # type: ignore[arg-type]
-
-
 def is_untouched(module: nn.Module) -> bool:
-    """Whether its weights may be used without calling it: nor has accelerate replaced its `forward`."""
-    return "forward" not in module.__dict__ and is_plain(module)
+    """Whether its weights may be used without calling it: nobody has hooked anything to it, nor replaced `forward`."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return not (hooked or "forward" in vars(module) or module._compiled_call_impl or has_any_global_hook())
 
 
 class Preparing:
@@ -1212,13 +1191,8 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         return -torch.exp(at_least_float32(self.A_log)), at_least_float32(self.dt_bias)
 
+    @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
     def forward(
-        self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
-    ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
-        hooked = "_hf_hook" in self.conv1d.__dict__ or "_hf_hook" in self.norm.__dict__
-        return (self._mixed_with_hooks if hooked else self._mixed)(hidden_states, past, layout)
-
-    def _mixed(
         self, hidden_states: torch.Tensor, past: MambaState | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
@@ -1226,9 +1200,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
-        gate, inputs, dt = linear(self.in_proj, hidden_states).split_with_sizes(
-            [channels, self.conv_dim, self.num_heads], -1
-        )
+        gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
         dt = F.softplus(dt + dt_bias)
         if self.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*self.time_step_limit)
@@ -1281,10 +1253,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             present = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
         elif scan.state is not None:
             present = MambaState(conv_after, scan.state)
-        return linear(self.out_proj, y), present
-
-    # accelerate's, on modules whose weights are used without calling them.
-    _mixed_with_hooks = force_accelerate_hooks(["conv1d", "norm"])(_mixed)
+        return self.out_proj(y), present
 
 
 class TwoTowerAttention(Preparing, NemotronHAttention):
@@ -1304,7 +1273,8 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
 
     def weights(self) -> list[torch.Tensor | None]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if not all(type(each) is nn.Linear and is_untouched(each) for each in projections):
+        biased = {each.bias is not None for each in projections}
+        if len(biased) > 1 or not all(type(each) is nn.Linear and is_untouched(each) for each in projections):
             return []
         return [weight for each in projections for weight in each._parameters.values()]
 
@@ -1316,7 +1286,7 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
         """Queries, keys and values, each (B, T, heads * D)."""
         merged = self.held()
         if not merged:
-            return [linear(each, hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)]
+            return [each(hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)]
         keys = merged[0].shape[0] // (self.num_key_value_groups + 2)
         return F.linear(hidden_states, *merged).split_with_sizes([self.num_key_value_groups * keys, keys, keys], -1)
 
@@ -1345,7 +1315,7 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
             scale=self.scaling,
             backend=backend,
         )
-        return linear(self.o_proj, attended), present
+        return self.o_proj(attended), present
 
 
 class TwoTowerRouter(Preparing, NemotronHTopkRouter):
@@ -1431,7 +1401,7 @@ def _copied_experts(
     # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
     chosen = indices.view(-1)
     up_proj, down_proj = experts.up_proj.index_select(0, chosen), experts.down_proj.index_select(0, chosen)
-    activated = call(experts.act_fn, F.linear(hidden_states, up_proj.flatten(0, 1)))
+    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))
     outputs = torch.bmm(activated.view(up_proj.shape[0], 1, -1), down_proj.transpose(1, 2)).squeeze(1)
     return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
 
@@ -1442,7 +1412,7 @@ def _all_experts(
     """Every expert's output for every token, times its weight, which may be none."""
     up_proj, down_proj = experts.up_proj, experts.down_proj
     shares = weights.new_zeros(len(weights), len(up_proj)).scatter(1, indices, weights)
-    activated = call(experts.act_fn, F.linear(hidden_states, up_proj.flatten(0, 1)))  # (T, E * I)
+    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))  # (T, E * I)
     by_expert = activated.view(len(weights), len(up_proj), -1).transpose(0, 1)
     outputs = torch.bmm(by_expert, down_proj.transpose(1, 2))  # (E, T, H)
     # What an expert that was not chosen makes of a token may be no number.
@@ -1479,20 +1449,12 @@ class TwoTowerExperts(Preparing, NemotronHExperts):
         return (torch.arange(self.num_experts, device=self.up_proj.device),)
 
 
-class TwoTowerMLP(NemotronHMLP):
-    """transformers' own, called for less."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, call(self.act_fn, linear(self.up_proj, hidden_states)))
-
-
 class TwoTowerMoE(NemotronHMoE):
     """transformers' mixture of experts with our router."""
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.gate, self.experts = TwoTowerRouter(config), TwoTowerExperts(config)
-        self.shared_experts = TwoTowerMLP(config, config.moe_shared_expert_intermediate_size)
         # Of what is not projected any more, the factor can be part of the sum.
         self.scale, self.is_latent = 1.0, config.moe_latent_size is not None
         if not self.is_latent:
@@ -1501,20 +1463,20 @@ class TwoTowerMoE(NemotronHMoE):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
-        _, weights, indices = call(self.gate, tokens)
+        _, weights, indices = self.gate(tokens)
         if self.is_latent:
             routed = self.experts(self.fc1_latent_proj(tokens), indices, weights).to(hidden_states.dtype)
             routed = self.fc2_latent_proj(routed)
         else:
-            routed = call(self.experts, tokens, indices, weights)
-        shared, routed = call(self.shared_experts, hidden_states), routed.view_as(hidden_states)
+            routed = self.experts(tokens, indices, weights)
+        shared, routed = self.shared_experts(hidden_states), routed.view_as(hidden_states)
         if routed.dtype == shared.dtype or torch.is_grad_enabled():
             return torch.add(shared, routed, alpha=self.scale).to(shared.dtype)
         return torch.add(shared, routed, alpha=self.scale, out=torch.empty_like(shared))  # rounded in the same kernel
 
 
 STATEFUL_MIXERS = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
-STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": TwoTowerMLP}
+STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": NemotronHMLP}
 
 
 class TwoTowerLayer(GradientCheckpointingLayer):
@@ -1556,17 +1518,16 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         Returns:
             (B, T, H) and what the layer adds to the cache, unless it has been written.
         """
-        norm, mixer = self.norm, self.mixer
         if not modulation:
-            mixer_input = call(norm, hidden_states)
+            mixer_input = self.norm(hidden_states)
         else:
             shift, scale, gate = modulation
             # A stateful layer's input is modulated before its norm, as NVIDIA's code does.
             if self.stateful:
-                mixer_input = call(norm, torch.addcmul(shift, hidden_states, scale))
+                mixer_input = self.norm(torch.addcmul(shift, hidden_states, scale))
             else:
-                mixer_input = torch.addcmul(shift, call(norm, hidden_states), scale)
-        mixed, present = call(mixer, mixer_input, past, layout) if self.stateful else (call(mixer, mixer_input), None)
+                mixer_input = torch.addcmul(shift, self.norm(hidden_states), scale)
+        mixed, present = self.mixer(mixer_input, past, layout) if self.stateful else (self.mixer(mixer_input), None)
         return torch.addcmul(hidden_states, gate, mixed) if modulation else hidden_states + mixed, present
 
 
@@ -1586,15 +1547,15 @@ class TimestepEmbedder(Preparing, nn.Module):
 
     def weights(self) -> list[torch.Tensor | None]:
         """One, which says on what device frequencies are wanted, and in what dtype."""
-        return [self.mlp[0].weight] if is_untouched(self.mlp[0]) else []
+        first = self.mlp[0]
+        return [first._parameters["weight"]] if is_untouched(first) else []
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (self._frequencies(self.mlp[0].weight.device),)
+        return (self._frequencies(next(self.mlp.parameters()).device),)
 
     def _frequencies(self, device: torch.device) -> torch.Tensor:
-        half = torch.arange(
-            self.features // 2, device=device, dtype=torch.promote_types(self.mlp[0].weight.dtype, torch.float32)
-        )
+        wide = torch.promote_types(next(self.mlp.parameters()).dtype, torch.float32)
+        half = torch.arange(self.features // 2, device=device, dtype=wide)
         return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
