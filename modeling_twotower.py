@@ -1430,7 +1430,8 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         Returns:
             (B, T, H) and what the layer adds to the cache, unless it has been written.
         """
-        norm, mixer = self.norm, self.mixer
+        norm: nn.Module = self.norm
+        mixer: Any = self.mixer
         if not modulation:
             mixer_input = call(norm, hidden_states)
         else:
@@ -1481,15 +1482,15 @@ class TimestepEmbedder(Preparing, nn.Module):
 
     def weights(self) -> list[torch.Tensor | None]:
         """One, which says on what device frequencies are wanted, and in what dtype."""
-        return [self.mlp[0].weight] if is_untouched(self.mlp[0]) else []
+        first: Any = self.mlp[0]
+        return [first.weight] if is_untouched(first) else []
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (self._frequencies(self.mlp[0].weight.device),)
+        return (self._frequencies(next(self.mlp.parameters()).device),)
 
     def _frequencies(self, device: torch.device) -> torch.Tensor:
-        half = torch.arange(
-            self.features // 2, device=device, dtype=torch.promote_types(self.mlp[0].weight.dtype, torch.float32)
-        )
+        wide = torch.promote_types(next(self.mlp.parameters()).dtype, torch.float32)
+        half = torch.arange(self.features // 2, device=device, dtype=wide)
         return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:

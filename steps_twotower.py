@@ -44,7 +44,9 @@ class PreparedStep:
     def __init__(self, tower: Any, modules: Sequence[nn.Module], experts: Callable[..., torch.Tensor]):
         self.tower, self.kernels = tower, tower.kernels
         self.flags = vars(tower.config)
-        self.holders = [holder for module in modules for holder in (module._parameters, module._buffers) if holder]
+        self.holders: list[dict[str, Any]] = [
+            holder for module in modules for holder in (module._parameters, module._buffers) if holder
+        ]
         self.weights = list(chain.from_iterable(map(dict.values, self.holders)))
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.layers = [_step_of(layer, experts) for layer in tower.layers]
@@ -186,6 +188,7 @@ class _Mamba(NamedTuple):
     def of(cls, mixer: Any) -> "_Mamba":
         channels, states, conv1d = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size, mixer.conv1d
         taps = conv1d.weight.squeeze(1).t().contiguous()
+        A, dt_bias = mixer.prepared()
         biases = torch.zeros_like(taps)
         if conv1d.bias is not None:
             biases[0] = conv1d.bias
@@ -195,7 +198,8 @@ class _Mamba(NamedTuple):
             ([channels, mixer.conv_dim, mixer.num_heads], [channels, states, states]),
             taps,
             biases,
-            *mixer.prepared(),
+            A,
+            dt_bias,
             mixer.D[:, None],
             None if mixer.time_step_limit == (0.0, math.inf) else mixer.time_step_limit,
             mixer.norm.weight.view(mixer.n_groups, -1),
