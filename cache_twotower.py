@@ -83,8 +83,9 @@ class KeyValueLayer:
     def reserve(self, like: KeyValues, rows: int, columns: int) -> KeyValues:
         """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, by copying."""
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
-        if columns > held_columns:  # by a sixteenth at least, so that appending costs amortised constant time
-            columns = max(columns, held_columns + held_columns // 16, self.expected)
+        if columns > held_columns:  # by a share at least, so that appending costs amortised constant time
+            share = held_columns // (8 if held_columns < LONG else 16)
+            columns = max(columns, held_columns + share, self.expected)
             columns += -columns % COLUMNS
         if rows > held_rows:
             rows = max(rows, 2 * held_rows)
@@ -220,6 +221,8 @@ class StatelessLayer:
 CACHE_LAYERS = {"full_attention": KeyValueLayer, "linear_attention": MambaLayer}
 # Buffers have a multiple of so many columns, so that a program compiled for a size serves many widths.
 COLUMNS = 64
+# Those with as many grow by less: there room that is not used costs more than copies.
+LONG = 2**14
 
 
 # What of a config says which model a cache is of, in the order in which a difference is looked for.

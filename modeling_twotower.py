@@ -90,7 +90,7 @@ from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32
-from .kernels.rms_norm import rms_norm, rms_norm_by_torch
+from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .mirror_twotower import views_on
 from .objective_twotower import (
@@ -1061,7 +1061,7 @@ class ContextTower(TwoTowerBackbone):
         """
         mask = None
         if ends is not None:
-            mask = torch.arange(embedded.shape[1], device=embedded.device) < ends[:, None]
+            mask = torch.arange(embedded.shape[1], device=ends.device) < ends[:, None]
         keep: Literal["state", "update"] = "update" if tentative else "state"
         layout = ChunkLayout(mask, ends, context_lengths=context_lengths, causal=True, keep=keep)
         return self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
@@ -1175,7 +1175,7 @@ class TwoTowerRMSNorm(NemotronHRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         backend = self.kernels["rms_norm"]
         if backend in ALWAYS_TORCH["rms_norm"]:
-            return rms_norm_by_torch(hidden_states, self.weight, self.variance_epsilon)
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, backend)
 
 

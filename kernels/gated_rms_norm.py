@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from .backends import choose
 from .precision import at_least_float32
-from .rms_norm import rms_norm_by_torch
 
 
 def gated_rms_norm(
@@ -35,14 +34,7 @@ def gated_rms_norm(
     kernel = choose("gated_rms_norm", backend, *arguments)
     if kernel is not None:
         return kernel(*arguments)
-    return gated_rms_norm_by_torch(*arguments)
-
-
-def gated_rms_norm_by_torch(
-    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, group_size: int, eps: float
-) -> torch.Tensor:
-    """The same with torch's own operations."""
     # With the gate first, the product lies in memory as it does, and needs no copy to be seen as groups.
     gated = F.silu(at_least_float32(gate)).view(x.shape) * x
-    normed = rms_norm_by_torch(gated.view(-1, len(weight) // group_size, group_size), None, eps)
-    return (weight.view(-1, group_size) * normed.to(gate.dtype)).view(gate.shape)
+    normed = F.rms_norm(gated.view(-1, group_size), (group_size,), eps=eps)
+    return weight * normed.view(gate.shape).to(gate.dtype)
