@@ -168,16 +168,6 @@ class MambaLayer:
 
     state: MambaState | None = None
     shared = False
-    spare: torch.Tensor | None = None  # scan states before those of `state`, whose memory is free to be written to
-
-    def replace(self, state: MambaState) -> None:
-        """Hold other tensors."""
-        free = not self.shared and self.state is not None and self.state.ssm.shape == state.ssm.shape
-        self.spare = self.state.ssm if free and self.state is not None else None
-        self.state, self.shared = state, False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "spare": None}  # no copy writes to what another has
 
     def reserve(self, like: MambaState, rows: int) -> MambaState:
         """States of so many rows at least, zeros where there were none, that can be written to in place."""
@@ -190,7 +180,7 @@ class MambaLayer:
                 new = MambaState(*(part.new_zeros(count, *part.shape[1:]) for part in like))
                 for old, place in zip(held or (), new, strict=False):
                     place[: len(old)] = old
-            self.state, self.shared, self.spare = new, False, None
+            self.state, self.shared = new, False
             return new
         return held
 
@@ -461,20 +451,6 @@ class TwoTowerCache(Cache):
         if isinstance(self.rows, torch.Tensor):
             self.rows = self.rows.to(device)
 
-    def spares(self) -> list[torch.Tensor | None]:
-        """Of each layer, memory to write its next scan states (B, H, P, N) to, where there is some."""
-        spares = [getattr(layer, "spare", None) for layer in self.layers]
-        inference = torch.is_inference_mode_enabled()
-        # What was made in inference mode cannot be written to outside of it.
-        usable = self.whole is None and not torch.is_grad_enabled()
-        rows = len(self.host_lengths or ())
-        return [
-            spare
-            if usable and spare is not None and len(spare) == rows and spare.is_inference() <= inference
-            else None
-            for spare in spares
-        ]
-
     def append(
         self,
         input_ids: torch.Tensor,
@@ -502,7 +478,7 @@ class TwoTowerCache(Cache):
         for idx, state in states.items():
             layer, batch = self.layers[idx], len(state.ssm)
             if self is whole and (layer.state is None or len(layer.state.ssm) <= batch):
-                layer.replace(state)
+                layer.state, layer.shared = state, False
             else:
                 places.append((layer.reserve(state, len(whole.host_lengths or ())), state))
         # Only now, after all that may lack memory.
@@ -669,7 +645,7 @@ class TwoTowerCache(Cache):
                     layer.buffers = held and rows_of(KeyValues(*(part[:, :, :width] for part in held)), place)
         for layer in self.layers:
             if isinstance(layer, MambaLayer):
-                layer.state, layer.shared, layer.spare = layer.state and rows_of(layer.state, place), False, None
+                layer.state, layer.shared = layer.state and rows_of(layer.state, place), False
         if self.mirror is not None:
             self.mirror.select_rows(chosen)
         self._set_lengths(lengths)
@@ -713,7 +689,7 @@ class TwoTowerCache(Cache):
             if isinstance(layer, MambaLayer):
                 each = _with_zeros(parts, counts)
                 layer.state = MambaState(*map(torch.cat, zip(*each, strict=True))) if each else None
-                layer.shared, layer.spare = False, None
+                layer.shared = False
         self.geometry, self.dtype, self.embeddings = signed.geometry, signed.dtype, signed.embeddings
         self.device, self.mirror = signed.device, None
         self._set_lengths([length for each in lengths for length in each])

@@ -89,7 +89,7 @@ from .kernels.backends import ALWAYS_TORCH, check_kernels
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
-from .kernels.precision import at_least_float32
+from .kernels.precision import at_least_float32, may_give_out
 from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .mirror_twotower import views_on
@@ -1357,7 +1357,7 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         if not self.norm_topk_prob:
             return weights.to(dtype)
         total = weights.sum(-1, keepdim=True) + 1e-20
-        if torch.is_grad_enabled():
+        if not may_give_out(weights):
             return (weights / total).to(dtype)
         return torch.div(weights, total, out=torch.empty_like(weights, dtype=dtype))  # rounded in the same kernel
 
@@ -1470,7 +1470,7 @@ class TwoTowerMoE(NemotronHMoE):
         else:
             routed = self.experts(tokens, indices, weights)
         shared, routed = self.shared_experts(hidden_states), routed.view_as(hidden_states)
-        if routed.dtype == shared.dtype or torch.is_grad_enabled():
+        if routed.dtype == shared.dtype or not may_give_out(shared):
             return torch.add(shared, routed, alpha=self.scale).to(shared.dtype)
         return torch.add(shared, routed, alpha=self.scale, out=torch.empty_like(shared))  # rounded in the same kernel
 

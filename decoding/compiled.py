@@ -166,6 +166,10 @@ def compile_arguments(config: CompileConfig | None) -> dict[str, Any]:
     return arguments
 
 
+class NotCompiled(ValueError):
+    """A program that torch could not make; nothing was run."""
+
+
 # Running them.
 
 
@@ -227,20 +231,31 @@ class CompiledPasses:
         counts = [ids.shape[1]] * len(ids) if counts is None else list(counts)
         if tentative:
             return self._read(ids, cache, counts, tentative=True)
-        pieces = []
-        for start in range(0, ids.shape[1], MOST_TOKENS):
+        pieces, starts = [], range(0, ids.shape[1], MOST_TOKENS)
+        # For all pieces at once, so that one program reads them.
+        columns = self._columns(cache, starts[-1] + padded_size(ids.shape[1] - starts[-1]))
+        for start in starts:
             piece = ids[:, start : start + MOST_TOKENS]
             own = [min(max(count - start, 0), piece.shape[1]) for count in counts]
-            pieces.append(self._read(piece, cache, own))
+            pieces.append(self._read(piece, cache, own, columns))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    def _read(self, ids: torch.Tensor, cache: TwoTowerCache, counts: list[int], tentative: bool = False) -> Any:
+    def _read(
+        self,
+        ids: torch.Tensor,
+        cache: TwoTowerCache,
+        counts: list[int],
+        least_columns: int = 0,
+        tentative: bool = False,
+    ) -> Any:
         """A chunk of one program: (R, T) -> (R, T, H)."""
         cache._check()
+        if cache.tokens.buffers is None:
+            cache._go_to(ids.device)
         # 1. A lone token of each row needs no counts; else what is padded must not count.
         (batch, width), lone = ids.shape, not tentative and min(counts) == ids.shape[1] == 1
         rows, tokens = padded_size(batch), 1 if lone else padded_size(width, 2)
-        columns = self._columns(cache, tokens)
+        columns = max(least_columns, self._columns(cache, tokens))
         held, copied = self._held(cache, rows, columns, writes=True)
         inputs = [self._padded(ids, rows, tokens), self._lengths(cache, rows)]
         # 2. Read.
@@ -400,7 +415,7 @@ class CompiledPasses:
             if not isinstance(error, TorchDynamoException):
                 raise
             reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
-            raise ValueError(
+            raise NotCompiled(
                 f"the pass {name} could not be compiled: {reason}. Leave compile out, or choose how to compile by "
                 "compile_config=CompileConfig(...); on a CPU, inductor needs a C++ compiler (g++, or the one that the "
                 'environment variable CXX names), which backend="aot_eager" does not'
@@ -408,7 +423,8 @@ class CompiledPasses:
         self.bar.update()
 
     def close(self) -> None:
-        """Nothing is to be compiled soon."""
+        """Nothing is to be compiled, nor rows to be copied, soon."""
+        self.scratch = {}
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -428,4 +444,4 @@ def _cloned(outputs: Any) -> Any:
     return type(outputs)(map(_cloned, outputs)) if isinstance(outputs, tuple | list) else outputs
 
 
-__all__ = ["CompiledPasses", "check_can_compile", "compile_arguments", "padded_size", "programs_of"]
+__all__ = ["CompiledPasses", "NotCompiled", "check_can_compile", "compile_arguments", "padded_size", "programs_of"]

@@ -16,7 +16,7 @@ import torch
 
 from ..cache_twotower import TwoTowerCache
 from .choosing import Group
-from .compiled import CompiledPasses
+from .compiled import CompiledPasses, NotCompiled
 from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
 from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row, padded
 
@@ -81,12 +81,15 @@ class Engine:
                 with self.guarded(rows):
                     rows[0].request.strategy.open(self, rows)
             took_part = set()
-            if rows := self._denoisers():
-                self._denoiser_pass(rows)
-                took_part.update(rows)
-            if rows := self._readers():
-                self._context_pass(rows)
-                took_part.update(rows)
+            for waiting, run_pass in ((self._denoisers, self._denoiser_pass), (self._readers, self._context_pass)):
+                if rows := waiting():
+                    try:
+                        run_pass(rows)
+                    except NotCompiled:
+                        # Before anything was done; the others go on without.
+                        with self.guarded([row for row in rows if row.request.config.compile]):
+                            raise
+                    took_part.update(rows)
             assert took_part or any(row.phase in (OPEN, ENDED) for row in self.rows), "rows wait for each other"
             self.row_passes += len(took_part)
             self.row_chances += len(self.rows)
@@ -117,10 +120,6 @@ class Engine:
         places: list[Any] = [slice(None)]
         if len(groups) > 1:
             places = [_places(group.rows, rows, self.device) for group in groups]
-        self.passes["denoiser"] += 1
-        for row in rows:
-            # A row that keeps in step with others may have nothing open.
-            row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
         if strategy.part == "predict_next":
             newest = torch.tensor([[row.newest] for row in rows], device=self.device)
             logits = run("predict_next", newest, part)[:, None]
@@ -131,6 +130,10 @@ class Engine:
                 times[at] = group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
             canvases = [groups[0].canvas[0]] if len(groups) == 1 else self._canvases(rows)
             logits = run("denoise", canvases[0], part, times, *canvases[1:])
+        self.passes["denoiser"] += 1
+        for row in rows:
+            # A row that keeps in step with others may have nothing open.
+            row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
         reports = []
         for group, at in zip(groups, places, strict=True):
             with self.guarded(group.rows):
@@ -192,13 +195,13 @@ class Engine:
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)
         tentative = width > 1 and any(row.phase == VERIFY for row in rows)
+        ids = torch.tensor([padded(chunk, width, 0) for chunk in chunks], device=self.device)
+        even = min(counts) == width
+        hidden_states = run("context_tower", ids, part, None if even else counts, tentative)
         self.passes["context"] += 1
         for row in rows:
             row.context_forwards += 1
             row.waited = False
-        ids = torch.tensor([padded(chunk, width, 0) for chunk in chunks], device=self.device)
-        even = min(counts) == width
-        hidden_states = run("context_tower", ids, part, None if even else counts, tentative)
         kept = dict(zip(rows, counts, strict=True))
         reading = [row for row in rows if row.phase == READ]
         for row, count in zip(rows, counts, strict=True):

@@ -14,7 +14,6 @@ Shapes: B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), S c
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -52,8 +51,6 @@ class Columns(NamedTuple):
         causal = self.causal and (tokens > 1 or self.lengths is not None)
         if self.lengths is None and self.mask is None and not causal:
             return None
-        if causal and self.lengths is None and self.mask is None and tokens * total <= JOINED**2:
-            return _causal(tokens, total, query.device)[..., first:end]
         columns, visible = torch.arange(first, end, device=query.device), None
         if self.lengths is not None:
             ends = self.lengths.view(-1, 1, 1, 1)
@@ -68,14 +65,6 @@ class Columns(NamedTuple):
                 mask = mask.repeat_interleave(len(query) // len(mask), dim=0)
             visible = mask if visible is None else visible & mask
         return visible
-
-
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)
-def _causal(tokens: int, total: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, tokens, total) bool of a chunk that is the last of some columns; kept, since all layers of a pass ask."""
-    columns = torch.arange(total, device=device)
-    return columns <= columns[total - tokens :, None].view(1, 1, -1, 1)
 
 
 def block_attention(

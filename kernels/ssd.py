@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .backends import choose
-from .precision import at_least_float32
+from .precision import at_least_float32, may_give_out
 
 
 class ScanOutput(NamedTuple):
@@ -67,7 +67,7 @@ def ssd_scan(
     x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
     if tokens == 1 and not return_chunk_states:
         large = state is not None and state.dtype == x.dtype and state.numel() > TILE and x.device.type == "cpu"
-        if state is not None and large and not torch.is_grad_enabled():
+        if state is not None and large and may_give_out(state):
             y, state = ssd_step_by_tiles(x, dt, A, B, C, state)
         else:
             y, state = ssd_step_reference(x, dt, A, B, C, state)
@@ -161,15 +161,11 @@ def ssd_step_by_tiles(
     B: torch.Tensor,
     C: torch.Tensor,
     state: torch.Tensor,
-    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The same for large float32 states and without gradients, some rows at a time; the new state in `out`, if given:
-    memory that is new to the process costs a CPU several times what is done in it.
-    """
+    """The same for large float32 states and without gradients, some rows at a time."""
     batch, _, heads, head_dim = x.shape
     groups, states = B.shape[2:]
-    out = torch.empty_like(state) if out is None else out
+    out = torch.empty_like(state)
     decay = (dt * A).exp_().view(batch, heads, 1, 1)
     added = (x * dt.unsqueeze(-1)).view(batch, groups, -1, 1)
     B, C = B.view(batch, groups, 1, states), C.reshape(batch, groups, 1, states)

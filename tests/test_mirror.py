@@ -70,6 +70,24 @@ def test_one_card(mode):
         assert torch.equal(model.generate(PROMPTS, mode=mode, **knobs(mode)).cpu(), expected)
 
 
+def test_one_card_whose_cache_compiled_passes_have_read_first(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **arguments: function)
+    plain, again = without_special_tokens(tiny_model("all kinds")), torch.ones(4, 3, dtype=torch.long)
+
+    def second_turn(model, **first):
+        output = model.generate(PROMPTS, return_dict_in_generate=True, **first, **knobs("ar"))
+        ids, mask = torch.cat([output.sequences.cpu(), again + 5], 1), torch.ones_like(output.sequences.cpu())
+        mask[:, : MASK.shape[1]] = MASK
+        mask = torch.cat([mask, again], 1)
+        return model.generate(ids, attention_mask=mask, cache=output.cache, mode="ar", max_new_tokens=4).cpu()
+
+    expected = second_turn(plain, mode="ar")
+    with Cards() as cards:
+        model = without_special_tokens(tiny_model("all kinds"))
+        cards.put_model(model, FIRST)
+        assert torch.equal(second_turn(model, mode="ar", compile=True), expected)
+
+
 @pytest.mark.parametrize(
     ("mode", "option", "count"),
     [(mode, option, count) for mode in MODES for option, count in (("greedy", 2), ("drawn", 3), ("all recorded", 2))]

@@ -19,6 +19,7 @@ from tiny import (
     use_config_step_limit,
 )
 from tolerances import GRADIENTS, assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -829,3 +830,21 @@ def test_quantised_experts_keep_transformers_default():
     config = tiny_config()
     config.quantization_config = {"quant_method": "fp8"}
     assert TwoTowerForBlockDiffusion(config).config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_without_gradients_go_through_vmap(dtype):
+    model, ids = tiny_model("base").to(dtype), random_ids(3, 9)
+    weights = dict(model.named_parameters())
+
+    def logits(row):
+        return torch.func.functional_call(model, weights, (row[None],), {"use_cache": False}).logits[0]
+
+    assert_close(torch.vmap(logits)(ids), model(ids, use_cache=False).logits, slack=100)
+
+
+def test_a_fake_pass_leaves_nothing_behind():
+    model, ids = tiny_model("base"), random_ids(1, 7)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(ids), use_cache=False)
+    assert type(model(ids, use_cache=False).logits) is torch.Tensor

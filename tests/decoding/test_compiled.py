@@ -538,3 +538,28 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(ValueError, match=r"could not be compiled: .*no-such-compiler"):
         model.generate(random_ids(1, 5), mode="ar", max_new_tokens=2, compile=True)
+
+
+def test_what_cannot_be_compiled_ends_who_asked_for_it_and_nobody_else():
+    model, ids = small_model("M*"), random_ids(1, 9)
+    expected = model.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
+    engine = TwoTowerEngine(model, slots=4)
+    eager = engine.add_request(ids, max_new_tokens=8, return_dict_in_generate=True)
+    engine.step()
+    asked = engine.add_request(ids, max_new_tokens=8, compile=True, compile_config=CompileConfig(backend="none such"))
+    while engine.step():
+        pass
+    with pytest.raises(ValueError, match="could not be compiled"):
+        asked.result(0)
+    assert torch.equal(eager.result(0).sequences, expected.sequences)
+    assert torch.equal(eager.result(0).context_forwards, expected.context_forwards)
+
+
+def test_pieces_of_a_long_prompt_are_read_by_one_program(monkeypatch):
+    shapes = Shapes()
+    monkeypatch.setattr(torch, "compile", shapes)
+    monkeypatch.setattr(compiled, "MOST_TOKENS", 128)
+    monkeypatch.setattr(compiled, "LEAST_COLUMNS", 16)
+    model = small_model("M*")
+    model.generate(random_ids(1, 512), mode="ar", max_new_tokens=1, compile=True)
+    assert len(shapes.programs) == 1
