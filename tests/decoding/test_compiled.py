@@ -436,6 +436,7 @@ def test_copies_and_files_of_a_model_have_no_programs(shapes, tmp_path):
 
 
 def test_warm_up_is_shown_and_nothing_where_nothing_is_compiled(shapes, capfd):
+    logging.enable_progress_bar()  # which our command line may have disabled in this process
     model = small_model()
     model.generate(random_ids(1, 5), mode="ar", max_new_tokens=3, compile=True)
     shown = capfd.readouterr().err
