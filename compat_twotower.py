@@ -94,11 +94,6 @@ def accepts_past_key_values(method: Method) -> Method:
     return with_either_name  # type: ignore[return-value]
 
 
-def attention_implementation(config: Any) -> str | None:
-    """`config._attn_implementation`, for every layer of every pass: the attribute is looked up through four layers."""
-    return vars(config)["_attn_implementation_internal"]
-
-
 class CacheOutput(ModelOutput):
     """A result whose field `cache` can also be read, set and looked up as `past_key_values`."""
 
@@ -156,7 +151,6 @@ __all__ = [
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",
-    "attention_implementation",
     "batched_mm_experts_forward",
     "cached_file",
     "can_return_tuple",

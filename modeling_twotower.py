@@ -66,7 +66,6 @@ from .compat_twotower import (
     NemotronHRMSNorm,
     NemotronHTopkRouter,
     accepts_past_key_values,
-    attention_implementation,
     batched_mm_experts_forward,
     can_return_tuple,
     force_accelerate_hooks,
@@ -1300,7 +1299,7 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
         if isinstance(past, KeyValueSlot):
             (past, own), present = past.read_with(KeyValues(key, value)), None
         backend = self.kernels["block_attention"]
-        if backend in ("auto", "torch") and attention_implementation(self.config) == "eager":
+        if backend in ("auto", "torch") and self.config._attn_implementation == "eager":
             backend = "eager"
         attended = block_attention(
             query,
@@ -1336,30 +1335,21 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
         weight, bias = self.prepared()
         logits = F.linear(hidden_states.flatten(0, -2).double(), weight)
-        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        return logits, *self.choose(logits, bias, wide)
-
-    def choose(
-        self, logits: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens, E) float64 router logits, and (E,) -> weights in that dtype, and indices, (tokens, top-k)."""
         scores = logits.sigmoid()
         choice = scores + bias
         if self.num_group != self.topk_group:
             choice = self._without_weak_groups(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, indices)
+        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        if self.norm_topk_prob:
+            total = weights.sum(-1, keepdim=True) + 1e-20
+            if self.routed_scaling_factor == 1 and may_give_out(weights):
+                return logits, torch.div(weights, total, out=torch.empty_like(weights, dtype=dtype)), indices
+            weights = weights / total
         if self.routed_scaling_factor != 1:
-            return self._normed(weights, torch.float64).mul(self.routed_scaling_factor).to(dtype), indices
-        return self._normed(weights, dtype), indices
-
-    def _normed(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if not self.norm_topk_prob:
-            return weights.to(dtype)
-        total = weights.sum(-1, keepdim=True) + 1e-20
-        if not may_give_out(weights):
-            return (weights / total).to(dtype)
-        return torch.div(weights, total, out=torch.empty_like(weights, dtype=dtype))  # rounded in the same kernel
+            weights = weights * self.routed_scaling_factor
+        return logits, weights.to(dtype), indices
 
     def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
