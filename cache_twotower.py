@@ -148,6 +148,11 @@ class KeyValueSlot(NamedTuple):
             buffer.transpose(1, 2)[chosen[:, None], places] = new.transpose(1, 2)
         return buffers
 
+    def write_ids(self, ids: torch.Tensor) -> None:
+        """Write (B, T) token ids, as keys without values; 0 stands for none."""
+        keys = (ids.long() + 1)[:, None, :, None]
+        self.write(KeyValues(keys, keys.narrow(3, 0, 0)))
+
     def read_with(self, chunk: KeyValues) -> tuple[KeyValues, KeyValues | None]:
         """
         Write (B, Hkv, T, D); returns the context (B, Hkv, width, D) and the chunk. Where these are one token or few
@@ -294,7 +299,7 @@ class TwoTowerCache(Cache):
         self.kernels = tower.kernels
         if self.dtype is None:
             embeddings = tower.embeddings.weight
-            facts = dict(zip(("dtype", "embeddings"), _facts(embeddings), strict=True), reader=ref(tower))
+            facts = {"dtype": _computed_in(embeddings), "embeddings": _sample(embeddings), "reader": ref(tower)}
             for cache in (self,) if self.whole is None else (self, self.whole):
                 cache.__dict__.update(facts)
 
@@ -320,7 +325,7 @@ class TwoTowerCache(Cache):
         # Every pass asks, and comparing weights waits for the device.
         if reader is tower:
             return
-        some = _facts(embeddings)[1]
+        some = _sample(embeddings)
         for name, expected in TwoTowerCache(config).geometry.items():
             if (held := self.geometry.get(name)) != expected:
                 raise ValueError(
@@ -331,7 +336,7 @@ class TwoTowerCache(Cache):
         if reader is not None:
             own = dict(tower.named_parameters())
             for name, read in reader.named_parameters():
-                if name in own and _differ(_facts(read)[1], _facts(own[name])[1]):
+                if name in own and _differ(_sample(read), _sample(own[name])):
                     raise ValueError(f"past_key_values is of a model with another {name} than this model's; {remedy}")
         if self.embeddings is not None:
             self.reader = ref(tower)
@@ -413,8 +418,7 @@ class TwoTowerCache(Cache):
         """
         self._check()
         batch, tokens = input_ids.shape
-        if self.tokens.buffers is None:
-            self._go_to(input_ids.device)
+        self.go_to(input_ids.device)
         rows, of, width, starts = self.rows, batch, self.width, None
         if self.host_lengths is None:
             rows = slice(0, batch)
@@ -431,8 +435,7 @@ class TwoTowerCache(Cache):
                     "with more room"
                 )
             width = self.columns - tokens
-        ids = (input_ids.long() + 1).to(self.device).view(batch, 1, tokens, 1)
-        KeyValueSlot(self.tokens, rows, of, width, starts).write(KeyValues(ids, ids.narrow(3, 0, 0)))
+        KeyValueSlot(self.tokens, rows, of, width, starts).write_ids(input_ids.to(self.device))
         slots: list[KeyValueSlot | MambaState | None] = []
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer):
@@ -443,8 +446,10 @@ class TwoTowerCache(Cache):
                 slots.append(None)
         return slots
 
-    def _go_to(self, device: torch.device) -> None:
-        """Before the first read, which says where: rows may have been added, or a part of them taken, before it."""
+    def go_to(self, device: torch.device) -> None:
+        """The first read says where the cache is: rows may have been added, or a part of them taken, before it."""
+        if self.tokens.buffers is not None:
+            return
         for cache in (self,) if self.whole is None else (self, self.whole):
             if cache.device != device:
                 cache.device, cache.uploaded = device, None
@@ -617,12 +622,12 @@ class TwoTowerCache(Cache):
         for layer in (*self.layers, self.tokens):
             if isinstance(layer, KeyValueLayer):
                 for buffer in layer.buffers or ():
-                    _exchange(ref(buffer), first, second)
+                    exchange_rows(buffer, first, second)
                     if self.undoing is not None:
-                        self.undoing.append(partial(_exchange, ref(buffer), first, second))
+                        self.undoing.append(partial(_exchange_back, ref(buffer), first, second))
             elif isinstance(layer, MambaLayer) and layer.state is not None:
                 for part in layer.reserve(layer.state, len(lengths)):
-                    _exchange(ref(part), first, second)
+                    exchange_rows(part, first, second)
         if self.mirror is not None:
             self.mirror.swap_rows(first, second)
         lengths[first], lengths[second] = lengths[second], lengths[first]
@@ -728,12 +733,17 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
     target.copy_(source)
 
 
-def _exchange(tensor: "ref[torch.Tensor]", first: int, second: int) -> None:
-    """Exchange two rows in place, of a tensor that is still there."""
+def exchange_rows(tensor: torch.Tensor, first: int, second: int) -> None:
+    """Exchange two rows in place."""
+    kept = tensor[first].clone()
+    tensor[first] = tensor[second]
+    tensor[second] = kept
+
+
+def _exchange_back(tensor: "ref[torch.Tensor]", first: int, second: int) -> None:
+    """The same of a tensor that may be no more."""
     if (rows := tensor()) is not None:
-        kept = rows[first].clone()
-        rows[first] = rows[second]
-        rows[second] = kept
+        exchange_rows(rows, first, second)
 
 
 def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
@@ -751,22 +761,19 @@ def _differ(some: torch.Tensor | None, others: torch.Tensor | None) -> bool:
 
 
 def _computed_in(weights: torch.Tensor) -> torch.dtype:
+    """The dtype of the keys that a model with such embeddings computes."""
     device = weights.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weights.dtype
 
 
-def _facts(weights: torch.Tensor) -> tuple[torch.dtype, torch.Tensor | None]:
-    """
-    What models are told apart by: the dtype of the keys one with such embeddings computes, and a few of their numbers;
-    None where they are offloaded, sharded or quantised.
-    """
-    device, dtype = weights.device.type, _computed_in(weights)
-    if device == "meta" or type(weights) not in (torch.Tensor, torch.nn.Parameter):
-        return dtype, None
+def _sample(weights: torch.Tensor) -> torch.Tensor | None:
+    """A few numbers that models are told apart by; None where they are offloaded, sharded or quantised."""
+    if weights.device.type == "meta" or type(weights) not in (torch.Tensor, torch.nn.Parameter):
+        return None
     rows = weights.detach()[:: max(1, len(weights) // 16)]
-    return dtype, rows.flatten(1)[:, :8].clone() if rows.ndim > 1 else rows.clone()
+    return rows.flatten(1)[:, :8].clone() if rows.ndim > 1 else rows.clone()
 
 
 __all__ = [
@@ -778,6 +785,7 @@ __all__ = [
     "Past",
     "Present",
     "TwoTowerCache",
+    "exchange_rows",
     "listed",
     "uploaded",
 ]

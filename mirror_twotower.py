@@ -18,7 +18,15 @@ from itertools import chain
 
 import torch
 
-from .cache_twotower import KeyValueLayer, KeyValues, MambaLayer, MambaState, TwoTowerCache
+from .cache_twotower import (
+    KeyValueLayer,
+    KeyValues,
+    MambaLayer,
+    MambaState,
+    TwoTowerCache,
+    exchange_rows,
+    uploaded,
+)
 
 NOTHING = -1  # what is held of a row whose states are not known either
 
@@ -77,9 +85,7 @@ class Mirror:
         self.held[first], self.held[second] = self.held[second], self.held[first]
         for part in self._tensors():
             if max(first, second) < len(part):
-                kept = part[first].clone()
-                part[first] = part[second]
-                part[second] = kept
+                exchange_rows(part, first, second)
             else:  # one of them is newer than what is held, and has no place here yet
                 self.held[first] = self.held[second] = NOTHING
 
@@ -91,9 +97,9 @@ class Mirror:
         with torch.inference_mode(False), torch.no_grad():
             for layer in self.layers.values():
                 if isinstance(layer, KeyValueLayer) and layer.buffers is not None:
-                    layer.buffers = KeyValues(*(part[_on(chosen, part.device)] for part in layer.buffers))
+                    layer.buffers = KeyValues(*(part[uploaded(chosen, part.device)] for part in layer.buffers))
                 elif isinstance(layer, MambaLayer) and layer.state is not None:
-                    layer.state = MambaState(*(part[_on(chosen, part.device)] for part in layer.state))
+                    layer.state = MambaState(*(part[uploaded(chosen, part.device)] for part in layer.state))
 
     def _tensors(self) -> list[torch.Tensor]:
         held = (layer.buffers if isinstance(layer, KeyValueLayer) else layer.state for layer in self.layers.values())
@@ -121,14 +127,14 @@ class _News:
     def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Rows (R,), and of every new token (N,) its row and its column."""
         if device not in self.uploaded:
-            self.uploaded[device] = tuple(_on(each, device) for each in (self.rows, *self.tokens))
+            self.uploaded[device] = tuple(uploaded(each, device) for each in (self.rows, *self.tokens))
         return self.uploaded[device]
 
     def fetch_tokens(self, source: KeyValues, target: KeyValues, fresh: Sequence[int]) -> None:
         for theirs, ours in zip(source, target, strict=True):
             if fresh:
                 # What a masked column holds of a row that has left has no weight, but NaN times nothing is NaN.
-                ours[_on(fresh, ours.device)] = 0
+                ours[uploaded(fresh, ours.device)] = 0
             _, rows, columns = self.on(theirs.device)
             moved = theirs.transpose(1, 2)[rows, columns].to(ours.device)  # (N, Hkv, D)
             _, rows, columns = self.on(ours.device)
@@ -172,10 +178,6 @@ def _home(layer: object) -> torch.device | None:
         layer.buffers if isinstance(layer, KeyValueLayer) else layer.state if isinstance(layer, MambaLayer) else None
     )
     return None if held is None else held[0].device
-
-
-def _on(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
 __all__ = ["Mirror", "views_on"]

@@ -52,7 +52,7 @@ from .checkpoints.placement import (
     memory_for_towers,
     towers_device_map,
 )
-from .checkpoints.selection import only_tensors_of
+from .checkpoints.selection import only_tensors_of, where_of
 from .compat_twotower import (
     CacheOutput,
     ExpertsInterface,
@@ -235,19 +235,13 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
 TrainedTowers = Literal["denoiser", "context", "both"]
 
 
-def check_trained_towers(towers: str) -> None:
-    """Raise a ValueError for a name that is not one of [`TrainedTowers`]."""
-    if towers not in get_args(TrainedTowers):
-        raise ValueError(f"trained_towers is {towers!r}; use one of {', '.join(get_args(TrainedTowers))}")
-
-
 LoadedTowers = Literal["both", "context"]
 
 
-def check_loaded_towers(towers: str) -> None:
-    """Raise a ValueError for a name that is not one of [`LoadedTowers`]."""
-    if towers not in get_args(LoadedTowers):
-        raise ValueError(f"towers is {towers!r}; use one of {', '.join(get_args(LoadedTowers))}")
+def check_towers(name: str, towers: str, choices: Any) -> None:
+    """Raise a ValueError for towers that are not one of the `choices`, [`TrainedTowers`] or [`LoadedTowers`]."""
+    if towers not in get_args(choices):
+        raise ValueError(f"{name} is {towers!r}; use one of {', '.join(get_args(choices))}")
 
 
 TWOTOWER_PARTS = (
@@ -285,7 +279,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
 
     def __init__(self, config: TwoTowerConfig, towers: LoadedTowers = "both"):
         super().__init__(config)
-        check_loaded_towers(towers)
+        check_towers("towers", towers, LoadedTowers)
         self.has_denoiser = towers == "both"
         self.context_tower = ContextTower(config)
         self.context_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -371,10 +365,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
                 missing or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
         """
         trained_towers = kwargs.pop("trained_towers", "denoiser")
-        check_trained_towers(trained_towers)
+        check_towers("trained_towers", trained_towers, TrainedTowers)
         kernels = check_kernels(kwargs.pop("kernels", "auto"))
         towers = kwargs.pop("towers", "both")
-        check_loaded_towers(towers)
+        check_towers("towers", towers, LoadedTowers)
         renamed = bool(kwargs.get("key_mapping"))
         parts = CONTEXT_PARTS if towers == "context" else TWOTOWER_PARTS
         names = check_safetensors(pretrained_model_name_or_path, kwargs, () if renamed else parts)
@@ -408,9 +402,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         """`device_map="towers"` of a checkpoint that `from_pretrained(path, **kwargs)` is to load."""
         config, max_memory = kwargs.get("config"), kwargs.get("max_memory")
         if not isinstance(config, TwoTowerConfig):
-            hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            given = {name: kwargs[name] for name in hub if name in kwargs}
-            config = TwoTowerConfig.from_pretrained(path if config is None else config, **given)
+            config = TwoTowerConfig.from_pretrained(path if config is None else config, **where_of(kwargs))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         dtype = config.dtype if dtype == "auto" or isinstance(dtype, dict) else dtype
         # How many bytes quantised weights will have, only their quantiser knows.
@@ -515,7 +507,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             kwargs: `block_size`, `mask_token_id` and what else [`TwoTowerConfig`] adds to the backbone's config; with
                 a path also arguments of `from_pretrained`, such as `dtype`.
         """
-        check_trained_towers(trained_towers)
+        check_towers("trained_towers", trained_towers, TrainedTowers)
         added = {name: kwargs.pop(name) for name in TwoTowerConfig.__annotations__ if name in kwargs}
         given = isinstance(path_or_model, PreTrainedModel)
         backbone = load_backbone(path_or_model, **kwargs)
@@ -899,7 +891,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             towers: "denoiser", its head and the time conditioning, for the loss with `labels`; "context", the context
                 tower and its head, for a next-token loss on `logits`; "both", for a loss that sums the two.
         """
-        check_trained_towers(towers)
+        check_towers("trained_towers", towers, TrainedTowers)
         for name, parameter in self.named_parameters():
             trained = towers in ("both", "context" if name.startswith("context_") else "denoiser")
             # Quantised weights are integers, and can have no gradient.

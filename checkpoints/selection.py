@@ -19,6 +19,7 @@ from ..compat_twotower import (
 )
 from .loading import is_of
 
+# Arguments of `from_pretrained` that say where a checkpoint's files are.
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -40,7 +41,7 @@ def only_tensors_of(
     Returns:
         Path and arguments for `from_pretrained`.
     """
-    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    where = where_of(kwargs)
     index_name = add_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant"))
     index_file = None if renamed or path is None else _found(path, index_name, where)
     content = {} if index_file is None else json.loads(Path(index_file).read_text(encoding="utf-8"))
@@ -62,6 +63,11 @@ def only_tensors_of(
         yield folder, {name: value for name, value in kwargs.items() if name not in WHERE}
 
 
+def where_of(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where files are."""
+    return {name: kwargs[name] for name in WHERE if name in kwargs}
+
+
 def _found(path: str | os.PathLike, name: str, where: dict[str, Any]) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
 
@@ -72,4 +78,4 @@ def _file(path: str | os.PathLike, name: str, where: dict[str, Any]) -> Path:
     return Path(os.path.abspath(file))
 
 
-__all__ = ["only_tensors_of"]
+__all__ = ["only_tensors_of", "where_of"]

@@ -19,6 +19,7 @@ from transformers import CompileConfig
 
 from ..cache_twotower import KeyValueLayer, KeyValues, KeyValueSlot, MambaLayer, MambaState, TwoTowerCache, uploaded
 from ..compat_twotower import tqdm
+from .kept import Kept
 
 # Longer chunks are read in pieces of so many tokens: the program of a scan grows with its length.
 MOST_TOKENS = 512
@@ -100,16 +101,10 @@ def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
 # What a model keeps.
 
 
-class Programs(dict[Any, Callable[..., Any]]):
-    """A model's programs, by what they were compiled for; a copy of the model, also by pickle, gets none."""
+class Programs(Kept):
+    """A model's programs, by what they were compiled for."""
 
     model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Programs, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
-        return Programs()
 
 
 def programs_of(model: Any) -> Programs:
@@ -250,8 +245,7 @@ class CompiledPasses:
     ) -> Any:
         """A chunk of one program: (R, T) -> (R, T, H)."""
         cache._check()
-        if cache.tokens.buffers is None:
-            cache._go_to(ids.device)
+        cache.go_to(ids.device)
         # 1. A lone token of each row needs no counts; else what is padded must not count.
         (batch, width), lone = ids.shape, not tentative and min(counts) == ids.shape[1] == 1
         rows, tokens = padded_size(batch), 1 if lone else padded_size(width, 2)
@@ -352,11 +346,9 @@ class CompiledPasses:
 
     def _write_ids(self, ids: torch.Tensor, cache: TwoTowerCache) -> None:
         whole = cache if cache.whole is None else cache.whole
-        kept = (ids.long() + 1)[:, None, :, None].to(cache.device)
-        slot = KeyValueSlot(
-            whole.tokens, cache.rows, whole.batch_size, cache.width, cache.lengths if cache.ragged else None
-        )
-        slot.update(KeyValues(kept, kept[..., :0]))
+        starts = cache.lengths if cache.ragged else None
+        slot = KeyValueSlot(whole.tokens, cache.rows, whole.batch_size, cache.width, starts)
+        slot.write_ids(ids.to(cache.device))
 
     def _fit(self, whole: TwoTowerCache, rows: int, columns: int | None) -> None:
         """Room for so many rows, and just so many columns; zeros where nothing has been read."""

@@ -23,6 +23,7 @@ import torch
 from huggingface_hub import constants
 
 from ..cache_twotower import TwoTowerCache
+from .kept import Kept
 
 Pass = Literal["denoise", "verify", "step"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
@@ -193,7 +194,7 @@ def costs_of(
     if chosen is not None:
         _check_chosen(chosen, lengths)
         return chosen
-    kept: _Kept = vars(model).setdefault("_kept_pass_costs", _Kept())
+    kept: dict[str, PassCosts] = vars(model).setdefault("_kept_pass_costs", Kept())
     description = _description(model)
     key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
     costs = kept.get(key)
@@ -217,16 +218,6 @@ def costs_of(
 def pass_costs_file() -> Path:
     """Where costs are kept for other processes."""
     return Path(constants.HF_HOME) / "twotower" / "pass_costs.json"
-
-
-class _Kept(dict[str, PassCosts]):
-    """Costs by what they depend on; a copy of the model, also by pickle, gets an empty one: it may run elsewhere."""
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Kept, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
-        return _Kept()
 
 
 # Checks and lookups.

@@ -3,12 +3,10 @@
 import subprocess
 import sys
 
-import pytest
 from fake_hub import hub_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training.runs import lines, make_inputs, recipe
+from training.runs import interrupted_after_step, lines, make_inputs, recipe
 
-from twotower.training import run as running
 from twotower.training.run import train
 
 UPLOAD = """
@@ -33,20 +31,10 @@ def test_a_finished_model_is_uploaded_with_its_code(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_curves_in_tensorboard_are_those_of_the_log_also_of_a_run_that_was_resumed(tmp_path, monkeypatch):
+def test_curves_in_tensorboard_are_those_of_the_log_also_of_a_run_that_was_resumed(tmp_path):
     inputs = make_inputs(tmp_path / "inputs")
     again = recipe(inputs, tmp_path / "run", save__every=2, log__tensorboard=True)
-    taken = running.Run._take_step
-
-    def fails_at_the_last_step(self):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return taken(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(running.Run, "_take_step", fails_at_the_last_step)
-        with pytest.raises(KeyboardInterrupt):
-            train(again)
+    interrupted_after_step(3, again)
     train(again)  # from step 2 on, so that step 3 is logged twice
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     logged = lines(tmp_path / "run" / "log.jsonl")

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from tiny import student_model
 
@@ -139,7 +141,7 @@ def killed_at_every_change(inputs: Path, place: Path) -> list[bool]:
     """Kill a run before every other change of its folder while it stores its second checkpoint: is all the same?"""
     asked = {**GENERATED, "save__keep": 1, "steps": 2}
     assert in_process(lambda: running.train(recipe(inputs, place / "whole-2", **asked)))
-    assert in_process(lambda: stopped_after_step(1, recipe(inputs, place / "begun", **asked)))
+    assert in_process(lambda: stopped_after_step(1, recipe(inputs, place / "begun", **asked), lambda: os._exit(0)))
     expected, equal, ended = left_behind(place / "whole-2"), [], False
     while not ended:
         folder = place / f"changes-{len(equal)}"
@@ -151,16 +153,27 @@ def killed_at_every_change(inputs: Path, place: Path) -> list[bool]:
     return equal
 
 
-def stopped_after_step(step: int, asked: Recipe) -> None:
+def stopped_after_step(step: int, asked: Recipe, stop: Callable[[], Any]) -> None:
+    """Train up to a step and call `stop`, which does not return."""
     real = running.Run._take_step
 
     def take(run: running.Run) -> Any:
         if run.step == step:
-            os._exit(0)
+            stop()
         return real(run)
 
-    running.Run._take_step = take
-    running.train(asked)
+    with mock.patch.object(running.Run, "_take_step", take):
+        running.train(asked)
+
+
+def interrupted_after_step(step: int, asked: Recipe) -> None:
+    """As by Ctrl-C."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_after_step(step, asked, stop)
 
 
 def killed_before_change(number: int, asked: Recipe) -> None:

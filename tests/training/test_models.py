@@ -5,14 +5,13 @@ from itertools import islice
 import pytest
 import torch
 from tiny import tiny_model
-from training.runs import left_behind, lines, make_inputs, recipe
+from training.runs import interrupted_after_step, left_behind, lines, make_inputs, recipe
 from transformers import AutoTokenizer
 
 from twotower.demo.evaluation import context_tower_in_transformers
 from twotower.demo.problems import training_problems
 from twotower.demo.tokenizer import train_tokenizer
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-from twotower.training import run as running
 from twotower.training.models import build_model
 from twotower.training.recipe import ModelRecipe
 from twotower.training.run import train
@@ -66,22 +65,12 @@ LORA = {
 
 
 @pytest.mark.parametrize("case", LORA)
-def test_an_adapter_is_trained_resumed_and_merged(case, inputs, tmp_path, monkeypatch):
+def test_an_adapter_is_trained_resumed_and_merged(case, inputs, tmp_path):
     """With dropout, whose draws a resumed run repeats; the context tower's text stays what it was."""
     lora, kinds = LORA[case]
     asked = {"model__lora": lora, "optimizer__lr": 0.1}
     train(recipe(inputs, tmp_path / "whole", **asked))
-    real = running.Run._take_step
-
-    def take(run):
-        if run.step == 2:
-            raise KeyboardInterrupt
-        return real(run)
-
-    monkeypatch.setattr(running.Run, "_take_step", take)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe(inputs, tmp_path / "parts", **asked))
-    monkeypatch.undo()
+    interrupted_after_step(2, recipe(inputs, tmp_path / "parts", **asked))
     train(recipe(inputs, tmp_path / "parts", **asked))
     whole, parts = left_behind(tmp_path / "whole"), left_behind(tmp_path / "parts")
     # Of the adapter's config peft writes sets, in any order.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tolerances import GRADIENTS, assert_close
-from training.runs import left_behind, lines, make_inputs, recipe
+from training.runs import interrupted_after_step, left_behind, lines, make_inputs, recipe
 from transformers import AutoTokenizer
 
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
@@ -89,20 +89,10 @@ def test_killed_at_ten_random_moments_and_at_every_change_of_its_folder_it_ends_
     ],
     ids=["muon", "context tower", "accumulation", "objective", "generated"],
 )
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(changes, inputs, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(changes, inputs, tmp_path):
     """In the middle of the second epoch's pool."""
     train(recipe(inputs, tmp_path / "whole", steps=9, **changes))
-    real = running.Run._take_step
-
-    def take(run):
-        if run.step == 7:
-            raise KeyboardInterrupt
-        return real(run)
-
-    monkeypatch.setattr(running.Run, "_take_step", take)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe(inputs, tmp_path / "parts", steps=9, **changes))
-    monkeypatch.undo()
+    interrupted_after_step(7, recipe(inputs, tmp_path / "parts", steps=9, **changes))
     train(recipe(inputs, tmp_path / "parts", steps=9, **changes))
     whole, parts = left_behind(tmp_path / "whole"), left_behind(tmp_path / "parts")
     for name, content in whole.items():
