@@ -1,6 +1,8 @@
 """A small byte-level BPE tokenizer for the word problems: every digit is a token, and so is the space before it."""
 
+import sys
 from collections.abc import Iterable
+from itertools import islice
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -85,3 +87,14 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def main() -> None:
+    """The second edition's tokenizer, into a folder."""
+    from .tasks import training_tasks
+
+    train_tokenizer(islice(training_tasks(0), 20_000), 1024).save_pretrained(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What the demonstration checkpoint is trained on and asked: word problems and short Python functions, side by side.
+
+Task number i of a seed is drawn from seed and number alone, so that a resumed run goes on anywhere at once.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+Skill = Literal["words", "code"]
+SKILLS: tuple[Skill, ...] = ("words", "code")
+# Chance of a word problem, in training.
+WORDS_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One question with its reference answer.
+
+    Args:
+        skill: "words" or "code".
+        question: of the user's turn.
+        answer: of the assistant's; of a word problem it ends in `#### result`.
+        composition: of which kinds of steps it is put together.
+        numbers: given ones that are needed, of a word problem.
+        result: of a word problem.
+        checks: of code, expressions and the `repr` of what each must give.
+        built_in: a word problem written by one of the fifteen fixed templates.
+    """
+
+    skill: Skill
+    question: str
+    answer: str
+    composition: tuple[str, ...]
+    numbers: tuple[int, ...] = ()
+    result: int | None = None
+    checks: tuple[tuple[str, str], ...] = ()
+    built_in: bool = False
+
+    @property
+    def prompt(self) -> str:
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def text(self) -> str:
+        return f"{self.prompt} {self.answer}"
+
+
+def training_tasks(seed: int, first: int = 0) -> Iterator[Task]:
+    """Tasks without end, from number `first` on, nothing held out among them."""
+    for number in count(first):
+        rng = random.Random(f"{seed} {number}")
+        yield task(rng, "words" if rng.random() < WORDS_SHARE else "code", held_out=False)
+
+
+def held_out_tasks(skill: Skill, count: int, seed: int) -> list[Task]:
+    """`count` tasks of a skill with distinct questions, each of them held out."""
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    rng = random.Random(f"held out {skill} {seed}")
+    tasks: dict[str, Task] = {}
+    while len(tasks) < count:
+        drawn = task(rng, skill, held_out=True)
+        tasks.setdefault(drawn.question, drawn)
+    return list(tasks.values())
+
+
+def task(rng: random.Random, skill: Skill, held_out: bool) -> Task:
+    from .functions import function_task
+    from .word_problems import word_problem
+
+    return word_problem(rng, held_out) if skill == "words" else function_task(rng, held_out)
