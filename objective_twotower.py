@@ -44,8 +44,8 @@ class DiffusionObjective:
             conditional likelihood of the text, or the denoiser's "own", right or wrong, as in generating (scheduled
             sampling, Bengio et al. 2015, arXiv 1506.03099).
         confidence_threshold: in (0, 1], above which such a pass commits.
-        full_masks: share of all other blocks, in [0, 1], that are masked whole: as decoding begins each of them, and as
-            it stays for drafts of one pass, while random masks seldom come close to it.
+        full_masks: share of all other blocks, in [0, 1], that are masked whole: as decoding begins each of them, and
+            as it stays for drafts of one pass, while random masks seldom come close to it.
 
     Raises:
         ValueError: for a value outside its range.
@@ -150,8 +150,9 @@ def expected_weight(
     """
     What the weights of masked positions are expected to sum to, of `items` trainable ones, `corruptions` times each.
 
-    Each is masked with probability (0.001 + 1) / 2, in a share `full` of the blocks for certain. Under "inverse_timestep" the masked share t of a block's tokens
-    weighs 1 / t a piece: as much as the block has tokens, one for each of them.
+    Each is masked with probability (0.001 + 1) / 2, in a share `full` of the blocks for certain. Under
+    "inverse_timestep" the masked share t of a block's tokens weighs 1 / t a piece: as much as the block has tokens,
+    one for each of them.
     """
     share = full + (1 - full) * (MIN_TIMESTEP + 1) / 2 if weighting == "mean" else 1.0
     # A Trainer on several devices of one process repeats the number for each.

@@ -1,8 +1,8 @@
 """Whether a written function passes its checks, found out in a process of its own that can do little harm.
 
 It has a second of CPU, 256 MB, no file to write and none to read by name, no module to import, and builtins that only
-compute; it is a group of processes of its own, killed as a whole when its time is over. That stops accidents of a small
-model, and is no sandbox for an adversary.
+compute; it is a group of processes of its own, killed as a whole when its time is over. That stops accidents of a
+small model, and is no sandbox for an adversary.
 """
 
 import json
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 
 SECONDS = 5.0  # of the clock; of CPU it has one
 MEMORY = 256 * 1024**2
@@ -79,8 +80,6 @@ def _limit() -> None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it has ended by itself
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it has ended by itself
     process.wait()

@@ -1,4 +1,4 @@
-'''Short Python functions from a docstring with an example, put together from kinds of parts.
+"""Short Python functions from a docstring with an example, put together from kinds of parts.
 
 A function goes through a source (numbers of a list, numbers up to n, digits of n, characters or words of a string),
 keeps some, changes each and gathers the rest; or it chooses between two expressions of n. Each part has parameters and
@@ -6,7 +6,7 @@ may be told in several ways; names of functions and arguments are drawn.
 
 Held out is one in 6 combinations of kinds with at least two parts that do something, whatever their parameters: a
 training function has none of them, and one that is asked in evaluation does.
-'''
+"""
 
 import random
 import re
@@ -15,27 +15,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .tasks import Task
+from .tasks import Task, listed
 
 HELD_OUT_ONE_IN = 6
 CHECKS = 5
 
-VERBS = (
+VERBS = listed(
     "get find make take pick build check read scan give show keep work run solve count collect gather list choose"
-).split()
-NOUNS = (
+)
+NOUNS = listed(
     "numbers values result items data total part answer words text letters list score price level stock report sample "
     "group order input output rows marks points signal record batch table chart"
-).split()
+)
 ARGUMENTS = {
-    "list": "numbers values items nums data scores prices marks points xs".split(),
-    "string": "text s line word string name title phrase sentence label".split(),
-    "number": "n number value limit size count k amount".split(),
+    "list": listed("numbers values items nums data scores prices marks points xs"),
+    "string": listed("text s line word string name title phrase sentence label"),
+    "number": listed("n number value limit size count k amount"),
 }
-WORDS = (
+WORDS = listed(
     "apple book stamp shell card pencil coin bead button cookie egg ticket stone flower toy lemon Tree House blue red "
     "green sun moon star river Cat dog Bird fish table Lamp open close run walk sing old new tiny Large quick slow"
-).split()
+)
 LETTERS = "abcdefghilmnoprstu"
 
 
@@ -148,7 +148,19 @@ GATHERS = {
     "spaced": ("a string, joined by spaces, of", '" ".join({all})'),
     "first": ("the first {d} of", "[{all}][:{d}]"),
 }
-OF_NUMBERS = ("sum", "product", "number", "list", "sorted", "descending", "backwards", "largest", "smallest", "distinct", "first")
+OF_NUMBERS = (
+    "sum",
+    "product",
+    "number",
+    "list",
+    "sorted",
+    "descending",
+    "backwards",
+    "largest",
+    "smallest",
+    "distinct",
+    "first",
+)
 OF_TEXT = ("number", "list", "sorted", "joined", "dashed", "backwards", "distinct", "first")
 OF_WORDS = ("number", "list", "sorted", "joined", "dashed", "spaced", "backwards", "distinct", "first")
 
@@ -257,7 +269,7 @@ def function_task(rng: random.Random, held_out: bool) -> Task:
 def _combination(rng: random.Random) -> tuple[str, ...]:
     kind = rng.choices(KINDS, KIND_WEIGHTS)[0]
     if kind == CHOICE:
-        first, second = rng.sample([name for name in NUMBER_MAPS], 2)
+        first, second = rng.sample(list(NUMBER_MAPS), 2)
         return (kind, rng.choice([name for name in NUMBER_FILTERS if name != "all"]), first, second)
     source = SOURCES[kind]
     kept = rng.choice(list(source.filters)) if rng.random() < 0.85 else "all"
@@ -271,7 +283,8 @@ def _gathering(rng: random.Random, combination: tuple[str, ...]) -> Function:
     source = SOURCES[kind]
     argument = rng.choice(ARGUMENTS[source.argument])
     which, each = (
-        _filled(rng, part, rng.choice((0, 1)), d=rng.randint(2, 9)) for part in (source.filters[kept], source.maps[changed])
+        _filled(rng, part, rng.choice((0, 1)), d=rng.randint(2, 9))
+        for part in (source.filters[kept], source.maps[changed])
     )
     beginning, expression = GATHERS[gathered]
     d = rng.randint(1, 4)

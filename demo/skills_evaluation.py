@@ -1,12 +1,13 @@
-"""Figures of a checkpoint on held-out tasks of both skills: what is right, what is kept of "ar", and for how many passes.
+"""Figures of a checkpoint on held-out tasks of both skills: what is right, what is kept of "ar", for how many passes.
 
-A word problem is right if its final result is; a function is right if it passes its tests. `whole` is the share of answers
-that are the reference, letter for letter.
+A word problem is right if its final result is; a function is right if it passes its tests. `whole` is the share of
+answers that are the reference, letter for letter.
 
     python -m twotower.demo.skills_evaluation FOLDER [TASKS] [MODE ...]    on the validation seed
 """
 
 import json
+import random
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -77,6 +78,37 @@ def evaluate_skill(
     ]
 
 
+def infilled(
+    model: TwoTowerForBlockDiffusion, tokenizer: Any, count: int, seed: int = VALIDATION_SEED
+) -> dict[str, Any]:
+    """
+    Functions with a span of 3 to 8 tokens left out of a block, of which the rest is given: how many pass their tests
+    when the denoiser fills it, which sees both sides, and when "ar" does, which sees the left one.
+    """
+    rng, size = random.Random(seed), model.config.block_size
+    tasks = held_out_tasks("code", count, seed)
+    passed: dict[str, list[bool]] = {"mask_diffusion": [], "ar": []}
+    for task in tasks:
+        prompt = tokenizer(task.prompt).input_ids
+        ids = tokenizer(" " + task.answer, add_special_tokens=False).input_ids
+        start = rng.randint(0, max(0, len(ids) - size))
+        block = ids[start : start + size]
+        length = rng.randint(3, min(8, len(block) - 2))
+        first = rng.randint(1, len(block) - length - 1)
+        masked = [*block[:first], *[model.config.mask_token_id] * length, *block[first + length :]]
+        before, behind = prompt + ids[:start], ids[start + first + length :]
+        for mode, read, wanted in (
+            ("mask_diffusion", before, {"starting_block": torch.tensor([masked]), "max_new_tokens": len(block)}),
+            ("ar", before + block[:first], {"max_new_tokens": length}),
+        ):
+            inputs = torch.tensor([read], device=model.device)
+            output = model.generate(inputs, mode=mode, do_sample=False, **wanted)[0].tolist()
+            new = output[len(read) :] if mode == "ar" else output[len(read) + first : len(read) + first + length]
+            text = tokenizer.decode([*ids[: start + first], *new, *behind], skip_special_tokens=True)
+            passed[mode].append(is_right(task, text))
+    return {mode: accuracy_figures(each, passed["ar"]) for mode, each in passed.items()}
+
+
 def line_of(row: dict[str, Any]) -> str:
     return (
         f"{row['skill']:5} {row['name']:22} right {percent(row['accuracy'], row['accuracy_stderr'])}, whole "
@@ -95,7 +127,10 @@ def main(folder: str, count: str = "200", *modes: str) -> None:
     for skill in SKILLS:
         rows += evaluate_skill(model, tokenizer, skill, int(count), modes=modes or tuple(MODES))
         print(*map(line_of, rows[-len(modes or MODES) :]), sep="\n", flush=True)
-    print(json.dumps({"folder": folder, "rows": rows}))
+    filled = infilled(model, tokenizer, int(count))
+    for name, row in filled.items():
+        print(f"infilling, {name}: {percent(row['accuracy'], row['accuracy_stderr'])} pass")
+    print(json.dumps({"folder": folder, "rows": rows, "infilling": filled}))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ class Task:
         return f"{self.prompt} {self.answer}"
 
 
+def listed(words: str) -> list[str]:
+    return words.split()
+
+
 def training_tasks(seed: int, first: int = 0) -> Iterator[Task]:
     """Tasks without end, from number `first` on, nothing held out among them."""
     for number in count(first):

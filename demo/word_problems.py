@@ -1,4 +1,4 @@
-"""Grade-school word problems with worked answers: fifteen fixed templates, and chains put together from kinds of steps.
+"""Grade-school word problems with worked answers: fifteen fixed templates, and chains put together of kinds of steps.
 
 A chain has a beginning, steps that change what somebody has, and a question. How a step is told decides how its line
 of the answer begins, so that every question has one answer. Some questions tell a number that is not needed.
@@ -13,37 +13,39 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .problems import HIGHEST, LOWEST, TEMPLATES, Template, _draw, _line, _solve
-from .tasks import Task
+from .tasks import Task, listed
 
-SHE = (
-    "Ada Agnes Aisha Alice Alma Amelia Amina Amy Ana Anita Anna Anya April Asha Astrid Aurora Ava Bella Beth Bianca "
-    "Birgit Bonnie Carla Carmen Carol Cecilia Celia Chloe Clara Cora Daisy Dana Daria Diana Dina Dora Edith Elena Elin "
-    "Elisa Ella Elsa Emily Emma Erika Esther Eva Eve Fatima Faye Fiona Flora Frida Gail Gina Gloria Grace Greta Hana "
-    "Hanna Hazel Heidi Helen Hilda Holly Ida Ines Inga Irene Iris Isabel Ivy Jane Jasmin Jenny Jill Joan Johanna Joy "
-    "Judy Julia June Karin Kate Keiko Kim Lara Laura Layla Lea Leila Lena Lily Lina Linda Lisa Lola Lotte Lucy Luna "
-    "Lydia Mae Maja Mara Maria Marta Mary Maya Megan Mei Mia Mila Mina Mira Molly Mona Nadia Nancy Naomi Nell Nina Nora "
-    "Olga Olivia Paula Pia Rita Rosa Ruby Ruth Sally Sara Selma Sofia Stella Susan Tara Tess Tina Uma Vera Wanda Yuki Zoe"
-).split()
-HE = (
-    "Aaron Abel Adam Ahmed Alan Albert Alex Ali Amir Anders Andre Anton Arne Arthur Axel Ben Bill Bjorn Bob Boris Brian "
-    "Bruno Carl Carlos Chen Chris Clark Colin Cyril Dan Daniel David Dennis Dirk Edgar Eli Elias Emil Eric Ernst Ethan "
-    "Evan Felix Finn Frank Franz Fred Gabriel Gary George Gino Glen Greg Gustav Hal Hans Harry Hassan Henry Hiro Hugo "
-    "Ian Igor Ilya Isaac Ivan Jack Jacob Jakob Jan Jens Jim Joel John Jonas Jorge Jose Juan Jude Jules Karl Keith Ken "
-    "Kevin Kofi Kurt Lars Leo Levi Liam Louis Lucas Luis Luke Marco Mario Mark Martin Max Milo Mohan Nathan Neil Nick "
-    "Nils Noah Olaf Oleg Oliver Omar Oscar Otto Pablo Paul Pedro Peter Phil Pierre Rafael Raj Ralph Ravi Ray Robert "
-    "Roger Roman Rudi Sam Samir Scott Sean Simon Stan Steve Sven Tariq Theo Thomas Tim Toby Tom Tony Victor Walter Will Yusuf"
-).split()
-ITEMS = (
+SHE = listed(
+    "Ada Agnes Aisha Alice Alma Amelia Amina Amy Ana Anita Anna Anya April Asha Astrid Aurora Ava Bella Beth "
+    "Bianca Birgit Bonnie Carla Carmen Carol Cecilia Celia Chloe Clara Cora Daisy Dana Daria Diana Dina Dora "
+    "Edith Elena Elin Elisa Ella Elsa Emily Emma Erika Esther Eva Eve Fatima Faye Fiona Flora Frida Gail Gina "
+    "Gloria Grace Greta Hana Hanna Hazel Heidi Helen Hilda Holly Ida Ines Inga Irene Iris Isabel Ivy Jane Jasmin "
+    "Jenny Jill Joan Johanna Joy Judy Julia June Karin Kate Keiko Kim Lara Laura Layla Lea Leila Lena Lily Lina "
+    "Linda Lisa Lola Lotte Lucy Luna Lydia Mae Maja Mara Maria Marta Mary Maya Megan Mei Mia Mila Mina Mira Molly "
+    "Mona Nadia Nancy Naomi Nell Nina Nora Olga Olivia Paula Pia Rita Rosa Ruby Ruth Sally Sara Selma Sofia "
+    "Stella Susan Tara Tess Tina Uma Vera Wanda Yuki Zoe"
+)
+HE = listed(
+    "Aaron Abel Adam Ahmed Alan Albert Alex Ali Amir Anders Andre Anton Arne Arthur Axel Ben Bill Bjorn Bob Boris "
+    "Brian Bruno Carl Carlos Chen Chris Clark Colin Cyril Dan Daniel David Dennis Dirk Edgar Eli Elias Emil Eric "
+    "Ernst Ethan Evan Felix Finn Frank Franz Fred Gabriel Gary George Gino Glen Greg Gustav Hal Hans Harry Hassan "
+    "Henry Hiro Hugo Ian Igor Ilya Isaac Ivan Jack Jacob Jakob Jan Jens Jim Joel John Jonas Jorge Jose Juan Jude "
+    "Jules Karl Keith Ken Kevin Kofi Kurt Lars Leo Levi Liam Louis Lucas Luis Luke Marco Mario Mark Martin Max "
+    "Milo Mohan Nathan Neil Nick Nils Noah Olaf Oleg Oliver Omar Oscar Otto Pablo Paul Pedro Peter Phil Pierre "
+    "Rafael Raj Ralph Ravi Ray Robert Roger Roman Rudi Sam Samir Scott Sean Simon Stan Steve Sven Tariq Theo "
+    "Thomas Tim Toby Tom Tony Victor Walter Will Yusuf"
+)
+ITEMS = listed(
     "apples books stamps shells cards pencils coins beads buttons cookies eggs tickets stones flowers toys lemons "
     "oranges pears plums nuts marbles balls pens stickers candles photos keys leaves feathers ribbons bottles cups "
     "plates spoons hats socks gloves badges maps kites bricks nails screws rings pearls seeds roses tulips carrots "
     "onions melons cakes muffins sweets posters magnets puzzles letters tiles dolls ropes bells lamps chairs"
-).split()
-PLACES = (
+)
+PLACES = listed(
     "market school library park fair museum farm station beach garden shop bakery harbour castle zoo theatre stadium "
     "church mill bridge river forest factory hotel"
-).split()
-BOXES = "boxes bags baskets jars crates drawers bowls chests tins sacks".split()
+)
+BOXES = listed("boxes bags baskets jars crates drawers bowls chests tins sacks")
 
 PRONOUNS = {
     "she": {"he": "she", "him": "her", "his": "her"},
@@ -392,7 +394,11 @@ def _end(chain: Chain, end: str) -> str:
     if end == "now":
         return chain.fill(
             rng.choice(
-                ("How many {items} does {name} have now?", "How many {items} does {name} have?", "How many are there now?")
+                (
+                    "How many {items} does {name} have now?",
+                    "How many {items} does {name} have?",
+                    "How many are there now?",
+                )
             )
         )
     if end == "together":
