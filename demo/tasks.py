@@ -12,7 +12,7 @@ from typing import Literal
 Skill = Literal["words", "code"]
 SKILLS: tuple[Skill, ...] = ("words", "code")
 # Chance of a word problem, in training.
-WORDS_SHARE = 0.6
+WORDS_SHARE = 0.8
 
 
 @dataclass(frozen=True)
