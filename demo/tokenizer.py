@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from .problems import Problem
+from .tasks import Task, training_tasks
 
 PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, MASK)
@@ -30,7 +31,7 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
-def train_tokenizer(problems: Iterable[Problem], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def train_tokenizer(problems: Iterable[Problem | Task], vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Trains the tokenizer on the texts of `problems` (a finite iterable).
 
     It round-trips any UTF-8 text, puts `<s>` in front of what it encodes and leaves `</s>` to the caller.
@@ -91,8 +92,6 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     """The second edition's tokenizer, into a folder."""
-    from .tasks import training_tasks
-
     train_tokenizer(islice(training_tasks(0), 20_000), 1024).save_pretrained(sys.argv[1])
 
 
