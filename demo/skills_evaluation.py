@@ -93,7 +93,8 @@ def infilled(
         ids = tokenizer(" " + task.answer, add_special_tokens=False).input_ids
         start = rng.randint(0, max(0, len(ids) - size))
         block = ids[start : start + size]
-        length = rng.randint(3, min(8, len(block) - 2))
+        most = min(8, len(block) - 2)
+        length = rng.randint(min(3, most), most)
         first = rng.randint(1, len(block) - length - 1)
         masked = [*block[:first], *[model.config.mask_token_id] * length, *block[first + length :]]
         before, behind = prompt + ids[:start], ids[start + first + length :]
