@@ -11,8 +11,8 @@ from typing import Literal
 
 Skill = Literal["words", "code"]
 SKILLS: tuple[Skill, ...] = ("words", "code")
-# Chance of a word problem in training, from a task's number on. With 0.6 functions were learned long before arithmetic;
-# with 0.8 sums were learned, but functions forgotten.
+# Chance of a word problem in training, from a task's number on. With 0.6 functions were learned long before sums; with
+# 0.8 sums were learned, but functions forgotten.
 WORDS_SHARES = {0: 0.6, 33_280: 0.8, 61_440: 0.7}
 
 
