@@ -775,33 +775,40 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         # 3. Fold the blocks from the first one in which a row has a label on into rows (R, S).
         blocks = ids.shape[1] // size
         first = int(trainable.any(0).nonzero()[0]) // size if trainable.any() else blocks - 1
-        pasts = [_blocks_from(present, first, blocks, corruptions) for present in presents]
-        layout, tokens = _training_layout(mask, first, blocks, size, len(ids), ids.device)
 
-        def denoised(block_ids: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return self.denoiser_tower(block_ids, pasts, layout, self._modulations(timestep))
+        def denoised(block_ids: torch.Tensor, masked: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
+            """Hidden states of so many copies of each text's blocks, and their timesteps."""
+            every = corruptions // copies
+            pasts = [_blocks_from(present, first, blocks, copies) for present in presents]
+            part = None if mask is None else mask[::every]
+            layout, tokens = _training_layout(part, first, blocks, size, len(ids) // every, ids.device)
+            timestep = masked.sum(-1) / tokens.clamp(min=1)
+            return self.denoiser_tower(block_ids, pasts, layout, self._modulations(timestep)), timestep
 
         # 4. Corrupt them: always at random, so that draws do not depend on what decoding would do.
         if fixed:
             masked = content_masked(ids, mask, trainable, size, corruptions)
         else:
-            masked = sample_masked(trainable, size, generator)
+            masked = sample_masked(trainable, size, generator, objective.full_masks)
         masked, targets, trainable = (
             part.unflatten(1, (blocks, size))[:, first:].flatten(0, 1) for part in (masked, ids, trainable)
         )
         corruption = Corruption(targets.masked_fill(masked, self.config.mask_token_id), masked)
         if objective.decoded_masks and not fixed:
+            # Its first pass, which is the same for all corruptions of a block.
+            shape = (-1, corruptions, blocks - first, size)
+            once, whole = (part.view(shape)[:, 0].flatten(0, 1) for part in (targets, trainable))
             with torch.no_grad():
-                all_masked = targets.masked_fill(trainable, self.config.mask_token_id)
-                logits = self.lm_head(denoised(all_masked, trainable.sum(-1) / tokens.clamp(min=1))).to(ids.device)
+                hidden, _ = denoised(once.masked_fill(whole, self.config.mask_token_id), whole, copies=1)
+                logits = self.lm_head(hidden).to(ids.device).unflatten(0, (-1, 1, blocks - first))
+                logits = logits.expand(-1, corruptions, -1, -1, -1).flatten(0, 2)
             corruption = decoded_corruption(
                 corruption, logits, targets, trainable, self.config.mask_token_id, objective, generator
             )
         # 5. Denoise and average over the masked positions, of which there may be none.
         block_ids, masked = corruption
-        timestep = masked.sum(-1) / tokens.clamp(min=1)
-        denoised_states = denoised(block_ids, timestep)
-        logits = self.lm_head(denoised_states[masked.to(denoised_states.device)]).to(ids.device)
+        hidden, timestep = denoised(block_ids, masked, corruptions)
+        logits = self.lm_head(hidden[masked.to(hidden.device)]).to(ids.device)
         teaching: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if objective.distillation:
             teaching = self._teaching(hidden_states, mask, masked, first, blocks, corruptions)
@@ -811,7 +818,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             objective.weighting,
             None
             if num_items_in_batch is None
-            else expected_weight(num_items_in_batch, objective.weighting, corruptions),
+            else expected_weight(
+                num_items_in_batch, objective.weighting, corruptions, 0.0 if fixed else objective.full_masks
+            ),
         )
         if fixed and loss.requires_grad:
             loss.register_hook(_warn_of_fixed_masks)

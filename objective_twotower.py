@@ -44,6 +44,8 @@ class DiffusionObjective:
             conditional likelihood of the text, or the denoiser's "own", right or wrong, as in generating (scheduled
             sampling, Bengio et al. 2015, arXiv 1506.03099).
         confidence_threshold: in (0, 1], above which such a pass commits.
+        full_masks: share of all other blocks, in [0, 1], that are masked whole: as decoding begins each of them, and
+            as it stays for drafts of one pass, while random masks seldom come close to it.
 
     Raises:
         ValueError: for a value outside its range.
@@ -57,10 +59,11 @@ class DiffusionObjective:
     decoded_masks: float = 0.0
     decoded_tokens: Literal["true", "own"] = "true"
     confidence_threshold: float = 0.8
+    full_masks: float = 0.0
 
     def __post_init__(self) -> None:
         check_objective(self.weighting, self.corruptions)
-        for name in ("distillation", "decoded_masks"):
+        for name in ("distillation", "decoded_masks", "full_masks"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a share in [0, 1]")
         if not 0 < self.distillation_temperature < float("inf"):
@@ -90,7 +93,9 @@ def check_objective(weighting: str, corruptions: int) -> None:
         raise ValueError(f"corruptions is {corruptions}; it must be at least 1")
 
 
-def sample_masked(trainable: torch.Tensor, block_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def sample_masked(
+    trainable: torch.Tensor, block_size: int, generator: torch.Generator | None = None, full: float = 0.0
+) -> torch.Tensor:
     """
     Draw which positions to mask.
 
@@ -98,6 +103,7 @@ def sample_masked(trainable: torch.Tensor, block_size: int, generator: torch.Gen
         trainable: (B, T) bool, True where a token may be masked.
         block_size: S; one t ~ U[0.001, 1] is drawn per block of S columns.
         generator: for reproducible draws, on any device; default torch's global one.
+        full: share of blocks with a t of 1 instead.
 
     Returns:
         (B, T) bool.
@@ -106,6 +112,9 @@ def sample_masked(trainable: torch.Tensor, block_size: int, generator: torch.Gen
     device = trainable.device if generator is None else generator.device
     draws = torch.rand(batch, length // block_size, 1 + block_size, generator=generator, device=device)
     probability = MIN_TIMESTEP + (1 - MIN_TIMESTEP) * draws[..., :1]
+    if full:
+        whole = torch.rand(probability.shape, generator=generator, device=device) < full
+        probability = probability.masked_fill(whole, 1.0)
     return (draws[..., 1:] < probability).flatten(1).to(trainable.device) & trainable
 
 
@@ -135,14 +144,17 @@ def content_masked(
     return (draws < probability.repeat_interleave(block_size, dim=1)) & trainable
 
 
-def expected_weight(items: torch.Tensor | int, weighting: LossWeighting, corruptions: int) -> torch.Tensor:
+def expected_weight(
+    items: torch.Tensor | int, weighting: LossWeighting, corruptions: int, full: float = 0.0
+) -> torch.Tensor:
     """
     What the weights of masked positions are expected to sum to, of `items` trainable ones, `corruptions` times each.
 
-    Each is masked with probability (0.001 + 1) / 2. Under "inverse_timestep" the masked share t of a block's tokens
-    weighs 1 / t a piece: as much as the block has tokens, one for each of them.
+    Each is masked with probability (0.001 + 1) / 2, in a share `full` of the blocks for certain. Under
+    "inverse_timestep" the masked share t of a block's tokens weighs 1 / t a piece: as much as the block has tokens,
+    one for each of them.
     """
-    share = (MIN_TIMESTEP + 1) / 2 if weighting == "mean" else 1.0
+    share = full + (1 - full) * (MIN_TIMESTEP + 1) / 2 if weighting == "mean" else 1.0
     # A Trainer on several devices of one process repeats the number for each.
     return torch.as_tensor(items).flatten()[0].clamp(min=1) * corruptions * share
 

@@ -1,11 +1,14 @@
 """A small byte-level BPE tokenizer for the word problems: every digit is a token, and so is the space before it."""
 
+import sys
 from collections.abc import Iterable
+from itertools import islice
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .problems import Problem
+from .tasks import Task, training_tasks
 
 PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, MASK)
@@ -28,7 +31,7 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
-def train_tokenizer(problems: Iterable[Problem], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def train_tokenizer(problems: Iterable[Problem | Task], vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Trains the tokenizer on the texts of `problems` (a finite iterable).
 
     It round-trips any UTF-8 text, puts `<s>` in front of what it encodes and leaves `</s>` to the caller.
@@ -85,3 +88,12 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def main() -> None:
+    """The second edition's tokenizer, into a folder."""
+    train_tokenizer(islice(training_tasks(0), 20_000), 1024).save_pretrained(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -81,6 +81,13 @@ class BlockCollator:
         documents = [row if isinstance(row, Document) else document_of(row) for row in rows]
         size = self._drawn(documents, salt).choice(self.block_sizes)
         laid_out = [self._lay_out(document, size, self._drawn([document], salt)) for document in documents]
+        if all(document.prompt for document in documents):
+            # What is trained on begins in the same block of all rows: the blocks from there on are denoised.
+            starts = [(lead + first) // size for lead, _, first in laid_out]
+            laid_out = [
+                (lead + (max(starts) - start) * size, ids, first)
+                for (lead, ids, first), start in zip(laid_out, starts, strict=True)
+            ]
         width = max(lead + len(ids) for lead, ids, _ in laid_out)
         width += -width % size
         ids, mask, labels = (torch.full((len(rows), width), fill) for fill in (self.pad_token_id, 0, IGNORED))
@@ -147,8 +154,8 @@ def document_of(row: Mapping[str, Any]) -> Document:
 
 
 def grouped(documents: Sequence[Document], batch_size: int, rng: random.Random) -> list[list[Document]]:
-    """Batches of documents of alike lengths, in an order of their own."""
-    ranked = sorted(documents, key=lambda document: len(document.ids))
+    """Batches of documents of alike lengths, first of what is trained on, in an order of their own."""
+    ranked = sorted(documents, key=lambda document: ((len(document.ids) - document.prompt) // 16, len(document.ids)))
     batches = [ranked[start : start + batch_size] for start in range(0, len(ranked), batch_size)]
     rng.shuffle(batches)
     return batches

@@ -1,6 +1,7 @@
 """Optimisers: AdamW, or Muon for matrices beside it, under one schedule; and expert balancing by bias."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,9 +85,7 @@ class DecayedOptimizer(PeakOptimizer):
 
 class MatrixOptimizer(PeakOptimizer):
     """
-    Muon (Jordan et al. 2024; torch's implementation) on every matrix of hidden layers, AdamW on everything else.
-
-    Experts are stored as (E, out, in); each one is a matrix of its own to Muon, through a view of its storage.
+    [`StackedMuon`] on every matrix of hidden layers, AdamW on everything else.
 
     Args:
         model: its parameters with `requires_grad` are trained; embeddings and heads count as "the rest".
@@ -105,26 +104,73 @@ class MatrixOptimizer(PeakOptimizer):
         betas: tuple[float, ...] = (0.9, 0.98),
     ):
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        hidden = [param for name, param in named if _is_hidden_matrix(name, param)]
-        self.views = [
-            (param, idx, nn.Parameter(param.detach()[idx]))
-            for param in hidden
-            if param.ndim == 3
-            for idx in range(len(param))
-        ]
-        matrices = [param for param in hidden if param.ndim == 2] + [view for _, _, view in self.views]
-        others = [param for name, param in named if not _is_hidden_matrix(name, param)]
         self.params = [param for _, param in named]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=other_lr, betas=(betas[0], betas[1]), weight_decay=0.0),
+            StackedMuon([param for name, param in named if _is_hidden_matrix(name, param)], matrix_lr, weight_decay),
+            torch.optim.AdamW(
+                [param for name, param in named if not _is_hidden_matrix(name, param)],
+                lr=other_lr,
+                betas=(betas[0], betas[1]),
+                weight_decay=0.0,
+            ),
         ]
         self.peaks = [matrix_lr, other_lr]
 
-    def update(self, factor: float) -> None:
-        for param, idx, view in self.views:
-            view.grad = None if param.grad is None else param.grad[idx]
-        super().update(factor)
+
+class StackedMuon(torch.optim.Optimizer):
+    """
+    Muon (Jordan et al. 2024), its updates scaled to an RMS of 0.2 (Liu et al. 2025, arXiv 2502.16982).
+
+    Experts are stored as (E, out, in); each one is a matrix of its own. All matrices of one shape are orthogonalized
+    together, in bfloat16 on a GPU and in float32 on a CPU, where bfloat16 is slow: with experts as small as the
+    demonstration model's, that is most of a step.
+
+    Args:
+        params: (out, in) or (E, out, in) each.
+        lr: in units of AdamW's.
+        weight_decay: decoupled.
+        momentum: Nesterov's.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike: dict[Any, list[nn.Parameter]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    alike.setdefault((param.shape[-2:], param.dtype, param.device), []).append(param)
+            for params in alike.values():
+                updates = [self._momentum(param, group["momentum"]) for param in params]
+                orthogonal = orthogonalized(torch.cat(updates))
+                scale = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
+                counts = [len(update) for update in updates]
+                for param, update in zip(params, orthogonal.split(counts), strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(param), alpha=scale)
+
+    def _momentum(self, param: nn.Parameter, momentum: float) -> torch.Tensor:
+        """The direction of a parameter as (E, out, in)."""
+        assert param.grad is not None
+        state = self.state[param]
+        if not state:
+            state["momentum"] = torch.zeros_like(param)
+        state["momentum"].lerp_(param.grad, 1 - momentum)
+        return param.grad.lerp(state["momentum"], momentum).view(-1, *param.shape[-2:])
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrices, about, of (N, out, in): five Newton-Schulz steps of Jordan's coefficients."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 def _is_hidden_matrix(name: str, param: nn.Parameter) -> bool:

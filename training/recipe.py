@@ -97,7 +97,8 @@ class DataRecipe:
     Args:
         files: paths or patterns, all .jsonl (or .json), .txt or .parquet.
         dataset, subset, split: a Hub repository, or a folder of files, its configuration and split.
-        generated: "word_problems", those the embedded checkpoint was trained on, without end.
+        generated: without end, "word_problems", those the embedded checkpoint was trained on, or "tasks", word
+            problems and Python functions (demo/tasks.py).
         text: the column with the text; or
         prompt, completion: the columns of a beginning that is read and of what is to be written.
         text_by: what of a .txt file is a document.
@@ -112,7 +113,7 @@ class DataRecipe:
 
     files: list[str] | None = None
     dataset: str | None = None
-    generated: Literal["word_problems"] | None = None
+    generated: Literal["word_problems", "tasks"] | None = None
     subset: str | None = None
     split: str = "train"
     text: str | None = None

@@ -147,3 +147,16 @@ def test_alike_lengths_share_a_batch():
     }
     assert shares["grouped"] < 0.1 < shares["as they come"], shares
     assert sorted(len(batch) for batch in grouped(documents[:20], 8, rng)) == [4, 8, 8]
+
+
+def test_answers_of_a_batch_begin_in_the_same_block():
+    documents = [Document(list(range(10, 10 + prompt + 5)), prompt) for prompt in (2, 7, 15, 16, 29)]
+    labels = BlockCollator(EOS, SIZE)(documents)["labels"]
+    first = (labels != -100).int().argmax(1) // SIZE
+    assert len(set(first.tolist())) == 1
+
+
+def test_batches_are_put_together_by_how_much_is_trained_on():
+    documents = [Document([10] * (prompt + answer), prompt) for prompt in (5, 40) for answer in (8, 90)]
+    batches = grouped(documents, 2, random.Random(0))
+    assert sorted({len(each.ids) - each.prompt for each in batch} for batch in batches) == [{8}, {90}]

@@ -14,6 +14,7 @@ from twotower.cache_twotower import TwoTowerCache
 from twotower.objective_twotower import (
     MIN_TIMESTEP,
     DiffusionObjective,
+    expected_weight,
     masked_cross_entropy,
     position_losses,
     sample_masked,
@@ -28,6 +29,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "confidence": {"confidence": 0.7},
     "decoded masks": {"decoded_masks": 0.6, "confidence_threshold": 0.15, "corruptions": 2},
     "decoded masks over own tokens": {"decoded_masks": 1.0, "decoded_tokens": "own", "confidence_threshold": 0.15},
+    "full masks": {"full_masks": 0.5, "corruptions": 2},
+    "full masks beside decoded ones": {
+        "full_masks": 0.5,
+        "decoded_masks": 0.5,
+        "confidence_threshold": 0.15,
+        "weighting": "inverse_timestep",
+        "corruptions": 3,
+    },
     "all of them": {
         "weighting": "inverse_timestep",
         "corruptions": 2,
@@ -115,7 +124,7 @@ def block_by_block(model, objective, input_ids, labels, attention_mask=None, siz
     )
     trainable = ((labels != -100) & tokens).repeat_interleave(objective.corruptions, dim=0)
     generator = seeded()
-    masked = sample_masked(trainable, size, generator)
+    masked = sample_masked(trainable, size, generator, objective.full_masks)
     starts = range(int(trainable.any(0).nonzero()[0]) // size * size, input_ids.shape[1], size)
     draws = iter(torch.rand(len(masked) * len(starts), generator=generator) if objective.decoded_masks else ())
     losses, weights = [], []
@@ -256,6 +265,26 @@ def test_the_expectation_over_masks_is_their_enumeration(option):
     assert deviation < 0.02 * total, "close enough to tell"
 
 
+def test_full_masks_are_so_many_whole_blocks():
+    trainable = torch.arange(16) >= 3
+    masked = sample_masked(trainable.expand(2000, 16), 4, seeded(), full=0.3)
+    whole = (masked == trainable).unflatten(1, (4, 4)).all(-1)[:, 1:].float().mean()
+    by_chance = chance_of(4, 4)
+    assert abs(whole - (0.3 + 0.7 * by_chance)) < 0.02
+    assert not masked[:, :3].any()
+
+
+@pytest.mark.parametrize("weighting", ["mean", "inverse_timestep"])
+def test_the_expected_weight_is_that_of_full_masks_too(weighting):
+    masked = sample_masked(torch.ones(20000, 4).bool(), 4, seeded(), full=0.3)
+    counts = masked.sum(-1).double()
+    weight = counts if weighting == "mean" else 4.0 * (counts > 0)
+    expected = expected_weight(4, weighting, 1, full=0.3)
+    # No mask at all, in one block of five drawn at random, has no weight under 1/t.
+    unmasked = 0.7 * chance_of(0, 4) * 4 if weighting == "inverse_timestep" else 0.0
+    assert abs(weight.mean() + unmasked - expected) < 0.03
+
+
 def test_one_over_t_is_the_likelihood():
     """
     Of a distribution whose conditionals are known, three tokens of two: S / (S + 1) of the negative log-likelihood,
@@ -294,6 +323,7 @@ REFUSED = {
     "confidence": (-0.1, "confidence is -0.1; it must be at least 0 and finite"),
     "decoded_masks": (-1, r"decoded_masks is -1; give a share in \[0, 1\]"),
     "decoded_tokens": ("mine", "decoded_tokens is 'mine'; use true or own"),
+    "full_masks": (1.5, r"full_masks is 1.5; give a share in \[0, 1\]"),
     "confidence_threshold": (0, r"confidence_threshold is 0; it must be in \(0, 1\]"),
 }
 

@@ -1,10 +1,11 @@
 """Muon on matrices, AdamW on the rest, and experts kept in balance."""
 
+import pytest
 import torch
 from tiny import random_ids, tiny_model
 
 from twotower.modeling_twotower import TwoTowerRouter
-from twotower.training.optimizer import ExpertBalancer, MatrixOptimizer
+from twotower.training.optimizer import ExpertBalancer, MatrixOptimizer, StackedMuon, orthogonalized
 
 
 def trained(steps, optimizer=None, model=None):
@@ -44,6 +45,28 @@ def test_each_expert_is_a_matrix_of_its_own_to_muon():
     # Muon's update has all singular values near 1, whatever those of the gradient; here up to a common scale.
     singular = torch.linalg.svdvals(change[1])
     assert singular.max() / singular.min() < 2
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_stacked_matrices_are_updated_as_torchs_muon_does_one(shape):
+    generator = torch.Generator().manual_seed(0)
+    start, grads = (torch.randn(count, 3, *shape, generator=generator) for count in (1, 2))
+    start = start[0]
+    stack, alone = (torch.nn.Parameter(tensor.clone()) for tensor in (start, start[1]))
+    ours = StackedMuon([stack], lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.Muon([alone], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for grad in grads:
+        stack.grad, alone.grad = grad.clone(), grad[1].clone()
+        ours.step()
+        theirs.step()
+    # It rounds to bfloat16 on the way; two steps change a number by about 1e-2.
+    torch.testing.assert_close(stack[1], alone, atol=5e-4, rtol=0)
+
+
+def test_nothing_but_a_direction_is_kept_of_a_matrix():
+    matrices = torch.randn(2, 5, 9)
+    torch.testing.assert_close(orthogonalized(matrices), orthogonalized(matrices * 1e3))
+    assert torch.equal(orthogonalized(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4))
 
 
 def test_the_factor_scales_the_step():

@@ -1,0 +1,85 @@
+"""Whether a written function passes its checks, found out in a process of its own that can do little harm.
+
+It has a second of CPU, 256 MB, no file to write and none to read by name, no module to import, and builtins that only
+compute; it is a group of processes of its own, killed as a whole when its time is over. That stops accidents of a
+small model, and is no sandbox for an adversary.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+
+SECONDS = 5.0  # of the clock; of CPU it has one
+MEMORY = 256 * 1024**2
+# Reads [code, checks] and writes which results are right, as 0 and 1.
+_RUNNER = """
+import builtins, json, sys
+code, checks = json.load(sys.stdin)
+names = '''abs all any bool chr dict divmod enumerate filter float int isinstance len list map max min ord pow range
+repr reversed round set sorted str sum tuple zip True False None ValueError IndexError KeyError TypeError'''.split()
+space = {"__builtins__": {name: getattr(builtins, name) for name in names if hasattr(builtins, name)}}
+right = [0] * len(checks)
+try:
+    exec(code, space)
+    for place, (call, result) in enumerate(checks):
+        try:
+            right[place] = int(repr(eval(call, space)) == result)
+        except Exception:
+            pass
+except BaseException:
+    pass
+sys.stdout.write("".join(map(str, right)))
+"""
+
+
+def passes(code: str, checks: Sequence[tuple[str, str]], seconds: float = SECONDS) -> bool:
+    """
+    Whether every check of a function gives what it must.
+
+    Args:
+        code: what defines the function.
+        checks: expressions, and the `repr` of what each must give.
+        seconds: of the clock, after which it has failed.
+    """
+    with tempfile.TemporaryDirectory() as nowhere:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _RUNNER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=nowhere,
+            env={},
+            start_new_session=True,
+            preexec_fn=_limit,
+        )
+        try:
+            said, _ = process.communicate(json.dumps([code, list(checks)]).encode(), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            said = b""
+        finally:
+            _kill(process)
+    return said == b"1" * len(checks)
+
+
+def _limit() -> None:
+    limits = {
+        resource.RLIMIT_CPU: 1,
+        resource.RLIMIT_AS: MEMORY,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 16,
+    }
+    for kind, most in limits.items():
+        resource.setrlimit(kind, (most, most))
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

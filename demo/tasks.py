@@ -1,0 +1,81 @@
+"""What the demonstration checkpoint is trained on and asked: word problems and short Python functions, side by side.
+
+Task number i of a seed is drawn from seed and number alone, so that a resumed run goes on anywhere at once.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+Skill = Literal["words", "code"]
+SKILLS: tuple[Skill, ...] = ("words", "code")
+# Chance of a word problem in training, from a task's number on. With 0.6 functions were learned long before sums; with
+# 0.8 sums were learned, but functions forgotten.
+WORDS_SHARES = {0: 0.6, 33_280: 0.8, 61_440: 0.7}
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One question with its reference answer.
+
+    Args:
+        skill: "words" or "code".
+        question: of the user's turn.
+        answer: of the assistant's; of a word problem it ends in `#### result`.
+        composition: of which kinds of steps it is put together.
+        numbers: given ones that are needed, of a word problem.
+        result: of a word problem.
+        checks: of code, expressions and the `repr` of what each must give.
+        built_in: a word problem written by one of the fifteen fixed templates.
+    """
+
+    skill: Skill
+    question: str
+    answer: str
+    composition: tuple[str, ...]
+    numbers: tuple[int, ...] = ()
+    result: int | None = None
+    checks: tuple[tuple[str, str], ...] = ()
+    built_in: bool = False
+
+    @property
+    def prompt(self) -> str:
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def text(self) -> str:
+        return f"{self.prompt} {self.answer}"
+
+
+def listed(words: str) -> list[str]:
+    return words.split()
+
+
+def training_tasks(seed: int, first: int = 0) -> Iterator[Task]:
+    """Tasks without end, from number `first` on, nothing held out among them."""
+    for number in count(first):
+        rng = random.Random(f"{seed} {number}")
+        share = next(share for start, share in reversed(WORDS_SHARES.items()) if start <= number)
+        yield task(rng, "words" if rng.random() < share else "code", held_out=False)
+
+
+def held_out_tasks(skill: Skill, count: int, seed: int) -> list[Task]:
+    """`count` tasks of a skill with distinct questions, each of them held out."""
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    rng = random.Random(f"held out {skill} {seed}")
+    tasks: dict[str, Task] = {}
+    while len(tasks) < count:
+        drawn = task(rng, skill, held_out=True)
+        tasks.setdefault(drawn.question, drawn)
+    return list(tasks.values())
+
+
+def task(rng: random.Random, skill: Skill, held_out: bool) -> Task:
+    from .functions import function_task
+    from .word_problems import word_problem
+
+    return word_problem(rng, held_out) if skill == "words" else function_task(rng, held_out)
