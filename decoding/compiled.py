@@ -73,7 +73,7 @@ def verifying(
 
 
 def accepting(model: Any, tentative: tuple[Sequence[LayerContent], Sequence[Any]], counts: torch.Tensor) -> None:
-    """Take states through each row's first `counts` (B,) tokens of those read tentatively, by what `verifying` gave."""
+    """Take states through each row's first `counts` (B,) tokens of those read tentatively, see `verifying`."""
     backend = model.context_tower.kernels["ssd_state"]
     states, (held, updates) = [], tentative
     for each, update in zip(held, updates, strict=True):
@@ -531,7 +531,7 @@ def _own_code(function: Any, name: str) -> Callable[..., Any]:
     return FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
 
 
-def _content(layer: Any) -> LayerContent:
+def _content(layer: Any) -> Any:
     return layer.buffers if isinstance(layer, KeyValueLayer) else getattr(layer, "state", None)
 
 

@@ -54,7 +54,7 @@ class Recording:
 
     def _run_once(self, program: Callable[..., Any], model: Any) -> None:
         """Kernels are loaded, and libraries given memory, in a first pass, which must not count."""
-        states = [state for state in _states(self.static) for state in state]
+        states = [part for state in _states(self.static) for part in state]
         before = [state.clone() for state in states]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -11,9 +11,9 @@ from typing import Literal
 
 Skill = Literal["words", "code"]
 SKILLS: tuple[Skill, ...] = ("words", "code")
-# Chance of a word problem in training, from a task's number on. With 0.6 functions were learned long before sums; with
-# 0.8 sums were learned, but functions forgotten.
-WORDS_SHARES = {0: 0.6, 33_280: 0.8, 61_440: 0.7}
+# Chance of a word problem in training. With 0.6 functions were learned long before sums; with 0.8 functions were
+# forgotten.
+WORDS_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ def listed(words: str) -> list[str]:
 
 def training_tasks(seed: int, first: int = 0) -> Iterator[Task]:
     """Tasks without end, from number `first` on, nothing held out among them."""
-    for number in count(first):
-        rng = random.Random(f"{seed} {number}")
-        share = next(share for start, share in reversed(WORDS_SHARES.items()) if start <= number)
-        yield task(rng, "words" if rng.random() < share else "code", held_out=False)
+    return (training_task(seed, number) for number in count(first))
+
+
+def training_task(seed: int, number: int) -> Task:
+    rng = random.Random(f"{seed} {number}")
+    return task(rng, "words" if rng.random() < WORDS_SHARE else "code", held_out=False)
 
 
 def held_out_tasks(skill: Skill, count: int, seed: int) -> list[Task]:
