@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ._attention_triton import attention_with_triton, triton_cannot_attend
 from ._causal_conv1d import causal_conv1d_cannot, causal_conv_with_package
 from ._flash_attn import attention_with_flash_attn, flash_attn_cannot
 from ._mamba_ssm import (
@@ -91,7 +92,10 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     "rms_norm": _by_name(
         Backend("mamba-ssm", rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H200)
     ),
-    "block_attention": _by_name(Backend("flash-attn", attention_with_flash_attn, flash_attn_cannot)),
+    "block_attention": _by_name(
+        Backend("triton", attention_with_triton, triton_cannot_attend, in_triton=True),
+        Backend("flash-attn", attention_with_flash_attn, flash_attn_cannot),
+    ),
 }
 # Package -> the module that shows whether it was built for this torch. mamba-ssm's Triton kernels need its CUDA
 # extension only because the package imports it.

@@ -1,4 +1,6 @@
-"""Compiles our Triton kernel for GPUs that are not here, and prints a line of the registers and stack each one uses.
+"""Compiles our Triton kernels for GPUs that are not here, and prints a line of the registers and stack each one uses.
+
+    python compile_ahead.py FILE FOLDER CASES    each: architecture, kernel, types of arguments, constants, options
 
 A process of its own: in that of the tests Triton interprets.
 """
@@ -16,21 +18,17 @@ from triton.compiler import ASTSource
 
 file, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 spec = importlib.util.spec_from_file_location(file.stem, file)
-ssd = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ssd)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
 cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
-for architecture, dtype, tokens, flags in cases:
-    tiles = ssd.ssd_tiles(tokens, 64)
-    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"H": 64, "P": 64, "G": 8, "N": 128, "SEEDED": True, **flags, **tiles}
-    kinds = dict.fromkeys(["x", "B", "C", "D", "y"], "*" + dtype) | {"ends": "*i64"}
-    kinds |= dict.fromkeys(["dt", "A", "state", "state_after"], "*fp32") | dict.fromkeys(constants, "constexpr")
-    names = ssd.ssd_kernel.arg_names
+for architecture, name, types, constants, options in cases:
+    kernel = getattr(module, name)
+    kinds = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(
-        ssd.ssd_kernel,
-        signature={name: kinds.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        kernel,
+        signature={argument: kinds.get(argument, "i32") for argument in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(argument),): value for argument, value in constants.items()},
     )
     compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     (folder / "kernel").write_bytes(compiled.asm["cubin"])

@@ -3,7 +3,6 @@
 Only float32 counts there: of bfloat16 the interpreter cuts off what a GPU rounds.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ahead import assert_nothing_spills
 from tolerances import assert_close
 
 from twotower.kernels import _ssd_triton
@@ -158,7 +158,6 @@ def test_what_it_cannot_compute():
         ssd_scan(**arguments | {"D": arguments["D"].requires_grad_()}, backend="triton")
 
 
-COMPILE = Path(__file__).with_name("compile_ahead.py")
 BOTH = {"OUTPUTS": True, "KEPT": True, "ENDED": False}
 REPLAY = {"OUTPUTS": False, "KEPT": True, "ENDED": True}
 # The hungriest of what is launched: at each tile of tokens, outputs and state at once; and the replay.
@@ -172,18 +171,17 @@ COMPILED = [
 ]
 
 
+def ahead(architecture, dtype, tokens, flags):
+    tiles = _ssd_triton.ssd_tiles(tokens, 64)
+    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
+    types = dict.fromkeys(["x", "B", "C", "D", "y"], "*" + dtype) | {"ends": "*i64"}
+    types |= dict.fromkeys(["dt", "A", "state", "state_after"], "*fp32")
+    constants = {"H": 64, "P": 64, "G": 8, "N": 128, "SEEDED": True, **flags, **tiles}
+    return architecture, "ssd_kernel", types, constants, options
+
+
 def test_compiled_for_sm_90_and_sm_80_nothing_spills(tmp_path):
-    """A kernel that runs out of registers keeps values on its stack, which is then not empty."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    arguments = [_ssd_triton.__file__, str(tmp_path), json.dumps(COMPILED)]
-    result = subprocess.run(
-        [sys.executable, COMPILE, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    used = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(used) == len(COMPILED)
-    spilling = [(case, use) for case, use in zip(COMPILED, used, strict=True) if use["STACK"] != "0"]
-    assert not spilling
+    assert_nothing_spills(_ssd_triton, tmp_path, [ahead(*case) for case in COMPILED])
 
 
 def test_without_triton_the_file_can_be_imported_still(tmp_path):
