@@ -85,7 +85,8 @@ class Sizes:
         pattern: of the full towers.
         copy_bytes, matrix: of the bandwidth and the product that are measured.
         layers: of one kind, that are timed together.
-        batches, contexts: behind which layers are timed.
+        batches, tokens: of which operations are timed, and layers.
+        contexts: behind which layers are.
         chunk, behind: of the memory peak.
         rows, prompt, new_tokens: of the full towers.
         golden_tokens: how much is written of each of NVIDIA's prompts, where it is compared with the CPU's.
@@ -100,6 +101,7 @@ class Sizes:
     matrix: int = 8192
     layers: int = 4
     batches: tuple[int, ...] = (1, 4, 16)
+    tokens: tuple[int, ...] = (1, 16, 512)
     contexts: tuple[int, ...] = (1024, 32768, 131072)
     chunk: int = 2048
     behind: int = 32768
@@ -107,7 +109,7 @@ class Sizes:
     prompt: int = 256
     new_tokens: int = 128
     small_vocabulary: int = 256
-    golden_tokens: int = 32
+    golden_tokens: int = 16
     rounds: int = 5
     every_golden: int = 1
 
@@ -140,6 +142,7 @@ TOY |= {
     "small_vocabulary": 64,
     "every_golden": 12,
     "golden_tokens": 8,
+    "tokens": (1, 4),
 }
 TOY |= {"rows": (1, 2), "rounds": 1}
 
@@ -518,7 +521,7 @@ def operations(bench: Bench) -> Iterator[tuple[str, Operation]]:
     rate, skip = -torch.rand(heads, device=bench.device) - 0.5, draw(heads).to(bench.dtype)
     weight, norm = draw(channels, config.conv_kernel).to(bench.dtype), draw(hidden).to(bench.dtype)
     for rows in bench.sizes.batches:
-        for tokens in (1, 16, 512):
+        for tokens in bench.sizes.tokens:
             size = f"{rows} rows, {tokens} tokens"
             x = draw(rows, tokens, heads, width).to(bench.dtype)
             b, c = (draw(rows, tokens, groups, states).to(bench.dtype) for _ in range(2))
@@ -526,8 +529,8 @@ def operations(bench: Bench) -> Iterator[tuple[str, Operation]]:
             state = draw(rows, heads, width, states) * 10
             scan = partial(ssd_scan, chunk_size=config.chunk_size)
             yield size, Operation("ssd_step" if tokens == 1 else "ssd_scan", scan, (x, dt, rate, b, c, skip, state))
-            if tokens == 16:
-                ends = torch.arange(rows, device=bench.device) % 17
+            if 1 < tokens <= 16:
+                ends = torch.arange(rows, device=bench.device) % (tokens + 1)
                 yield size, Operation("ssd_state", ssd_state, (x, dt, rate, b, state, ends))
             inputs = draw(rows, tokens, channels).to(bench.dtype)
             before = draw(rows, config.conv_kernel - 1, channels).to(bench.dtype)
@@ -685,15 +688,20 @@ def measure_towers(bench: Bench) -> None:
             model.set_kernels(FASTEST)
         found["passes"] = time_passes(bench, model, rows)
         bench.record(outcome)
-        for recorded in (True, False) if bench.device.type == "cuda" else (False,):
-            for name, options in tower_ways().items():
-                if bench.device.type == "cuda" and not recorded and name not in EAGER:
-                    continue
-                way = f"{name}, eager" if not recorded else name
-                found[way] = speed(bench, model, rows, options | {"compile": recorded})
-                ar = found["ar" if recorded else "ar, eager"]
-                found[way]["of_ar"] = found[way]["tokens_per_second"] / ar["tokens_per_second"]
-                bench.record(outcome)
+        speeds_by_way(bench, model, rows, found)
+        bench.record(outcome)
+
+
+def speeds_by_way(bench: Bench, model: Any, rows: int, found: dict[str, Any]) -> None:
+    """On a GPU by recorded passes, and some ways by eager ones, too."""
+    on_gpu = bench.device.type == "cuda"
+    for eager in (False, True) if on_gpu else (False,):
+        for name, options in tower_ways().items():
+            if eager and name not in EAGER:
+                continue
+            of = ", eager" * eager
+            found[name + of] = speed(bench, model, rows, options | {"compile": on_gpu and not eager})
+            found[name + of]["of_ar"] = found[name + of]["tokens_per_second"] / found["ar" + of]["tokens_per_second"]
 
 
 def time_passes(bench: Bench, model: Any, rows: int) -> dict[str, Any]:
@@ -821,11 +829,11 @@ class Section:
 SECTIONS = {
     "machine": Section(40, predict_machine, measure_machine),
     "goldens": Section(120, predict_goldens, measure_goldens),
-    "synchronisation": Section(45, predict_synchronisation, measure_synchronisation),
-    "memory": Section(45, predict_memory, measure_memory),
+    "synchronisation": Section(20, predict_synchronisation, measure_synchronisation),
+    "memory": Section(20, predict_memory, measure_memory),
     "kernels": Section(70, predict_kernels, measure_kernels),
-    "layers": Section(130, predict_layers, measure_layers),
-    "towers": Section(260, predict_towers, measure_towers),
+    "layers": Section(100, predict_layers, measure_layers),
+    "towers": Section(220, predict_towers, measure_towers),
 }
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..cache_twotower import MambaState
 
-version = attrgetter("_version")
+version_of = attrgetter("_version")
 
 
 class Weights:
@@ -27,7 +27,7 @@ class Weights:
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
 
     def state(self) -> tuple[list[int], list[int]]:
-        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(version, self.counted))
+        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(version_of, self.counted))
 
 
 class Recording:
@@ -44,7 +44,7 @@ class Recording:
 
     def __init__(self, program: Callable[..., Any], model: Any, static: Any, inputs: Sequence[Any], pool: Any):
         self.static, self.places = static, _where_they_lie(static)
-        self.inputs = tree_map(_cloned, list(inputs))
+        self.inputs = tree_map(_copied_input, list(inputs))
         self._run_once(program, model)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
@@ -79,7 +79,7 @@ class Recording:
         return self.outputs
 
 
-def _cloned(value: Any) -> Any:
+def _copied_input(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 

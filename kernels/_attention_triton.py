@@ -16,11 +16,7 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from ._triton import tl, triton
 
 # The least columns of a part of the context, and the most parts.
 LEAST_SPAN = 256

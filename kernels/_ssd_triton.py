@@ -17,11 +17,7 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from ._triton import tl, triton
 
 # So many tokens in one launch; longer runs take several, each from the state that the last one left.
 TRITON_TOKENS = 64

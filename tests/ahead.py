@@ -19,7 +19,7 @@ def assert_nothing_spills(module, folder, cases):
         cases: architecture (90, 80), kernel's name, types of its pointers, constants and options of each.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
-    arguments = [module.__file__, str(folder), json.dumps(cases)]
+    arguments = [module.__name__, str(folder), json.dumps(cases)]
     result = subprocess.run(
         [sys.executable, COMPILE, *arguments], capture_output=True, text=True, env=environment, cwd=folder
     )

@@ -1,11 +1,11 @@
 """Compiles our Triton kernels for GPUs that are not here, and prints a line of the registers and stack each one uses.
 
-    python compile_ahead.py FILE FOLDER CASES    each: architecture, kernel, types of arguments, constants, options
+    python compile_ahead.py MODULE FOLDER CASES    each: architecture, kernel, types of arguments, constants, options
 
 A process of its own: in that of the tests Triton interprets.
 """
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -16,10 +16,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-file, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-spec = importlib.util.spec_from_file_location(file.stem, file)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+module, folder, cases = importlib.import_module(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 for architecture, name, types, constants, options in cases:
