@@ -186,12 +186,11 @@ def test_compiled_for_sm_90_and_sm_80_nothing_spills(tmp_path):
     assert not spilling
 
 
-def test_without_triton_the_file_can_be_imported_still(tmp_path):
+def test_without_triton_the_file_can_be_imported_still(fresh_python, tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('no triton here')")
     code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['triton'])"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    file = str(Path(_ssd_triton.__file__))
-    result = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, env=environment)
+    result = fresh_python("-c", code, _ssd_triton.__file__, env=environment)
     assert result.stdout.strip() == "None", result.stderr
 
 
