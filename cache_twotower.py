@@ -72,14 +72,23 @@ Rows = slice | torch.Tensor
 Held = TypeVar("Held", KeyValues, MambaState)
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """
+    In inference mode too, what is made within are ordinary tensors: a later call outside of it must be able to write
+    to them. Leaving that mode turns gradients on; what is copied within `no_grad` must not begin to have any.
+    """
+    with_gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
+        yield
+
+
 class KeyValueLayer:
     """Buffers (rows, Hkv, columns, D) with room for more than is held; what of them counts is the cache's to say."""
 
     buffers: KeyValues | None = None
     expected = 0  # how many columns there will be at least
 
-    # In inference mode too, buffers are ordinary tensors: a later call outside of it must be able to write to them.
-    @torch.inference_mode(False)
     def reserve(self, like: KeyValues, rows: int, columns: int) -> KeyValues:
         """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, by copying."""
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
@@ -92,19 +101,20 @@ class KeyValueLayer:
         size = max(rows, held_rows), max(columns, held_columns)
         if size == (held_rows, held_columns) and self.buffers is not None:
             return self.buffers
-        if self.buffers is None:
-            self.buffers = KeyValues(
-                *(part.new_zeros(size[0], part.shape[1], size[1], part.shape[3]) for part in like)
-            )
+        with ordinary_tensors():
+            if self.buffers is None:
+                self.buffers = KeyValues(
+                    *(part.new_zeros(size[0], part.shape[1], size[1], part.shape[3]) for part in like)
+                )
+                return self.buffers
+            # One after the other, so that only one is there twice; keys last, since they say how much room there is.
+            for name in ("value", "key"):
+                old = getattr(self.buffers, name)
+                new = old.new_zeros(size[0], old.shape[1], size[1], old.shape[3])
+                new[:held_rows, :, :held_columns] = old[:held_rows, :, :held_columns]
+                del old
+                self.buffers = self.buffers._replace(**{name: new})
             return self.buffers
-        # One after the other, so that only one is there twice; keys last, since they say how much room there is.
-        for name in ("value", "key"):
-            old = getattr(self.buffers, name)
-            new = old.new_zeros(size[0], old.shape[1], size[1], old.shape[3])
-            new[:held_rows, :, :held_columns] = old[:held_rows, :, :held_columns]
-            del old
-            self.buffers = self.buffers._replace(**{name: new})
-        return self.buffers
 
 
 class KeyValueSlot(NamedTuple):
@@ -179,8 +189,7 @@ class MambaLayer:
         held = self.state
         grown = held is None or len(held.ssm) < rows
         if held is None or grown or self.shared or torch.is_grad_enabled() or held.ssm.is_inference():
-            # An inference tensor could not be written to once inference mode has been left.
-            with torch.inference_mode(False):
+            with ordinary_tensors():
                 count = max(rows, 0 if held is None else (1 + grown) * len(held.ssm))
                 new = MambaState(*(part.new_zeros(count, *part.shape[1:]) for part in like))
                 for old, place in zip(held or (), new, strict=False):
@@ -642,8 +651,7 @@ class TwoTowerCache(Cache):
         if self.host_lengths is None and isinstance(rows, torch.Tensor):
             self.device = rows.device
         place, width = uploaded(chosen, self.device), max(lengths, default=0)
-        # As in `KeyValueLayer.reserve`.
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             for layer in (*self.layers, self.tokens):
                 if isinstance(layer, KeyValueLayer):
                     held = layer.buffers if width else None
@@ -681,7 +689,7 @@ class TwoTowerCache(Cache):
             for cache in caches
         ]
         signed = next((cache for cache in caches if cache.dtype is not None), caches[0])
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             everything: list[Sequence[KeyValues | MambaState | None]] = [*held, tokens]
             for layer, parts in zip((*self.layers, self.tokens), everything, strict=True):
                 if isinstance(layer, KeyValueLayer):

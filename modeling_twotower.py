@@ -194,12 +194,12 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Where none is asked for by name, [`grouped_mm_or_all`], under the name it had when it did otherwise."""
-        if requested_experts not in (None, GROUPED_MM_OR_LOOP):
+        if requested_experts not in (None, GROUPED_MM_OR_ALL):
             return super().get_correct_experts_implementation(requested_experts)
         chosen = super().get_correct_experts_implementation(requested_experts and "grouped_mm")
         # Quantised experts are other modules, with implementations of their own.
         quantized = getattr(self.config, "quantization_config", None) is not None
-        return GROUPED_MM_OR_LOOP if chosen == "grouped_mm" and not quantized else chosen
+        return GROUPED_MM_OR_ALL if chosen == "grouped_mm" and not quantized else chosen
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """torch's grouped product wants rows of whole 16 bytes; experts of other sizes fall back to "eager"."""
@@ -1434,8 +1434,8 @@ def _grouped_experts(
     return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]
 
 
-GROUPED_MM_OR_LOOP = "grouped_mm_or_loop"
-ExpertsInterface.register(GROUPED_MM_OR_LOOP, grouped_mm_or_all)
+GROUPED_MM_OR_ALL = "grouped_mm_or_all"
+ExpertsInterface.register(GROUPED_MM_OR_ALL, grouped_mm_or_all)
 
 
 class TwoTowerExperts(Preparing, NemotronHExperts):

@@ -252,27 +252,6 @@ def weighted_mean(
     return (losses * weights).sum() / total_weight.to(losses.device)
 
 
-def masked_cross_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    timestep: torch.Tensor,
-    weighting: LossWeighting = "mean",
-    total_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Average the cross-entropy of masked positions: [`weighted_mean`] of [`position_losses`] without options.
-
-    Args:
-        logits: (M, V).
-        targets: (M,) token ids.
-        timestep, weighting, total_weight: see [`weighted_mean`].
-
-    Returns:
-        Scalar float32 (float64 for float64); 0 (with gradient 0) where nothing is masked.
-    """
-    return weighted_mean(position_losses(logits, targets, DiffusionObjective()), timestep, weighting, total_weight)
-
-
 __all__ = [
     "Corruption",
     "DiffusionObjective",
@@ -281,7 +260,6 @@ __all__ = [
     "content_masked",
     "decoded_corruption",
     "expected_weight",
-    "masked_cross_entropy",
     "position_losses",
     "sample_masked",
     "weighted_mean",

@@ -86,7 +86,9 @@ def memory_for_towers(max_memory: Mapping[Any, int | str] | None = None) -> Mapp
     """`max_memory`, and for accelerators it does not name what they have free."""
     free = get_max_memory() if is_accelerate_available() and torch.accelerator.is_available() else {}
     free.pop("cpu", None)
-    return {**free, **(max_memory or {})}
+    # accelerate numbers accelerators of every kind.
+    names = dict(enumerate(devices_for_towers()))
+    return {**{names.get(device, device): size for device, size in free.items()}, **(max_memory or {})}
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

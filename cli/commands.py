@@ -119,6 +119,10 @@ def generate(
     towers: Annotated[
         str, typer.Option(help="Load both, or with --mode ar only the context tower, in half the memory: context.")
     ] = "both",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Run compiled passes: worth it for much text, as compiling takes minutes."),
+    ] = False,
 ) -> None:
     """
     Answer PROMPT: the text on standard output, a line about its cost on standard error.
@@ -144,6 +148,7 @@ def generate(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "compile": compiled or None,
     }
     options = {name: value for name, value in options.items() if value is not None}
     if (prompt is None) == (input_file is None):

@@ -374,6 +374,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             finally:
                 if synced:
                     self._join_until(DONE)
+            cache.expect(0)  # a later turn has a text of its own
             order = [row.number for row in reversed(loop.parked)]  # the last to leave is the first
             if order != sorted(order):
                 cache.select_rows(torch.tensor(order, device=request.device).argsort())

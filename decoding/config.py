@@ -161,6 +161,13 @@ class TwoTowerGenerationConfig(GenerationConfig):
         plain(vars(self))
         super().validate(*args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if self.compile_config is not None:  # which transformers would leave out, and compile=True not
+            raise ValueError(
+                f"compile_config={self.compile_config!r} cannot be stored; set it to None, and give it to generate"
+            )
+        super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
         """The generation flags of a model config; the strategy's own knobs are not among them."""

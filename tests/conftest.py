@@ -1,10 +1,12 @@
 """Fixtures and rules for every test."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_python import FreshPython
 from hypothesis import settings
 
 # Without a GPU, Triton's interpreter runs kernels; here, since other folders' conftest.py import Triton.
@@ -22,6 +24,16 @@ def pytest_configure(config):
     settings.load_profile("twotower")
 
 
+def pytest_collection_finish():
+    # Every collection of garbage would look at all that was imported.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -34,6 +46,14 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """Tiny models are up to ten times slower on many threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fresh_python(tmp_path_factory):
+    """Runs new Python processes."""
+    python = FreshPython(tmp_path_factory.mktemp("fresh_python"))
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ OF_CODE: dict[str, Any] = {
 
 
 def mixed_model() -> Any:
-    model = without_special_tokens(tiny_model("all kinds"))
+    model = without_special_tokens(tiny_model("each kind once"))
     model.pass_costs = COSTS
     return model
 

@@ -15,13 +15,14 @@ from twotower.demo.problems import held_out_problems
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 NEW_TOKENS = 32
+ROWS, DRAFT_LENGTH = 40, 8  # of a pass, and a number, as passes measured here would choose others elsewhere
 
 
 @dataclass
 class Reading:
     """
     What one mode's context tower made of a row, by place in its text: per mixture of experts the router's scores
-    (layers, E) and the experts chosen, and the logits (V,) of the next token.
+    (layers, E) and the experts chosen; and the logits (V,) of each new token.
     """
 
     text: list[int] = field(default_factory=list)
@@ -41,40 +42,58 @@ def prompts():
     return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_problems(120, seed=0)]
 
 
-def read(model, prompt: list[int], mode: str) -> Reading:
-    """Generate, and listen to the context tower's routers; what was read again counts as read last."""
-    tower, reading = model.context_tower, Reading()
+def read(model, prompts: list[list[int]], mode: str) -> list[Reading]:
+    """
+    Generate from prompts of one length, all different, and listen to the context tower's routers; what was read again
+    counts as read last.
+    """
+    tower, readings, length = model.context_tower, {tuple(prompt): Reading() for prompt in prompts}, len(prompts[0])
     routers = [layer.mixer.gate for layer in tower.layers if hasattr(layer.mixer, "gate")]
-    start, routed = 0, []
+    rows, routed = [], []
 
     def begin(_, args):
-        nonlocal start
-        start = args[1].width
+        ids, cache = args[:2]
+        # Engines may swap rows, which are known by their prompts.
+        of_rows = ids if cache.width == 0 else cache.ids
+        starts = cache.host_lengths or [0] * len(ids)
+        rows[:] = [
+            (readings[tuple(row)], start) for row, start in zip(of_rows[:, :length].tolist(), starts, strict=True)
+        ]
         routed.clear()
 
     def listen(router, _, output):
         routed.append((output[0].sigmoid() + router.e_score_correction_bias, output[2]))
 
     def end(*_):
-        for column in range(len(routed[0][0])):
-            reading.scores[start + column] = torch.stack([scores[column] for scores, _ in routed])
-            reading.experts[start + column] = [set(chosen[column].tolist()) for _, chosen in routed]
+        scores, experts = (
+            torch.stack(each, dim=1).unflatten(0, (len(rows), -1)) for each in zip(*routed, strict=True)
+        )
+        for (reading, start), of_row, chosen in zip(rows, scores, experts.tolist(), strict=True):
+            reading.scores.update(enumerate(of_row, start))
+            reading.experts.update((place, [*map(set, each)]) for place, each in enumerate(chosen, start))
 
     hooks = [tower.register_forward_pre_hook(begin), tower.register_forward_hook(end)]
     hooks += [router.register_forward_hook(listen) for router in routers]
     options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "output_logits": True}
-    output = model.generate(torch.tensor([prompt]), mode=mode, return_dict_in_generate=True, **options)
+    if mode == "self_speculative":
+        options["draft_length"] = DRAFT_LENGTH
+    output = model.generate(torch.tensor(prompts), mode=mode, return_dict_in_generate=True, **options)
     for hook in hooks:
         hook.remove()
-    reading.text, reading.logits = output.sequences[0].tolist(), [row[0] for row in output.logits]
-    return reading
+    for row, reading in enumerate(readings.values()):
+        reading.text, reading.logits = output.sequences[row].tolist(), [step[row] for step in output.logits]
+    return list(readings.values())
 
 
 @pytest.fixture(scope="module")
 def readings(model, prompts):
     """By both modes, of beginnings of questions, which the model was not trained to go on from: it is unsure."""
-    beginnings = [prompt[:12] for prompt in prompts]
-    return [(read(model, prompt, "ar"), read(model, prompt, "self_speculative")) for prompt in beginnings]
+    beginnings = list(dict.fromkeys(tuple(prompt[:12]) for prompt in prompts))
+    pairs = []
+    for start in range(0, len(beginnings), ROWS):
+        rows = beginnings[start : start + ROWS]
+        pairs += zip(read(model, rows, "ar"), read(model, rows, "self_speculative"), strict=True)
+    return pairs
 
 
 def parting(one: Reading, other: Reading) -> int:
@@ -142,6 +161,6 @@ def test_texts_part_only_where_two_choices_tied_within_rounding(readings, undist
 
 
 def test_ties_are_so_rare_that_differences_elsewhere_would_show(undisturbed):
-    for gaps, share in zip(undisturbed, (0.03, 0.15), strict=True):  # measured: 0.013 and 0.116
+    for gaps, share in zip(undisturbed, (0.03, 0.15), strict=True):  # measured: 0.012 and 0.064
         tie = (gaps[:, 0] - gaps[:, 1]).abs().max()
         assert (gaps[:, 0] <= tie).float().mean() < share

@@ -893,3 +893,21 @@ def test_where_memory_lacks_for_keys_after_values_have_grown_the_cache_goes_on(m
             model.context_tower(random_ids(1, 200, seed=2), cache)
     outputs = [model.context_tower(random_ids(1, 60, seed=2), each) for each in (cache, expected)]
     assert_close(outputs[0], outputs[1])
+
+
+def test_what_grows_without_gradients_has_none():
+    """Though what was held before came with them: else the first call's graph would live on in every later one."""
+    model = tiny_model("all kinds")
+    cache = model(random_ids(2, 60)).cache
+    assert any(part.requires_grad for held in cache.views() for part in held or ())
+    with torch.no_grad():
+        model(random_ids(2, 9), cache=cache)  # more than there was room for
+        cache.add_rows(1)
+        model(random_ids(3, 1), cache=cache)
+    assert not any(part.requires_grad for held in cache.views() for part in held or ())
+
+
+def test_a_cache_that_is_returned_expects_no_more():
+    model = without_special_tokens(tiny_model("only *"))
+    cache = model.generate(random_ids(1, 100), mode="ar", max_new_tokens=2, return_dict_in_generate=True).cache
+    assert [layer.expected for layer in (*cache.layers, cache.tokens)] == [0, 0]

@@ -48,7 +48,7 @@ def scripted(denoiser):
 
 @pytest.fixture(scope="module")
 def real():
-    return tiny_model("all kinds")
+    return tiny_model("each kind once")
 
 
 class Call(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import random_ids, tiny_model, without_special_tokens
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 from twotower.decoding.config import COUNTS, MOST_POSTERIOR_STEPS, TwoTowerGenerationConfig
 from twotower.decoding.rules import UNMASKING_RULES
@@ -149,3 +149,12 @@ def test_a_draft_is_no_wider_than_any_text(model, widths, most, width):
 @pytest.mark.parametrize("mode", ["ar", "mock_ar"])
 def test_modes_without_blocks_do_not_mind_their_size(model, mode):
     assert torch.equal(generate(model, mode=mode, block_size=10**9).sequences, generate(model, mode=mode).sequences)
+
+
+def test_a_compile_config_is_not_lost_where_a_config_is_stored(tmp_path):
+    config = TwoTowerGenerationConfig(compile=True, compile_config=CompileConfig(backend="eager"))
+    with pytest.raises(ValueError, match=r"compile_config=CompileConfig.*cannot be stored; set it to None"):
+        config.save_pretrained(tmp_path)
+    config.compile_config = None
+    config.save_pretrained(tmp_path)
+    assert TwoTowerGenerationConfig.from_pretrained(tmp_path).compile is True

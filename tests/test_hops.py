@@ -1,8 +1,6 @@
 """`tools/hops.py` counts what a call of generate enters; it is no part of the package."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -11,9 +9,10 @@ from twotower.decoding.config import MODES
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_hops_are_counted_for_every_mode():
-    command = [sys.executable, ROOT / "tools" / "hops.py", "--list"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_hops_are_counted_for_every_mode(fresh_python):
+    done = fresh_python(ROOT / "tools" / "hops.py", "--list")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout
     for mode in MODES:
         found = re.search(rf"^{mode}: (\d+) functions, (\d+) files, (\d+) changes of file$", shown, re.MULTILINE)
         assert found is not None, shown

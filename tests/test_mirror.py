@@ -33,7 +33,7 @@ OPTIONS = {
 
 
 def model_on(cards: Cards, count: int, main: int = 0, **fields):
-    model = without_special_tokens(tiny_model("all kinds", **fields))
+    model = without_special_tokens(tiny_model("each kind once", **fields))
     cards.place(model, towers_device_map(model, CARDS[:count]), CARDS[main])
     return model
 
@@ -62,17 +62,17 @@ def test_what_is_on_different_cards_cannot_be_mixed():
 @pytest.mark.parametrize("mode", MODES)
 def test_one_card(mode):
     """Rows of different lengths, with no hooks that bring tensors together."""
-    plain = without_special_tokens(tiny_model("all kinds"))
+    plain = without_special_tokens(tiny_model("each kind once"))
     expected = plain.generate(PROMPTS, mode=mode, **knobs(mode))
     with Cards() as cards:
-        model = without_special_tokens(tiny_model("all kinds"))
+        model = without_special_tokens(tiny_model("each kind once"))
         cards.put_model(model, FIRST)
         assert torch.equal(model.generate(PROMPTS, mode=mode, **knobs(mode)).cpu(), expected)
 
 
 def test_one_card_whose_cache_compiled_passes_have_read_first(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **arguments: function)
-    plain, again = without_special_tokens(tiny_model("all kinds")), torch.ones(4, 3, dtype=torch.long)
+    plain, again = without_special_tokens(tiny_model("each kind once")), torch.ones(4, 3, dtype=torch.long)
 
     def second_turn(model, **first):
         output = model.generate(PROMPTS, return_dict_in_generate=True, **first, **knobs("ar"))
@@ -83,7 +83,7 @@ def test_one_card_whose_cache_compiled_passes_have_read_first(monkeypatch):
 
     expected = second_turn(plain, mode="ar")
     with Cards() as cards:
-        model = without_special_tokens(tiny_model("all kinds"))
+        model = without_special_tokens(tiny_model("each kind once"))
         cards.put_model(model, FIRST)
         assert torch.equal(second_turn(model, mode="ar", compile=True), expected)
 
@@ -95,7 +95,7 @@ def test_one_card_whose_cache_compiled_passes_have_read_first(monkeypatch):
     + [("mask_diffusion", "greedy", 4), ("ar", "greedy", 4), ("self_speculative", "all recorded", 3)],
 )
 def test_the_text_is_that_of_one_device(mode, option, count):
-    plain = without_special_tokens(tiny_model("all kinds"))
+    plain = without_special_tokens(tiny_model("each kind once"))
     arguments = {"mode": mode, **knobs(mode), **OPTIONS[option]}
     expected = plain.generate(PROMPTS, **arguments)
     with Cards() as cards:
@@ -120,7 +120,7 @@ def _on_host(output):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_second_turn(mode):
-    plain, more = without_special_tokens(tiny_model("all kinds")), random_ids(4, 6, seed=3)
+    plain, more = without_special_tokens(tiny_model("each kind once")), random_ids(4, 6, seed=3)
 
     def two_turns(model):
         first = model.generate(PROMPTS, mode=mode, **knobs(mode), return_dict_in_generate=True, eos_token_id=[7, 30])
@@ -139,7 +139,7 @@ def test_a_second_turn(mode):
 
 
 def test_a_callback_sees_its_tensors_beside_the_prompt():
-    seen, plain = [], without_special_tokens(tiny_model("all kinds"))
+    seen, plain = [], without_special_tokens(tiny_model("each kind once"))
     expected = plain.generate(PROMPTS, **knobs("ar"), step_callback=lambda step: None)
     with Cards() as cards:
         model = model_on(cards, 2)
@@ -175,7 +175,7 @@ def test_rows_that_come_and_go(seed, count):
 @pytest.mark.parametrize(("count", "main"), [(2, 0), (2, 1), (3, 1)])
 def test_forward_and_denoise(count, main):
     """Also where the card that inputs are brought to is not that of the context tower."""
-    plain, block = without_special_tokens(tiny_model("all kinds")), random_block(4, 4)
+    plain, block = without_special_tokens(tiny_model("each kind once")), random_block(4, 4)
     block_mask = torch.ones_like(block)
     block_mask[0, 3] = 0
 
@@ -488,6 +488,6 @@ def test_a_denoiser_that_moves_is_followed():
 
 
 def test_one_device_has_no_mirror():
-    model = without_special_tokens(tiny_model("all kinds"))
+    model = without_special_tokens(tiny_model("each kind once"))
     cache = model.generate(PROMPTS, return_dict_in_generate=True, **knobs("ar")).cache
     assert cache.mirror is None

@@ -204,8 +204,8 @@ def test_experts_outside_the_best_groups_score_zero():
 def test_expert_sizes_torch_cannot_group():
     odd, even = tiny_model("odd").config, tiny_model().config
     assert odd._experts_implementation == "eager"
-    assert even._experts_implementation == "grouped_mm_or_loop"
-    for name in ("grouped_mm", "grouped_mm_or_loop"):
+    assert even._experts_implementation == "grouped_mm_or_all"
+    for name in ("grouped_mm", "grouped_mm_or_all"):
         with pytest.raises(ValueError, match=r"multiples of 8, not \(30, 9\)"):
             TwoTowerForBlockDiffusion(tiny_config("odd", experts_implementation=name))
 
@@ -817,11 +817,11 @@ def test_an_experts_implementation_asked_for_by_name_is_kept(monkeypatch):
     def refuse(*args):
         raise AssertionError("another implementation was called")
 
-    for name in ("eager", "batched_mm", "grouped_mm", "grouped_mm_or_loop"):
+    for name in ("eager", "batched_mm", "grouped_mm", "grouped_mm_or_all"):
         model = TwoTowerForBlockDiffusion(tiny_config(experts_implementation=name))
         assert model.config._experts_implementation == name
         with monkeypatch.context() as patch:
-            for other in {"batched_mm", "grouped_mm", "grouped_mm_or_loop"} - {name}:
+            for other in {"batched_mm", "grouped_mm", "grouped_mm_or_all"} - {name}:
                 patch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, other, refuse)
             model(random_ids(1, 1))
 

@@ -12,10 +12,12 @@ from twotower.cache_twotower import TwoTowerCache
 from twotower.demo.evaluation import context_tower_in_transformers
 from twotower.objective_twotower import (
     MIN_TIMESTEP,
+    DiffusionObjective,
     check_objective,
     content_masked,
-    masked_cross_entropy,
+    position_losses,
     sample_masked,
+    weighted_mean,
 )
 
 MASK = 3
@@ -442,6 +444,10 @@ def test_content_masked_masks_as_often_as_sample_masked():
     assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.06
     once, again = counts[:, 0].float().unflatten(0, (-1, 2)).unbind(1)
     assert torch.corrcoef(torch.stack([once, again]))[0, 1].abs() < 0.06
+
+
+def masked_cross_entropy(logits, targets, time, weighting="mean"):
+    return weighted_mean(position_losses(logits, targets, DiffusionObjective()), time, weighting)
 
 
 def test_masked_cross_entropy_mean():

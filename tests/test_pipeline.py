@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +67,7 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="module")
-def results(folder, tmp_path_factory):
+def results(folder, fresh_python, tmp_path_factory):
     """Of every call, all made in one process."""
     work = tmp_path_factory.mktemp("work")
     environment = {
@@ -80,14 +78,8 @@ def results(folder, tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-I", HERE / "run_pipeline.py", folder],
-        input=json.dumps(list(CALLS.values())),
-        env=environment,
-        cwd=work,
-        capture_output=True,
-        text=True,
-    )
+    calls = json.dumps(list(CALLS.values()))
+    done = fresh_python("-I", HERE / "run_pipeline.py", folder, input=calls, env=environment, cwd=work)
     assert done.returncode == 0, done.stderr
     return dict(zip(CALLS, json.loads(done.stdout.splitlines()[-1]), strict=True))
 

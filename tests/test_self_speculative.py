@@ -41,7 +41,7 @@ def prompts():
 @pytest.fixture(scope="module")
 def ar(model, prompts):
     """Mode "ar" on all prompts."""
-    return answers(model, prompts, mode="ar")
+    return answers(model, prompts, batch=40, mode="ar")
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +110,15 @@ def test_greedy_text_on_nvidias_checkpoint(goldens):
     free = {"max_new_tokens": 24, "eos_token_id": None}
     expected = tokens(answers(model, prompts, batch=1, mode="ar", **free))
     assert [len(text) for text in expected] == [24] * 5
-    for draft_steps, block_size, batch in product((1, 2, 4), (2, 4, 8, 16, 32), (1, 5)):
+    settings = [*product((1, 2, 4), (2, 4, 8, 16, 32), (5,)), (1, 16, 1), (2, 8, 1)]
+    for draft_steps, block_size, batch in settings:
         knobs = {"draft_steps": draft_steps, "block_size": block_size, **free}
         assert tokens(answers(model, prompts, batch, **knobs)) == expected, (knobs, batch)
 
 
 def test_greedy_text_of_many_problems(model, prompts, ar):
     assert all(text[-1] == EOS for text in tokens(ar))
-    speculative = answers(model, prompts)
+    speculative = answers(model, prompts, batch=40)
     assert tokens(speculative) == tokens(ar)
     # It is what the mode is for: most drafts are kept.
     passes = sum(int(each.output["context_forwards"] + each.output["denoiser_forwards"]) for each in speculative)
@@ -128,7 +129,7 @@ def test_greedy_text_of_many_problems(model, prompts, ar):
 @pytest.mark.parametrize("draft_steps", [1, 2, 4])
 @pytest.mark.parametrize("block_size", [4, 8, 16, 32])
 def test_greedy_text_at_every_setting(model, prompts, ar, batch, draft_steps, block_size):
-    rows = prompts[: max(batch, 4)]
+    rows = prompts[: max(batch, 2)]
     found = answers(model, rows, batch, draft_steps=draft_steps, block_size=block_size)
     assert tokens(found) == tokens(ar[: len(rows)])
 
@@ -198,15 +199,25 @@ PROCESSORS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_texts(model, few):
+    """Mode "ar" on three prompts, greedy and sampled, and the knobs."""
+    found = {}
+    for sample, most in product((False, True), (24, 40, 64)):
+        knobs: dict[str, Any] = {"max_new_tokens": most}
+        if sample:
+            knobs |= {"do_sample": True, "temperature": 0.7, "seed": list(range(3))}
+        found[sample, most] = tokens(answers(model, few[1::3], mode="ar", **knobs)), knobs
+    return found
+
+
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
-def test_text_with_a_logits_processor(model, few, name, sample):
+def test_text_with_a_logits_processor(model, few, plain_texts, name, sample):
     few = few[1::3]
-    knobs: dict[str, Any] = {"max_new_tokens": 24 if name == "forced_eos_token_id" else 64}
-    if sample:
-        knobs |= {"do_sample": True, "temperature": 0.7, "seed": list(range(len(few)))}
-    plain = tokens(answers(model, few, mode="ar", **knobs))
-    first = plain[0]
+    most = {"forced_eos_token_id": 24, "min_new_tokens": 64, "min_length": 64}.get(name, 40)
+    plain, plain_knobs = plain_texts[sample, most]
+    first, knobs = plain[0], dict(plain_knobs)
     of_text = {
         "bad_words_ids": [first[3:5], first[8:9], first[10:13]],
         "sequence_bias": {tuple(first[2:4]): -20.0, (first[6],): 3.0},

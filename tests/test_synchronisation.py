@@ -1,8 +1,6 @@
 """Generating with parameters sharded over ranks, whose rows need different numbers of passes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,23 +12,17 @@ SCRIPT = Path(__file__).with_name("generate_sharded.py")
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
+def sharded(fresh_python, tmp_path_factory):
     """Per rank, its text in every case; two processes that would hang if they did not keep in step."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
+    ranks = [fresh_python.start(SCRIPT, rank, folder) for rank in range(2)]
     try:
-        outputs = [process.communicate(timeout=240) for process in ranks]
+        for process in ranks:
+            assert process.wait(240) == 0, process.stderr
     finally:
         for process in ranks:
             process.kill()
-    for process, (_, errors) in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    return [json.loads(process.stdout.splitlines()[-1]) for process in ranks]
 
 
 @pytest.mark.parametrize("name", CASES)

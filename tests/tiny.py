@@ -35,6 +35,7 @@ BASE = {
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "base": {},
     "all kinds": {"hybrid_override_pattern": "M-*E*-M"},
+    "each kind once": {"hybrid_override_pattern": "M*-E"},  # for loops, to which layers are all the same
     "only M": {"hybrid_override_pattern": "M"},
     "only *": {"hybrid_override_pattern": "*"},
     "only E": {"hybrid_override_pattern": "E"},

@@ -9,7 +9,7 @@ from twotower.bench.released_loop import released_mask_diffusion, with_expert_lo
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("all kinds")
+    return tiny_model("each kind once")
 
 
 @pytest.fixture(scope="module")

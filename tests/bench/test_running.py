@@ -26,7 +26,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("all kinds", vocab_size=280)
+    return tiny_model("each kind once", vocab_size=280)
 
 
 @pytest.fixture(scope="module")

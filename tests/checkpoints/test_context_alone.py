@@ -178,7 +178,7 @@ print(model.name_or_path, model.has_denoiser, model(torch.tensor([[5, 6, 7]])).l
 """
 
 
-def test_files_of_the_denoiser_are_not_downloaded(shards, whole, tmp_path, monkeypatch):
+def test_files_of_the_denoiser_are_not_downloaded(shards, whole, fresh_python, tmp_path, monkeypatch):
     folder, needed, others = shards
     root = tmp_path / "hub"
     commit = root / "someone" / "model" / ("a" * 40)
@@ -194,9 +194,7 @@ def test_files_of_the_denoiser_are_not_downloaded(shards, whole, tmp_path, monke
         environment = {"HF_ENDPOINT": hub.stdout.readline().strip(), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        run = subprocess.run(
-            [sys.executable, "-c", DOWNLOAD, str(tmp_path / "cache")], capture_output=True, text=True, timeout=120
-        )
+        run = fresh_python("-c", DOWNLOAD, tmp_path / "cache", timeout=120)
     finally:
         hub.stdin.close()
         hub.wait(10)

@@ -1,9 +1,6 @@
 """A TwoTower from a backbone: on disk by copying bytes, in memory without a third copy."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,7 +89,7 @@ def test_what_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("how", "most"), [("disk", 0.5), ("memory", 2.6)])
-def test_peak_memory(how, most, tmp_path):
+def test_peak_memory(how, most, fresh_python, tmp_path):
     """In backbones: on disk next to nothing (what the model's code takes included), in memory the two towers."""
     model = backbone(vocab_size=200_000, hidden_size=128)
     model.save_pretrained(tmp_path / "backbone", max_shard_size="60MB")
@@ -100,7 +97,6 @@ def test_peak_memory(how, most, tmp_path):
     assert size > 1.5e8 and len(list((tmp_path / "backbone").glob("*.safetensors"))) > 1
     script = Path(tmp_path / "measure.py")
     script.write_text(MEASURE)
-    command = [sys.executable, str(script), how, str(tmp_path / "backbone"), str(tmp_path / "both")]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = fresh_python(script, how, tmp_path / "backbone", tmp_path / "both")
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) < most * size, int(done.stdout.split()[-1]) / size

@@ -282,19 +282,19 @@ def test_the_wheel_holds_the_licence_to_export():
 class TestLoadingWithoutThisPackage:
     """One process per load: transformers keeps remote classes, and their modules, for a process's lifetime."""
 
-    def test_from_a_folder(self, exported, expected, tmp_path):
+    def test_from_a_folder(self, exported, expected, fresh_python, tmp_path):
         saved = tmp_path / "saved"
-        check(load(tmp_path, "AutoModel", exported, saved), expected)
+        check(load(fresh_python, tmp_path, "AutoModel", exported, saved), expected)
         check_saved(saved, exported)
         other_code = shutil.copytree(exported, tmp_path / "other")
         with (other_code / "modeling_twotower.py").open("a") as file:
             file.write("\n\nNEWER = True\n")
-        seen = load(tmp_path, "AutoModelForCausalLM", saved, tmp_path / "saved-again", other_code)
+        seen = load(fresh_python, tmp_path, "AutoModelForCausalLM", saved, tmp_path / "saved-again", other_code)
         check(seen, expected)
         check_saved(tmp_path / "saved-again", exported)
         assert seen["other_class"]
 
-    def test_with_a_release_of_transformers_that_the_code_does_not_know(self, exported, tmp_path):
+    def test_with_a_release_of_transformers_that_the_code_does_not_know(self, exported, fresh_python, tmp_path):
         code = (
             "import transformers\n"
             "from transformers import AutoModel, activations\n"
@@ -305,11 +305,11 @@ class TestLoadingWithoutThisPackage:
             "except ImportError as error:\n"
             "    print(error)\n"
         )
-        said = run_python(tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1").stdout
+        said = run_python(fresh_python, tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1").stdout
         assert said.startswith("this TwoTower code knows transformers from") and said.count("\n") == 1
         assert "5.99.0 is installed: pip install" in said
 
-    def test_kernels_can_be_chosen(self, exported, tmp_path):
+    def test_kernels_can_be_chosen(self, exported, fresh_python, tmp_path):
         code = (
             "import torch\n"
             "from transformers import AutoModel\n"
@@ -324,9 +324,9 @@ class TestLoadingWithoutThisPackage:
             "assert not torch.equal(by_triton, logits())\n"  # or it was not used
             "assert torch.allclose(by_triton, logits(), atol=1e-5)\n"
         )
-        run_python(tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1", TRITON_INTERPRET="1")
+        run_python(fresh_python, tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1", TRITON_INTERPRET="1")
 
-    def test_without_triton(self, exported, tmp_path):
+    def test_without_triton(self, exported, fresh_python, tmp_path):
         code = (
             "import sys\n"
             "sys.modules['triton'] = None\n"  # importing it is now an ImportError
@@ -337,10 +337,10 @@ class TestLoadingWithoutThisPackage:
             "except ValueError as error:\n"
             "    print(error)\n"
         )
-        said = run_python(tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1").stdout
+        said = run_python(fresh_python, tmp_path, "-I", "-c", code, HF_HUB_OFFLINE="1").stdout
         assert said.startswith('ssd_scan cannot be computed by "triton": it is ')
 
-    def test_a_model_of_remote_code_is_exported(self, exported, tmp_path):
+    def test_a_model_of_remote_code_is_exported(self, exported, fresh_python, tmp_path):
         code = (
             "from transformers import AutoModel\n"
             f"model = AutoModel.from_pretrained({str(exported)!r}, trust_remote_code=True)\n"
@@ -349,13 +349,13 @@ class TestLoadingWithoutThisPackage:
             f"export(model, {str(tmp_path / 'again')!r})\n"
         )
         path = os.environ.get("PYTHONPATH", "")
-        run_python(tmp_path, "-c", code, PYTHONPATH=path, HF_HUB_OFFLINE="1")
+        run_python(fresh_python, tmp_path, "-c", code, PYTHONPATH=path, HF_HUB_OFFLINE="1")
         for file in [*exported.glob("*.py"), exported / "model.safetensors", exported / "config.json"]:
             assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
-    def test_from_a_hub_and_its_cache(self, checkpoint, exported, expected, hub, tmp_path):
+    def test_from_a_hub_and_its_cache(self, checkpoint, exported, expected, hub, fresh_python, tmp_path):
         # 1. Upload, to a repository that holds the shards of an earlier upload.
-        push(checkpoint, tmp_path / "pushed", hub, max_shard_sizes=("100KB", "50GB"))
+        push(fresh_python, checkpoint, tmp_path / "pushed", hub, max_shard_sizes=("100KB", "50GB"))
         repo = json.loads((hub.root / "lab" / "tiny.model-1" / "repo.json").read_text())
         uploaded = hub.root / "lab" / "tiny.model-1" / repo["newest"]
         assert repo["private"]
@@ -363,15 +363,15 @@ class TestLoadingWithoutThisPackage:
         # 2. Download and load; save, and load what was saved.
         saved = tmp_path / "saved"
         online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test"}
-        first = load(tmp_path, "AutoModelForCausalLM", "lab/tiny.model-1", saved, **online)
+        first = load(fresh_python, tmp_path, "AutoModelForCausalLM", "lab/tiny.model-1", saved, **online)
         check(first, expected)
         assert first["stderr"].count("A new version of the following files was downloaded") == 3, first["stderr"]
         check_saved(saved, exported)
-        check(load(tmp_path, "AutoModel", saved, tmp_path / "saved-again"), expected)
+        check(load(fresh_python, tmp_path, "AutoModel", saved, tmp_path / "saved-again"), expected)
         # 3. The same from the cache alone, in an environment that has not seen the code.
         hub.stop()
         shutil.rmtree(tmp_path / "modules")
-        check(load(tmp_path, "AutoModel", "lab/tiny.model-1", tmp_path / "from-cache"), expected)
+        check(load(fresh_python, tmp_path, "AutoModel", "lab/tiny.model-1", tmp_path / "from-cache"), expected)
         check_saved(tmp_path / "from-cache", exported)
 
 
@@ -393,16 +393,16 @@ def check_weights(weights, model):
         assert weights[name].dtype == tensor.dtype and torch.equal(weights[name], tensor), name
 
 
-def load(work, auto_class, source, save_to, *other_source, **environment):
+def load(python, work, auto_class, source, save_to, *other_source, **environment):
     """Run load_remote.py; offline unless an endpoint is given, with Hub and module cache in `work`."""
     if "HF_ENDPOINT" not in environment:
         environment["HF_HUB_OFFLINE"] = "1"
     arguments = [auto_class, source, save_to, *other_source]
-    done = run_python(work, "-I", TESTS / "load_remote.py", *arguments, **environment)
+    done = run_python(python, work, "-I", TESTS / "load_remote.py", *arguments, **environment)
     return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
 
-def push(checkpoint, folder, hub, max_shard_sizes):
+def push(python, checkpoint, folder, hub, max_shard_sizes):
     code = (
         "from twotower.checkpoints.export import export\n"
         f"for size in {max_shard_sizes!r}:\n"
@@ -410,10 +410,10 @@ def push(checkpoint, folder, hub, max_shard_sizes):
         "           overwrite=True, max_shard_size=size)\n"
     )
     path = os.environ.get("PYTHONPATH", "")
-    run_python(folder.parent, "-c", code, PYTHONPATH=path, HF_ENDPOINT=hub.url, HF_TOKEN="hf_test")
+    run_python(python, folder.parent, "-c", code, PYTHONPATH=path, HF_ENDPOINT=hub.url, HF_TOKEN="hf_test")
 
 
-def run_python(work, *arguments, **environment):
+def run_python(python, work, *arguments, **environment):
     base = {
         "PATH": os.environ["PATH"],
         "HOME": work,
@@ -422,9 +422,7 @@ def run_python(work, *arguments, **environment):
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, *arguments], env=base | environment, cwd=work, capture_output=True, text=True
-    )
+    done = python(*arguments, env=base | environment, cwd=work)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -186,7 +186,7 @@ def test_load_state_dict_takes_both_layouts(original, assign, tmp_path):
 @pytest.mark.parametrize("size", ["8KB", "40KB"])
 def test_load_state_dict_takes_one_shard_after_another(size, tmp_path):
     """An expert's matrices then come with any others of its layer or with none."""
-    model, other = tiny_model("all kinds"), tiny_model("all kinds", seed=1)
+    model, other = tiny_model("each kind once"), tiny_model("each kind once", seed=1)
     model.save_pretrained(tmp_path, max_shard_size=size)
     load_sharded_checkpoint(other, tmp_path, strict=False)
     assert_same_weights(other, model)

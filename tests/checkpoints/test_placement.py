@@ -146,6 +146,14 @@ def test_what_accelerators_have_free_is_a_limit(monkeypatch):
     assert placement.memory_for_towers({1: "2KB"}) == {0: 5, 1: "2KB"}
 
 
+def test_what_other_accelerators_have_free_is_a_limit_by_their_names(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(placement, "get_max_memory", lambda: {0: 5, 1: 6, "cpu": 7})
+    assert placement.memory_for_towers() == dict(zip(devices_for_towers(), (5, 6), strict=True))
+
+
 # Loading.
 
 

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -31,7 +32,7 @@ QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_model(vocab_size=280, block_size=8).save_pretrained(folder)
+    tiny_model("each kind once", vocab_size=280, block_size=8).save_pretrained(folder)
     train_tokenizer(islice(training_problems(0), 50), 280).save_pretrained(folder)
     return folder
 
@@ -51,6 +52,21 @@ def answer(checkpoint, prompt, seed=None, **options):
     output = model.generate(**inputs, **options, return_dict_in_generate=True)
     new = output.sequences[0, inputs.input_ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), output
+
+
+def test_compiled_passes_write_the_same_text(checkpoint, tmp_path, monkeypatch):
+    compiled, lines = [], tmp_path / "in.jsonl"
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or function)
+    lines.write_text(json.dumps({"prompt": QUESTION}) + "\n")
+    from_lines = ("--input", lines, "--output", tmp_path / "out.jsonl")
+    arguments = ("generate", "--model", checkpoint, "--mode", "ar", "--max-new-tokens", 4)
+    plain = run(*arguments, QUESTION).stdout
+    assert not compiled
+    assert run(*arguments, "--compile", QUESTION).stdout == plain and compiled
+    compiled.clear()
+    run(*arguments, "--compile", *from_lines)
+    assert compiled
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"].strip() == plain.strip()
 
 
 def test_generate_prints_the_text_and_its_cost(checkpoint):

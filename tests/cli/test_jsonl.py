@@ -1,10 +1,6 @@
 """`twotower generate --input --output`: every line is answered once, whatever interrupts it, and as it is alone."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from itertools import islice
 
@@ -152,19 +148,18 @@ def test_a_half_written_line_is_done_again(checkpoint, files, cut):
     assert written(target) == whole
 
 
-def test_a_killed_process_loses_and_repeats_nothing(checkpoint, tmp_path):
+def test_a_killed_process_loses_and_repeats_nothing(checkpoint, fresh_python, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"prompt": f"Tom {number}", "mode": "ar", "max_new_tokens": 40} for number in range(60)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code = "import sys, torch; torch.set_num_threads(1); from twotower.cli.commands import app; app(sys.argv[1:])"
     arguments = ["generate", "--model", checkpoint, "--input", source, "--output", target, "--slots", "2"]
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.DEVNULL)
+    process = fresh_python.start("-c", code, *arguments)
     deadline = time.monotonic() + 120
     while not (target.exists() and target.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     there = target.read_bytes().count(b"\n")
     assert 3 <= there < 60
     run(checkpoint, source, target)

@@ -158,7 +158,12 @@ def ahead(architecture, dtype, queries, masked=False):
 
 
 def test_compiled_for_sm_90_and_sm_80_nothing_spills(tmp_path):
-    cases = [(90, torch.bfloat16, 1), (90, torch.bfloat16, 16, True), (80, torch.bfloat16, 16), (90, torch.float32, 16)]
+    cases = [
+        (90, torch.bfloat16, 1),
+        (90, torch.bfloat16, 16, True),
+        (80, torch.bfloat16, 16),
+        (90, torch.float32, 16),
+    ]
     assert_nothing_spills(_attention_triton, tmp_path, [ahead(*case) for case in cases])
 
 

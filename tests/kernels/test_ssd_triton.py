@@ -4,9 +4,6 @@ Only float32 counts there: of bfloat16 the interpreter cuts off what a GPU round
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -184,11 +181,11 @@ def test_compiled_for_sm_90_and_sm_80_nothing_spills(tmp_path):
     assert_nothing_spills(_ssd_triton, tmp_path, [ahead(*case) for case in COMPILED])
 
 
-def test_without_triton_the_file_can_be_imported_still(tmp_path):
+def test_without_triton_the_file_can_be_imported_still(fresh_python, tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('no triton here')")
     code = "import twotower.kernels._ssd_triton as ours; print(ours.triton, hasattr(ours, 'ssd_kernel'))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    result = fresh_python("-c", code, env=environment)
     assert result.stdout.strip() == "None False", result.stderr
 
 

@@ -25,12 +25,10 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def python(*arguments: object) -> subprocess.CompletedProcess:
+def environment() -> dict[str, str]:
+    """Of processes that find the tests' helpers."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900
-    )
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -67,10 +65,10 @@ def test_a_finished_run_is_not_run_again(inputs, tmp_path, monkeypatch):
     assert left_behind(tmp_path) == before
 
 
-def test_killed_at_ten_random_moments_and_at_every_change_of_its_folder_it_ends_the_same(tmp_path):
+def test_killed_at_ten_random_moments_and_at_every_change_of_its_folder_it_ends_the_same(fresh_python, tmp_path):
     """Bit for bit: weights, moments, tokenizer, log and samples; and nothing half-written stays."""
     inputs = make_inputs(tmp_path / "inputs", "only -")
-    done = python(TESTS / "training" / "runs.py", inputs, tmp_path / "result.json")
+    done = fresh_python(TESTS / "training" / "runs.py", inputs, tmp_path / "result.json", env=environment())
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["stored"]) == 10 and len(set(result["stored"])) > 2, f"not at unlike moments: {result}"
@@ -187,12 +185,12 @@ def test_two_trainers_in_one_folder_are_refused(inputs, tmp_path):
         train(recipe(inputs, tmp_path))
 
 
-def test_the_lock_of_a_dead_process_is_taken_over(inputs, tmp_path):
+def test_the_lock_of_a_dead_process_is_taken_over(inputs, fresh_python, tmp_path):
     script = (
         "import os, signal\nfrom pathlib import Path\nfrom twotower.training.saving import FolderLock\n"
         f"FolderLock(Path({str(tmp_path)!r})).__enter__()\nos.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert python("-c", script).returncode == -9
+    assert fresh_python("-c", script).returncode == -9
     assert "process" in (tmp_path / "lock").read_text()
     train(recipe(inputs, tmp_path, steps=1))
     assert (tmp_path / "lock").read_text() == ""
@@ -210,11 +208,17 @@ def test_an_evaluation_is_the_same_every_time_and_takes_no_draws(inputs, tmp_pat
 
 
 def test_accumulated_batches_are_those_of_a_larger_step(inputs, tmp_path):
-    """Of the same documents under the same masks the gradients would be equal; here it is that all are counted."""
-    train(recipe(inputs, tmp_path / "one", batch_size=1, accumulation=2, steps=2))
-    train(recipe(inputs, tmp_path / "two", batch_size=2, accumulation=1, steps=2))
+    """Of the same two documents, from a pool of no others; of next tokens, which no draw masks."""
+    same = {"model__trained_towers": "context", "data__pool": 2, "steps": 2}
+    train(recipe(inputs, tmp_path / "one", batch_size=1, accumulation=2, **same))
+    train(recipe(inputs, tmp_path / "two", batch_size=2, accumulation=1, **same))
+    start, one, two = (weights(place / "model") for place in (inputs, tmp_path / "one", tmp_path / "two"))
+    for name, tensor in one.items():
+        assert_close(two[name] - start[name], tensor - start[name], slack=100 * GRADIENTS)
     first, second = (lines(tmp_path / name / "log.jsonl") for name in ("one", "two"))
-    assert sum(line["items"] for line in first) > 0 and sum(line["items"] for line in second) > 0
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in one.items())
+    for step, other in zip(first, second, strict=True):
+        assert abs(step["loss"] - other["loss"]) < 1e-4 and step["items"] == other["items"]
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path):
@@ -228,7 +232,8 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
         "os._exit(0)\n"  # as torch may wait for ever for a thread of gloo's while Python ends
     )
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
-    done = python(*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", script)
+    command = [sys.executable, *launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     start, one, two = (weights(tmp_path / name) for name in ("model", "one/model", "two/model"))
     for name, tensor in one.items():
