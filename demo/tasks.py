@@ -57,9 +57,19 @@ def listed(words: str) -> list[str]:
 def training_tasks(seed: int, first: int = 0) -> Iterator[Task]:
     """Tasks without end, from number `first` on, nothing held out among them."""
     for number in count(first):
-        rng = random.Random(f"{seed} {number}")
-        share = next(share for start, share in reversed(WORDS_SHARES.items()) if start <= number)
-        yield task(rng, "words" if rng.random() < share else "code", held_out=False)
+        rng = task_generator(seed, number)
+        yield task(rng, drawn_skill(rng, number), held_out=False)
+
+
+def task_generator(seed: int, number: int) -> random.Random:
+    """What all of a training task is drawn from."""
+    return random.Random(f"{seed} {number}")
+
+
+def drawn_skill(rng: random.Random, number: int) -> Skill:
+    """The first thing that is drawn of a training task."""
+    share = next(share for start, share in reversed(WORDS_SHARES.items()) if start <= number)
+    return "words" if rng.random() < share else "code"
 
 
 def held_out_tasks(skill: Skill, count: int, seed: int) -> list[Task]:

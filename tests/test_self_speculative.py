@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LogitsProcessor
 import twotower
 from twotower import Stateless
 from twotower.decoding.rules import UNMASKING_RULES
-from twotower.demo.problems import held_out_problems
+from twotower.demo.tasks import held_out_tasks
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 PAD, EOS, MASK = 0, 2, 3
@@ -35,7 +35,7 @@ def model():
 @pytest.fixture(scope="module")
 def prompts():
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
-    return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_problems(200, seed=0)]
+    return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_tasks("words", 200, seed=0)]
 
 
 @pytest.fixture(scope="module")

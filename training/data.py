@@ -85,15 +85,10 @@ class Examples:
     def _source(self) -> Iterator[dict[str, Any]]:
         if self.stream is not None:
             return iter(self.stream)
-        from ..demo.problems import training_problems
         from ..demo.tasks import training_tasks
 
-        problems: Iterator[Any]
-        if self.recipe.generated == "tasks":
-            problems = training_tasks(self.seed, self.taken)
-        else:
-            problems = islice(training_problems(self.seed), self.taken, None)
-        return ({"prompt": each.prompt, "completion": " " + each.answer} for each in problems)
+        tasks = training_tasks(self.seed, self.taken)
+        return ({"prompt": each.prompt, "completion": " " + each.answer} for each in tasks)
 
 
 class Documents:

@@ -2,12 +2,13 @@
 
 import random
 import re
+import zlib
 from itertools import islice
 
 import pytest
 
 from twotower.demo.functions import combination_held_out
-from twotower.demo.tasks import SKILLS, held_out_tasks, task, training_tasks
+from twotower.demo.tasks import SKILLS, Task, held_out_tasks, task, training_tasks
 from twotower.demo.word_problems import HE, SHE, composition_held_out, numbers_held_out
 
 TRAINING = list(islice(training_tasks(0), 600))
@@ -19,6 +20,18 @@ HELD_OUT = {skill: held_out_tasks(skill, 100, 0) for skill in SKILLS}
 def test_a_task_is_drawn_from_its_number_alone():
     assert next(training_tasks(0, first=599)) == TRAINING[599]
     assert next(training_tasks(1)) != TRAINING[0]
+
+
+def test_tasks_are_those_that_the_embedded_checkpoint_was_trained_on():
+    """One number for all of their texts: they must not change under a checkpoint."""
+    held = [task for skill in SKILLS for task in HELD_OUT[skill]]
+    assert zlib.crc32("".join(f"{each.text}{each.checks}" for each in [*TRAINING, *held]).encode()) == 3421816883
+
+
+def test_prompt_and_text_layout():
+    asked = Task("words", question="How many?", answer="One. #### 1", composition=())
+    assert asked.prompt == "Question: How many?\nAnswer:"
+    assert asked.text == "Question: How many?\nAnswer: One. #### 1"
 
 
 def test_nothing_held_out_is_trained_on():

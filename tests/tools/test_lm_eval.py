@@ -18,8 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import twotower
-from twotower.demo.evaluation import context_tower_in_transformers
 from twotower.evaluation import harness
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.evaluation.denoiser_likelihood import denoiser_log_likelihood
 from twotower.evaluation.harness import TwoTowerLM
 from twotower.generation_twotower import MODES
