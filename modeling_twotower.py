@@ -1362,6 +1362,9 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
 
 # On a CPU, fewer needless products or copied weights than these cost less than to sort tokens by expert.
 FEW_PRODUCTS, FEW_WEIGHTS = 2**21, 2**17
+# On a GPU torch groups products in bfloat16; of other dtypes the host would wait to learn where each expert's tokens
+# end, which takes longer than so many products (unmeasured), and cannot be recorded.
+FEW_PRODUCTS_ON_A_GPU = 2**34
 
 
 def grouped_mm_or_all(
@@ -1369,8 +1372,8 @@ def grouped_mm_or_all(
 ) -> torch.Tensor:
     """
     (T, H) tokens through their experts: torch's grouped product, or on a CPU where that takes less time a lone
-    token's experts copied, or all experts' products, most of which weigh nothing. What torch does not group, float64,
-    token by token. Grouped outputs are not rounded to the tokens' dtype yet.
+    token's experts copied, or all experts' products, most of which weigh nothing; so on a GPU in other dtypes than
+    bfloat16. What torch does not group, float64, token by token. Grouped outputs are not rounded to tokens' dtype yet.
     """
     tokens, chosen = indices.shape
     size = math.prod(experts.up_proj.shape[1:])
@@ -1381,6 +1384,8 @@ def grouped_mm_or_all(
             return _copied_experts(experts, hidden_states, indices, weights)
         if tokens > 1 and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
             return _all_experts(experts, hidden_states, indices, weights)
+    elif hidden_states.dtype != torch.bfloat16 and tokens * experts.num_experts * size < FEW_PRODUCTS_ON_A_GPU:
+        return _all_experts(experts, hidden_states, indices, weights)
     if hidden_states.dtype == torch.float64:
         return batched_mm_experts_forward(experts, hidden_states, indices, weights)
     return _grouped_experts(experts, hidden_states, indices, weights)

@@ -48,6 +48,13 @@ from transformers import logging as transformers_logging
 from twotower import TwoTowerConfig, TwoTowerEngine, TwoTowerForBlockDiffusion
 from twotower.bench.reports import environment, write_json
 from twotower.checkpoints.inspection import cache_size, model_size
+from twotower.decoding.compiled import CompiledPasses
+from twotower.kernels.backends import BACKENDS
+from twotower.kernels.block_attention import block_attention
+from twotower.kernels.causal_conv import causal_conv
+from twotower.kernels.gated_rms_norm import gated_rms_norm
+from twotower.kernels.rms_norm import rms_norm
+from twotower.kernels.ssd import ssd_scan, ssd_state
 
 MODES = ("ar", "mask_diffusion", "self_speculative", "mock_ar")
 TOKENS_PER_PASS = (1.8, 2.5, 3.3)
@@ -315,6 +322,10 @@ def measure_goldens(bench: Bench) -> None:
         found = outcome[str(dtype).removeprefix("torch.")] = dict[str, Any]()
         found["worst relative error of logits"] = worst_error(model, tensors)
         found["texts and passes as NVIDIA's"] = counted(as_golden(model, case, tensors) for case in cases)
+        if bench.device.type == "cuda":
+            found["the same by recorded passes"] = counted(
+                as_golden(model, case, tensors, compile=True) for case in cases[::4]
+            )
         for mode in MODES:
             alone = [written(model, [prompt], mode, count)[0] for prompt in prompts]
             found[f"{mode}: texts as on the CPU in float32"] = counted(map(list.__eq__, alone, on_host[mode]))
@@ -347,11 +358,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float().cpu() - expected).norm() / expected.norm())
 
 
-def as_golden(model: Any, case: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bool:
+def as_golden(model: Any, case: dict[str, Any], tensors: dict[str, torch.Tensor], **flags: Any) -> bool:
     prompt = tensors[f"p{case['prompt']}.ids"].long()[None].to(model.device)
     knobs = ("mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "eos_token_id")
     options = {name: case[name] for name in knobs if name in case}
-    output = model.generate(prompt, **options, pad_token_id=0, return_dict_in_generate=True)
+    output = model.generate(prompt, **options, **flags, pad_token_id=0, return_dict_in_generate=True)
     expected = case["new_tokens"]
     if case.get("eos_token_id") in expected:
         expected = expected[: expected.index(case["eos_token_id"]) + 1]
@@ -462,6 +473,110 @@ def read_in_pieces(bench: Bench, model: Any, length: int) -> Any:
     return cache
 
 
+# Operations by backend.
+
+
+def predict_kernels(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
+    return {"every backend": "error against float64 as torch's; faster than torch wherever torch runs several kernels"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of the registry on some arguments, the backend left out."""
+
+    name: str
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def computed_by(self, backend: str, exact: bool = False) -> tuple[torch.Tensor, ...]:
+        """The tensors it gives; `exact` in float64."""
+        arguments = [each.double() if exact and is_float(each) else each for each in self.arguments]
+        output = self.run(*arguments, backend=backend)
+        return tuple(each for each in ((output,) if isinstance(output, torch.Tensor) else output) if each is not None)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def operations(bench: Bench) -> Iterator[tuple[str, Operation]]:
+    """Of the shapes that passes of the full towers have, by a name that tells them."""
+    config = bench.sizes.config("M")
+    heads, width, groups, states = (
+        config.mamba_num_heads,
+        config.mamba_head_dim,
+        config.n_groups,
+        config.ssm_state_size,
+    )
+    hidden, inner = config.hidden_size, heads * width
+    channels = inner + 2 * groups * states
+    draw = partial(torch.randn, device=bench.device)
+    rate, skip = -torch.rand(heads, device=bench.device) - 0.5, draw(heads).to(bench.dtype)
+    weight, norm = draw(channels, config.conv_kernel).to(bench.dtype), draw(hidden).to(bench.dtype)
+    for rows in bench.sizes.batches:
+        for tokens in (1, 16, 512):
+            size = f"{rows} rows, {tokens} tokens"
+            x = draw(rows, tokens, heads, width).to(bench.dtype)
+            b, c = (draw(rows, tokens, groups, states).to(bench.dtype) for _ in range(2))
+            dt = torch.rand(rows, tokens, heads, device=bench.device) * 0.1
+            state = draw(rows, heads, width, states) * 10
+            scan = partial(ssd_scan, chunk_size=config.chunk_size)
+            yield size, Operation("ssd_step" if tokens == 1 else "ssd_scan", scan, (x, dt, rate, b, c, skip, state))
+            if tokens == 16:
+                ends = torch.arange(rows, device=bench.device) % 17
+                yield size, Operation("ssd_state", ssd_state, (x, dt, rate, b, state, ends))
+            inputs = draw(rows, tokens, channels).to(bench.dtype)
+            before = draw(rows, config.conv_kernel - 1, channels).to(bench.dtype)
+            bias = draw(channels).to(bench.dtype)
+            yield size, Operation("causal_conv", causal_conv, (inputs, weight, bias, before))
+            gate, scale = draw(rows, tokens, inner).to(bench.dtype), draw(inner).to(bench.dtype)
+            yield size, Operation("gated_rms_norm", gated_rms_norm, (x, gate, scale, inner // groups, 1e-5))
+            yield size, Operation("rms_norm", rms_norm, (draw(rows, tokens, hidden).to(bench.dtype), norm, 1e-5))
+        for tokens in (1, 16):
+            for context in bench.sizes.contexts[:2]:
+                size = f"{rows} rows, {tokens} tokens, {context} context"
+                query = draw(rows, config.num_attention_heads, tokens, config.head_dim).to(bench.dtype)
+                key, value = (
+                    draw(rows, config.num_key_value_heads, tokens, config.head_dim).to(bench.dtype) for _ in range(2)
+                )
+                behind = [
+                    draw(rows, config.num_key_value_heads, context, config.head_dim).to(bench.dtype) for _ in range(2)
+                ]
+                lengths = torch.full((rows,), context - 3, device=bench.device)
+                yield size, Operation("block_attention", block_attention, (query, key, value, *behind, lengths))
+
+
+def measure_kernels(bench: Bench) -> None:
+    """Of each operation and backend: worst relative error against float64, and milliseconds of the device alone."""
+    outcome: dict[str, Any] = {}
+    for size, operation in operations(bench):
+        exact = operation.computed_by("torch", exact=True)
+        for backend in ("torch", *BACKENDS[operation.name]):
+            try:
+                found = operation.computed_by(backend)
+            except Exception as error:
+                outcome[f"{operation.name}, {size}, {backend}"] = {"cannot": str(error).splitlines()[0][:200]}
+                continue
+            outcome[f"{operation.name}, {size}, {backend}"] = {
+                "error": max(map(relative, found, [each.cpu().float() for each in exact])),
+                "ms": device_ms(bench, partial(operation.computed_by, backend)),
+            }
+        bench.record(outcome)
+
+
+def device_ms(bench: Bench, run: Callable[[], Any], repeats: int = 20) -> float:
+    """Milliseconds of one run without what the host takes to launch it: so many in one CUDA graph."""
+    if bench.device.type != "cuda":
+        return bench.clock(run, repeats=1)["ms"]
+    for _ in range(2):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    return bench.clock(graph.replay, repeats=2)["ms"] / repeats
+
+
 # Layers.
 
 
@@ -559,10 +674,37 @@ def measure_towers(bench: Bench) -> None:
     outcome["seconds_to_draw_weights"] = time.perf_counter() - started
     for rows in sizes.rows:
         found = outcome[f"{rows} rows"] = dict[str, Any]()
-        for name, options in tower_ways().items():
-            found[name] = speed(bench, model, rows, options)
-            found[name]["of_ar"] = found[name]["tokens_per_second"] / found["ar"]["tokens_per_second"]
-            bench.record(outcome)
+        found["passes"] = time_passes(bench, model, rows)
+        bench.record(outcome)
+        for recorded in (True, False) if bench.device.type == "cuda" else (False,):
+            for name, options in tower_ways().items():
+                way = f"{name}, eager" if not recorded else name
+                found[way] = speed(bench, model, rows, options | {"compile": recorded})
+                ar = found["ar" if recorded else "ar, eager"]
+                found[way]["of_ar"] = found[way]["tokens_per_second"] / ar["tokens_per_second"]
+                bench.record(outcome)
+
+
+def time_passes(bench: Bench, model: Any, rows: int) -> dict[str, Any]:
+    """Each kind of pass, eager and recorded as a CUDA graph, beside what it must take at least."""
+    sizes, rates, found = bench.sizes, known_rates(), dict[str, Any]()
+    recorded = CompiledPasses(model)
+    if bench.device.type == "cuda":
+        recorded.begin()
+    for name, tokens in (("ar step", 1), ("block pass", 16), ("block read", 16)):
+        with torch.inference_mode(), model.prepared():
+            cache = read_in_pieces(bench, model, sizes.prompt).copy_rows([0] * rows)
+            ids = bench.ids(rows, tokens)
+            found[name] = bench.clock(partial(one_pass, model, cache, ids, name), repeats=2)
+            if bench.device.type == "cuda":
+                part = "denoise" if name == "block pass" else "context_tower"
+                times = (torch.full((rows,), 0.5, device=bench.device),) if part == "denoise" else ()
+                timing = bench.clock(lambda run=partial(recorded, part, ids, cache, *times): run(), repeats=2)
+                found[name] |= {f"recorded_{of}": value for of, value in timing.items()}
+        if rates is not None:
+            floor = floor_ms(pass_work(sizes, rows, tokens, sizes.prompt), rates)
+            found[name] |= {"floor_ms": floor, "of_floor": floor / found[name]["recorded_ms"]}
+    return found
 
 
 def predict_compiled(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
@@ -582,7 +724,7 @@ def predict_compiled(sizes: Sizes, rates: tuple[float, float] | None) -> dict[st
 def measure_compiled(bench: Bench) -> None:
     """Tokens/s by compiled passes, on a GPU under CUDA graphs, next to eager ones."""
     sizes, outcome = bench.sizes, dict[str, Any]()
-    pattern, how, ways = sizes.pattern, dict[str, Any](), tower_ways()
+    pattern, how, ways = sizes.pattern, {"compile_config": CompileConfig(fullgraph=True)}, tower_ways()
     if bench.device.type == "cpu":
         # This only shows that the script runs, for which one layer will do, and torch need not generate code.
         pattern, how = pattern[:1], {"compile_config": CompileConfig(backend="eager")}
@@ -591,7 +733,7 @@ def measure_compiled(bench: Bench) -> None:
         found = outcome[f"{rows} rows"] = dict[str, Any]()
         for name in ("ar", "mask_diffusion, 2.5 tokens per pass", "self_speculative, 8 tokens per draft"):
             started = time.perf_counter()
-            found[name] = speed(bench, model, rows, ways[name] | {"compile": True} | how)
+            found[name] = speed(bench, model, rows, ways[name] | {"compile": True, **how})
             found[name]["seconds_with_warm_up"] = time.perf_counter() - started
             eager = speed(bench, model, rows, ways[name])
             found[name]["of_eager"] = found[name]["tokens_per_second"] / eager["tokens_per_second"]
@@ -670,8 +812,9 @@ SECTIONS = {
     "goldens": Section(120, predict_goldens, measure_goldens),
     "synchronisation": Section(45, predict_synchronisation, measure_synchronisation),
     "memory": Section(45, predict_memory, measure_memory),
+    "kernels": Section(90, predict_kernels, measure_kernels),
     "layers": Section(130, predict_layers, measure_layers),
-    "towers": Section(200, predict_towers, measure_towers),
+    "towers": Section(260, predict_towers, measure_towers),
 }
 
 
@@ -769,6 +912,7 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU; so without a GPU, too")
     parser.add_argument("--compiled", action="store_true", help="only compiled passes, which take an hour")
+    parser.add_argument("--only", nargs="+", help="these sections alone")
     parser.add_argument("--minutes", type=float, help="for everything; default 9.5, of compiled passes 60")
     options = parser.parse_args()
     toy = options.dry_run or not torch.cuda.is_available()
@@ -780,6 +924,9 @@ def main() -> None:
     model = argparse.Namespace(dtype=torch.float32 if toy else torch.bfloat16, device=device)
     sections, minutes = (COMPILED, 60.0) if options.compiled else (SECTIONS, 9.5)
     minutes = minutes if options.minutes is None else options.minutes
+    if unknown := set(options.only or ()) - set(sections):
+        raise SystemExit(f"--only names {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
+    sections = {name: each for name, each in sections.items() if not options.only or name in options.only}
     run_sections(sections, sizes, options.data, options.json, toy, minutes, environment(model))
 
 

@@ -4,15 +4,18 @@ Passes as compiled programs, for `generate(..., compile=True)`.
 A program serves passes of one kind over so many tokens, rows and columns of the cache. These are powers of two, to
 which a pass is padded, so that a few programs serve all texts, and what of it counts is told by tensors of one shape.
 Programs belong to the model and are compiled when a pass first needs them. Weights are among their inputs, so that
-they see every change of them. Heads, what is chosen from logits, and code of the user's run between passes.
+they see every change of them. Heads, what is chosen from logits, and code of the user's run between passes. On a GPU
+they are recorded rather than compiled ([`Recording`]), unless a config asks for a compiler.
 
 Shapes: R rows and T tokens of a pass, B and S of its program, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_not
 from types import FunctionType
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import CompileConfig
@@ -20,6 +23,7 @@ from transformers import CompileConfig
 from ..cache_twotower import KeyValueLayer, KeyValues, KeyValueSlot, MambaLayer, MambaState, TwoTowerCache, uploaded
 from ..compat_twotower import tqdm
 from .kept import Kept
+from .recorded import Recording, Weights
 
 # Longer chunks are read in pieces of so many tokens: the program of a scan grows with its length.
 MOST_TOKENS = 512
@@ -68,10 +72,10 @@ def verifying(
     return tower.reading_pass(tower.embeddings(ids), slots, lengths, tentative=True)
 
 
-def accepting(model: Any, held: Sequence[LayerContent], updates: Sequence[Any], counts: torch.Tensor) -> None:
-    """Take states through each row's first `counts` (B,) tokens of those read tentatively."""
+def accepting(model: Any, tentative: tuple[Sequence[LayerContent], Sequence[Any]], counts: torch.Tensor) -> None:
+    """Take states through each row's first `counts` (B,) tokens of those read tentatively, see `verifying`."""
     backend = model.context_tower.kernels["ssd_state"]
-    states = []
+    states, (held, updates) = [], tentative
     for each, update in zip(held, updates, strict=True):
         states.append(update.apply(each, counts, backend) if isinstance(each, MambaState) else None)
     _write_states(held, states)
@@ -102,9 +106,24 @@ def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
 
 
 class Programs(Kept):
-    """A model's programs, by what they were compiled for."""
+    """A model's programs, by what they were compiled for; and what recordings of passes need beside them."""
 
-    model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
+    def __init__(self) -> None:
+        self.model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
+        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
+        self.weights: Weights | None = None  # those that were recorded, and their state then
+        self.weights_state: Any = None
+        self.pool: Any = None  # of memory
+        self.spare: Sequence[LayerContent] = ()  # by layer buffers of a cache that nobody has any more
+        self.user: ref[CompiledPasses] | None = None  # whose passes these are now: they share memory
+
+    def taken(self, user: "CompiledPasses") -> "Programs":
+        """These for a user, or others while another one is at them."""
+        other = None if self.user is None else self.user()
+        if other is not None and other is not user:
+            return user.programs if user.programs.user is not None else Programs().taken(user)
+        self.user = ref(user)
+        return self
 
 
 def programs_of(model: Any) -> Programs:
@@ -141,6 +160,15 @@ def check_can_compile(model: Any) -> None:
             f"compile=True is not supported by transformers' {type(quantizer).__name__}; quantise otherwise, or leave "
             "compile out"
         )
+
+
+def records_passes(config: CompileConfig | None, device: torch.device) -> bool:
+    """Whether passes are recorded as CUDA graphs: on a GPU by default, or by the name torch has for this."""
+    if config is not None and config.backend != "cudagraphs":
+        return False
+    if config is not None and device.type != "cuda":
+        raise ValueError(f'compile_config asks for backend="cudagraphs", and the model is on {device}; leave it out')
+    return device.type == "cuda"
 
 
 def compile_arguments(config: CompileConfig | None) -> dict[str, Any]:
@@ -182,15 +210,20 @@ class CompiledPasses:
         self.config: CompileConfig | None = None
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
-        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
+        self.first: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}  # by sizes, see `_first_rows`
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
+        self.records = False
         self.bar: Any = None
 
     def begin(self, config: CompileConfig | None = None) -> None:
         """Rows begin that ask for programs: from now on these are compiled as `config` says, of the model as it is."""
-        self.config, self.compiled_by = config, repr(sorted(compile_arguments(config).items()))
-        if self.programs is not (programs := programs_of(self.model)):
-            self.programs, self.templates, self.scratch = programs, [], {}
+        self.config, self.records = config, records_passes(config, self.device)
+        self.compiled_by = "recorded" if self.records else repr(sorted(compile_arguments(config).items()))
+        programs = programs_of(self.model)
+        if self.programs is not (programs := programs.taken(self) if self.records else programs):
+            self.programs, self.templates, self.first = programs, [], {}
+        if self.records:
+            self.programs.weights = Weights(self.model)
 
     def __call__(self, part: str, *args: Any) -> torch.Tensor:
         # Caches and programs hold ordinary tensors: of the inference mode that engines are in, they would be others.
@@ -226,6 +259,7 @@ class CompiledPasses:
         counts = [ids.shape[1]] * len(ids) if counts is None else list(counts)
         if tentative:
             return self._read(ids, cache, counts, tentative=True)
+        self._reuse_buffers(cache, ids.shape[1])
         pieces, starts = [], range(0, ids.shape[1], MOST_TOKENS)
         # For all pieces at once, so that one program reads them.
         columns = self._columns(cache, starts[-1] + padded_size(ids.shape[1] - starts[-1]))
@@ -271,7 +305,7 @@ class CompiledPasses:
         tokens, updates = self.updates
         rows = padded_size(len(counts))
         held, copied = self._held(cache, rows, None, writes=True)
-        self._run(accepting, (rows, tokens), held, updates, self._padded(torch.tensor(counts), rows))
+        self._run(accepting, (rows, tokens), (held, updates), self._padded(torch.tensor(counts), rows))
         if copied:
             self._write_back(cache, held, 0)
         cache.accept(counts)
@@ -316,20 +350,28 @@ class CompiledPasses:
             else:
                 held.append(layer.buffers if columns is not None and isinstance(layer, KeyValueLayer) else None)
         if first and (not writes or count in (rows, there)):
-            return [each and self._static(type(each)(*(part[:rows] for part in each))) for each in held], False
+            return self._first_rows(held, rows, columns), False
         return self._copied(held, [*cache.indices, *[cache.indices[0]] * (rows - count)], columns), True
+
+    def _first_rows(self, held: list[LayerContent], rows: int, columns: int | None) -> list[LayerContent]:
+        """Views of them, the same ones as long as what is looked at stays where it is."""
+        known = self.first.get((rows, columns))
+        if known is None or any(map(is_not, known[0], held)):
+            views = [each and self._static(type(each)(*(part[:rows] for part in each))) for each in held]
+            known = self.first[rows, columns] = held, views
+        return known[1]
 
     def _copied(self, held: list[LayerContent], indices: Sequence[int], columns: int | None) -> list[LayerContent]:
         """Copies of rows, which always lie in the same place."""
         index, sizes = uploaded(indices, self.device), (len(indices), columns)
-        if sizes not in self.scratch:
+        if sizes not in self.programs.scratch:
             copies = [each and type(each)(*(part.index_select(0, index) for part in each)) for each in held]
-            self.scratch[sizes] = [each and self._static(each) for each in copies]
-            return self.scratch[sizes]
-        for place, each in zip(self.scratch[sizes], held, strict=True):
+            self.programs.scratch[sizes] = [each and self._static(each) for each in copies]
+            return self.programs.scratch[sizes]
+        for place, each in zip(self.programs.scratch[sizes], held, strict=True):
             for copy, part in zip(place or (), each or (), strict=True):
                 torch.index_select(part, 0, index, out=copy)
-        return self.scratch[sizes]
+        return self.programs.scratch[sizes]
 
     def _write_back(self, cache: TwoTowerCache, held: list[LayerContent], tokens: int, states: bool = True) -> None:
         """Take over from copies of rows their last `tokens` keys and values, and their states."""
@@ -378,33 +420,58 @@ class CompiledPasses:
                 torch._dynamo.mark_static_address(part, guard=False)
         return held
 
-    def _run(self, program: Callable[..., Any], sizes: tuple[Any, ...], *inputs: Any) -> Any:
+    def _run(self, program: Callable[..., Any], sizes: tuple[Any, ...], static: Any, *inputs: Any) -> Any:
+        """`static` are caches and what lies beside them, which keep their places; `inputs` are every pass's own."""
         key = (program.__name__, *sizes, self.compiled_by)
+        numbers = "x".join(str(size) for size in sizes if isinstance(size, int))
+        name = " ".join([program.__name__, numbers, *(size for size in sizes if isinstance(size, str))])
+        if self.records:
+            return self._run_recorded(program, name, key, static, inputs)
         compiled = self.programs.get(key)
         if compiled is None:
-            numbers = "x".join(str(size) for size in sizes if isinstance(size, int))
-            name = " ".join([program.__name__, numbers, *(size for size in sizes if isinstance(size, str))])
             with self._shown(name):
                 compiled = torch.compile(_own_code(program, name), **compile_arguments(self.config))
-                outputs = compiled(self.model, *inputs)
+                outputs = compiled(self.model, static, *inputs)
             self.programs[key] = compiled
         else:
-            outputs = compiled(self.model, *inputs)
+            outputs = compiled(self.model, static, *inputs)
         # What a CUDA graph returns, the next one overwrites.
         return _cloned(outputs) if self.device.type == "cuda" else outputs
+
+    def _run_recorded(self, program: Callable[..., Any], name: str, key: Any, static: Any, inputs: Any) -> Any:
+        programs = self.programs
+        assert programs.weights is not None
+        if (weights := programs.weights.state()) != programs.weights_state:
+            for each in [each for each in programs if each[-1] == "recorded"]:
+                del programs[each]
+            programs.weights_state = weights
+        # Of one key there may be two: of a cache's first rows, and of copies of others.
+        recordings = programs.setdefault(key, [])
+        recording = next((each for each in recordings if each.fits(static)), None)
+        if recording is None:
+            del recordings[:-1]
+            programs.pool = programs.pool or torch.cuda.graph_pool_handle()
+            with self._shown(name):
+                recording = Recording(program, self.model, static, inputs, programs.pool)
+            recordings.append(recording)
+        outputs = recording(inputs)
+        # The next pass of the kind overwrites them; the states' updates are used up before.
+        return (outputs[0].clone(), outputs[1]) if isinstance(outputs, tuple) else _cloned(outputs)
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[None]:
         """A progress bar of what is compiled; what torch cannot compile is an error that says what can be done."""
         if self.bar is None:
-            self.bar = tqdm(desc="Compiling passes", unit="pass")
+            self.bar = tqdm(desc="Recording passes" if self.records else "Compiling passes", unit="pass")
         self.bar.set_postfix_str(name)
         try:
             yield
         except RuntimeError as error:
             from torch._dynamo.exc import TorchDynamoException  # not at import, as it takes a second
 
-            if not isinstance(error, TorchDynamoException):
+            if isinstance(error, torch.OutOfMemoryError) or not (
+                self.records or isinstance(error, TorchDynamoException)
+            ):
                 raise
             reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
             raise NotCompiled(
@@ -414,9 +481,45 @@ class CompiledPasses:
             ) from error
         self.bar.update()
 
-    def close(self) -> None:
-        """Nothing is to be compiled, nor rows to be copied, soon."""
-        self.scratch = {}
+    def _reuse_buffers(self, cache: TwoTowerCache, tokens: int) -> None:
+        """
+        A new cache takes over what an earlier one has left, if it would want as much: recordings know where it lies.
+        """
+        spare, whole = self.programs.spare, cache if cache.whole is None else cache.whole
+        if not spare or not self.records or any(_content(layer) is not None for layer in whole.layers):
+            return
+        self.programs.spare = []
+        rows = padded_size(whole.batch_size)
+        expected = max([layer.expected for layer in whole.layers if isinstance(layer, KeyValueLayer)], default=0)
+        columns = padded_size(max(expected, tokens), LEAST_COLUMNS)
+        held = [each for each in spare if each is not None]
+        too_wide = any(isinstance(each, KeyValues) and each.key.shape[2] > columns for each in held)
+        if too_wide or any(len(each[0]) < rows for each in held):
+            return
+        for layer, each in zip(whole.layers, spare, strict=True):
+            for part in each or ():
+                part.zero_()
+            if isinstance(layer, KeyValueLayer):
+                layer.buffers = each
+            elif isinstance(layer, MambaLayer):
+                layer.state, layer.shared = each, False
+
+    def close(self, cache: TwoTowerCache) -> None:
+        """Nothing is to be compiled, nor rows to be copied, soon; a cache that nobody keeps leaves its buffers."""
+        if not self.records:
+            self.programs.scratch.clear()
+            return self._close_bar()
+        self.programs.user = None
+        if cache.batch_size == 0 and not any(getattr(each, "shared", False) for each in cache.layers):
+            self.programs.spare = [_content(layer) for layer in cache.layers]
+            for layer in cache.layers:
+                if isinstance(layer, KeyValueLayer):
+                    layer.buffers = None
+                elif isinstance(layer, MambaLayer):
+                    layer.state = None
+        self._close_bar()
+
+    def _close_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -426,6 +529,10 @@ def _own_code(function: Any, name: str) -> Callable[..., Any]:
     """A copy of a function: torch keeps what it compiled by the function's code, and but a few for each."""
     code = function.__code__.replace(co_name=name.replace(" ", "_"))
     return FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
+
+
+def _content(layer: Any) -> Any:
+    return layer.buffers if isinstance(layer, KeyValueLayer) else getattr(layer, "state", None)
 
 
 def _cloned(outputs: Any) -> Any:

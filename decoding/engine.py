@@ -95,7 +95,7 @@ class Engine:
             self.row_chances += len(self.rows)
             self.release()
         if self.compiled is not None and not self.rows:
-            self.compiled.close()
+            self.compiled.close(self.cache)
 
     def _denoisers(self) -> list[Row]:
         """Those that wait for the denoiser, of one kind of pass; where there are two, in turn."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from .tasks import Skill, Task, drawn_skill, held_out_tasks, task, task_generator
+from .tasks import Skill, Task, held_out_tasks, training_skill, training_task
 
 # By seed, how many tasks recipes/demo_context.yaml and recipes/demo.yaml draw: steps times batch_size.
 TRAINED_ON = {0: 9000 * 32, 1: 10000 * 32}
@@ -54,9 +54,8 @@ def equations_in_training() -> frozenset[str]:
     equations = set[str]()
     for seed, count in TRAINED_ON.items():
         for number in range(count):
-            rng = task_generator(seed, number)
-            if drawn_skill(rng, number) == "words":
-                equations.update(equations_of(task(rng, "words", held_out=False)))
+            if training_skill(seed, number) == "words":
+                equations.update(equations_of(training_task(seed, number)))
     return frozenset(equations)
 
 

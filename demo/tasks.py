@@ -11,9 +11,9 @@ from typing import Literal
 
 Skill = Literal["words", "code"]
 SKILLS: tuple[Skill, ...] = ("words", "code")
-# Chance of a word problem in training, from a task's number on. With 0.6 functions were learned long before sums; with
-# 0.8 sums were learned, but functions forgotten.
-WORDS_SHARES = {0: 0.6, 33_280: 0.8, 61_440: 0.7}
+# Chance of a word problem in training. With 0.6 functions were learned long before sums; with 0.8 functions were
+# forgotten.
+WORDS_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,21 @@ def listed(words: str) -> list[str]:
 
 def training_tasks(seed: int, first: int = 0) -> Iterator[Task]:
     """Tasks without end, from number `first` on, nothing held out among them."""
-    for number in count(first):
-        rng = task_generator(seed, number)
-        yield task(rng, drawn_skill(rng, number), held_out=False)
+    return (training_task(seed, number) for number in count(first))
 
 
-def task_generator(seed: int, number: int) -> random.Random:
-    """What all of a training task is drawn from."""
-    return random.Random(f"{seed} {number}")
+def training_task(seed: int, number: int) -> Task:
+    rng = random.Random(f"{seed} {number}")
+    return task(rng, _drawn_skill(rng), held_out=False)
 
 
-def drawn_skill(rng: random.Random, number: int) -> Skill:
-    """The first thing that is drawn of a training task."""
-    share = next(share for start, share in reversed(WORDS_SHARES.items()) if start <= number)
-    return "words" if rng.random() < share else "code"
+def training_skill(seed: int, number: int) -> Skill:
+    """Of a training task, without drawing the rest of it."""
+    return _drawn_skill(random.Random(f"{seed} {number}"))
+
+
+def _drawn_skill(rng: random.Random) -> Skill:
+    return "words" if rng.random() < WORDS_SHARE else "code"
 
 
 def held_out_tasks(skill: Skill, count: int, seed: int) -> list[Task]:

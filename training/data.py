@@ -2,13 +2,18 @@
 
 `datasets` streams files or a repository. Documents are read a pool at a time; a pool is shuffled, put together by
 length and cut into batches. What a run has to remember is where its pool began and how many batches of it are done:
-the pool is read again, and its order is drawn from seed, epoch and pool alone.
+the pool is read again, and its order is drawn from seed, epoch and pool alone. With `workers` the next pool is made
+into documents by other processes while this one is trained on.
 """
 
 import glob
+import multiprocessing
+import os
 import random
-from collections.abc import Iterator
-from itertools import islice
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ from .collator import BlockCollator, Document, grouped
 from .recipe import DataRecipe
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
-GENERATED = "generated problem"
+GENERATED = "generated task"
 
 
 class Examples:
@@ -56,12 +61,15 @@ class Examples:
         if self.stream is not None and state["stream"] is not None:
             self.stream.load_state_dict(state["stream"])
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rest of the epoch; afterwards the next epoch's."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "stream": None}  # another process gets examples one by one
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rest of the epoch, with their numbers from 1; afterwards the next epoch's."""
         source = islice(self._source(), self._left())
         while (example := self._next(source)) is not None:
             self.taken += 1
-            yield example
+            yield self.taken, example
         self.taken = 0
         if self.stream is not None:
             # A stream that has ended, or is left early, would go on there.
@@ -85,10 +93,16 @@ class Examples:
     def _source(self) -> Iterator[dict[str, Any]]:
         if self.stream is not None:
             return iter(self.stream)
-        from ..demo.tasks import training_tasks
+        return ({"task": number} for number in count(self.taken))
 
-        tasks = training_tasks(self.seed, self.taken)
-        return ({"prompt": each.prompt, "completion": " " + each.answer} for each in tasks)
+    def drawn(self, example: dict[str, Any]) -> dict[str, Any]:
+        """A generated task as columns; other examples as they are."""
+        if self.recipe.generated is None:
+            return example
+        from ..demo.tasks import training_task
+
+        task = training_task(self.seed, example["task"])
+        return {"prompt": task.prompt, "completion": " " + task.answer}
 
 
 class Documents:
@@ -110,9 +124,11 @@ class Documents:
             self.columns = self.columns or ["prompt", "completion"]
         self.columns = self.columns or ["text"]
 
-    def of(self, example: dict[str, Any]) -> list[Document]:
-        """An example's documents; none, where it is unusable and may be skipped."""
-        texts = [self._text(example, column) for column in self.columns]
+    def of(self, number: int, example: dict[str, Any]) -> list[Document]:
+        """The documents of example `number`; none, where it is unusable and may be skipped."""
+        example = self.examples.drawn(example)
+        where = f"example {number} of {self.examples.origin}"
+        texts = [self._text(example, column, where) for column in self.columns]
         ids = self._ids(texts[0], special=True)
         prompt = 0
         if len(texts) == 2:
@@ -121,15 +137,15 @@ class Documents:
         if problem is not None:
             if self.recipe.unusable == "skip":
                 return []
-            raise ValueError(f"{self._where()} {problem}, or leave such out with data.unusable: skip")
+            raise ValueError(f"{where} {problem}, or leave such out with data.unusable: skip")
         if self.mask_token_id in ids:
             raise ValueError(
-                f"{self._where()} has token {self.mask_token_id}, which is to be [MASK]; choose as mask_token_id one "
+                f"{where} has token {self.mask_token_id}, which is to be [MASK]; choose as mask_token_id one "
                 "that no text has"
             )
         if prompt >= self.recipe.max_tokens:
             raise ValueError(
-                f"{self._where()} has a prompt of {prompt} tokens, of at most {self.recipe.max_tokens} in all; raise "
+                f"{where} has a prompt of {prompt} tokens, of at most {self.recipe.max_tokens} in all; raise "
                 "data.max_tokens, or leave it out"
             )
         return self._cut(ids, prompt)
@@ -138,13 +154,13 @@ class Documents:
         """Pieces of at most `max_tokens`; a rest shorter than a document may be is left with the piece before it."""
         size = self.recipe.max_tokens
         starts = [start for start in range(0, len(ids), size) if start == 0 or len(ids) - start >= self.min_tokens]
-        ends = [*starts[1:], min(len(ids), starts[-1] + size)]
+        ends = [*starts[1:], len(ids)]
         return [
             Document(ids[start:end], prompt if start == 0 else 0, end == len(ids))
             for start, end in zip(starts, ends, strict=True)
         ]
 
-    def _text(self, example: dict[str, Any], column: str) -> str:
+    def _text(self, example: dict[str, Any], column: str, where: str) -> str:
         if column not in example:
             raise ValueError(
                 f"{self.examples.origin} has no column {column!r}, but {', '.join(map(str, example))}; name one in "
@@ -152,7 +168,7 @@ class Documents:
             )
         text = example[column]
         if not isinstance(text, str):
-            raise ValueError(f"{self._where()} has a {type(text).__name__} as {column!r}; give text")
+            raise ValueError(f"{where} has a {type(text).__name__} as {column!r}; give text")
         return text
 
     def _ids(self, text: str, special: bool) -> list[int]:
@@ -169,8 +185,47 @@ class Documents:
             )
         return None
 
-    def _where(self) -> str:
-        return f"example {self.examples.taken} of {self.examples.origin}"
+
+class Workers:
+    """
+    Processes that make examples into documents.
+
+    Args:
+        documents: how.
+        count: of processes.
+    """
+
+    AT_A_TIME = 64
+
+    def __init__(self, documents: Documents, count: int):
+        # Not forked: this process may have looked at a GPU, and has threads.
+        context = multiprocessing.get_context("spawn")
+        self.executor = ProcessPoolExecutor(count, context, _begin_worker, (documents,))
+
+    def submit(self, examples: list[tuple[int, dict[str, Any]]]) -> Iterator[list[Document]]:
+        """Each example's documents, in their order; the work begins at once."""
+        return self.executor.map(_documents_of, examples, chunksize=self.AT_A_TIME)
+
+
+def _begin_worker(documents: Documents) -> None:
+    global _worker_documents
+    _worker_documents = documents
+    # A run that is killed cannot tell its workers to end.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _documents_of(example: tuple[int, dict[str, Any]]) -> list[Document]:
+    return _worker_documents.of(*example)
+
+
+_worker_documents: Documents  # in a worker
 
 
 class Batches:
@@ -185,7 +240,9 @@ class Batches:
         self.epoch = self.pool = self.done = 0
         self.start: Any = None
         self.batches: list[list[Document]] = []
-        self.examples: Iterator[dict[str, Any]] | None = None
+        self.examples: Iterator[tuple[int, dict[str, Any]]] | None = None
+        self.workers: Workers | None = None
+        self.ahead: tuple[Any, Iterable[list[Document]] | None] | None = None  # what the next pool will be made of
 
     def position(self) -> dict[str, Any]:
         """JSON-able."""
@@ -193,9 +250,10 @@ class Batches:
 
     def go_to(self, position: dict[str, Any]) -> None:
         self.epoch, self.pool, self.start = position["epoch"], position["pool"], position["start"]
+        self.examples = self.ahead = None
         if self.start is not None:
             self.documents.examples.load_state(self.start)
-            self._read_pool()
+            self._start_pool()
         self.done = position["done"]
 
     def __next__(self) -> dict[str, Any]:
@@ -211,25 +269,35 @@ class Batches:
         if self.batches:
             return
         # The epoch has ended. (Not "while": data without a usable document would be read for ever.)
-        self.epoch, self.pool, self.examples = self.epoch + 1, 0, None
+        self.epoch, self.pool, self.examples, self.ahead = self.epoch + 1, 0, None, None
         self._start_pool()
         if not self.batches:
             raise ValueError(f"{self.documents.examples.origin} holds no usable document; give data with some")
 
     def _start_pool(self) -> None:
-        self.start = self.documents.examples.state()
-        self._read_pool()
-
-    def _read_pool(self) -> None:
-        if self.examples is None:
-            self.examples = iter(self.documents.examples)
+        self.start, documents = self.ahead or self._read_pool()
         pool: list[Document] = []
-        for number, example in enumerate(self.examples, start=1):
-            pool += self.documents.of(example)
-            if number >= self.documents.recipe.pool and pool:
-                break
+        while documents is not None and not pool:
+            pool = [each for several in documents for each in several]
+            if not pool:
+                documents = self._read_pool()[1]
+        if self.documents.recipe.workers:
+            self.ahead = self._read_pool()
         rng = random.Random(f"{self.seed} {self.epoch} {self.pool}")
         self.batches, self.done = grouped(pool, self.batch_size, rng), 0
+
+    def _read_pool(self) -> tuple[Any, Iterable[list[Document]] | None]:
+        """Where a pool begins, and its examples' documents; None at the end of an epoch."""
+        recipe, start = self.documents.recipe, self.documents.examples.state()
+        if self.examples is None:
+            self.examples = iter(self.documents.examples)
+        examples = list(islice(self.examples, recipe.pool))
+        if not examples:
+            return start, None
+        if not recipe.workers:
+            return start, (self.documents.of(*example) for example in examples)
+        self.workers = self.workers or Workers(self.documents, recipe.workers)
+        return start, self.workers.submit(examples)
 
 
 def found_files(patterns: list[str]) -> list[str]:

@@ -16,7 +16,9 @@ import yaml
 from ..objective_twotower import DiffusionObjective
 
 # Changing these between two calls does not change what is trained.
-FREE_KEYS = ("folder", "log", "save", "samples", "hub", "threads")
+FREE_KEYS = frozenset(
+    ("folder", "log", "save", "samples", "hub", "threads", "data.workers", "evaluation.data.workers")
+)
 # YAML 1.1 reads 1e-4 as text, unlike everything else that people write numbers with.
 EXPONENTIAL = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -108,6 +110,8 @@ class DataRecipe:
         block_sizes: tokens per block, one drawn per batch; default the model's.
         pool: documents read at a time, shuffled and put together by length.
         examples: with so many, the rest is not read.
+        workers: processes that make the next pool into documents while one is trained on; 0 for none. The batches are
+            the same.
     """
 
     files: list[str] | None = None
@@ -126,8 +130,10 @@ class DataRecipe:
     block_sizes: list[int] | None = None
     pool: int = 1024
     examples: int | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
+        _at_least(self, 0, "workers")
         _one_of(self, "files", "dataset", "generated")
         if (self.prompt is None) != (self.completion is None):
             raise ValueError("prompt and completion go together; give both columns, or text alone")
@@ -308,7 +314,7 @@ def changed_key(before: dict[str, Any], recipe: Recipe) -> tuple[str, Any, Any] 
     """The first key that a recipe has otherwise than an earlier one, and both values; not one that changes nothing."""
     old, new = _flat(before), _flat(asdict(recipe))
     for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] not in FREE_KEYS and old.get(key) != new.get(key):
+        if FREE_KEYS.isdisjoint((key, key.split(".")[0])) and old.get(key) != new.get(key):
             return key, old.get(key), new.get(key)
     return None
 

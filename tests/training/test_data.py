@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from twotower.demo.tasks import training_tasks
@@ -30,7 +31,7 @@ def write(folder: Path, rows: list[dict[str, Any]], name: str = "data.jsonl") ->
 
 def documents(tokenizer, recipe: DataRecipe) -> list[Document]:
     read = Documents(recipe, tokenizer, SIZE, MASK, seed=0)
-    return [document for example in read.examples for document in read.of(example)]
+    return [document for example in read.examples for document in read.of(*example)]
 
 
 TEXTS = [f"Tom has {number} apples and buys 3 more at the fair." for number in range(30)]
@@ -89,6 +90,30 @@ def test_batches_go_on_where_they_were(kind, tokenizer, tmp_path):
         rest = batches()
         rest.go_to(json.loads(positions[at]))
         assert [next(rest)["input_ids"].tolist() for _ in range(4)] == taken[at : at + 4], at
+
+
+@pytest.mark.parametrize("kind", ["files", "tasks"])
+def test_workers_make_the_same_batches(kind, tokenizer, tmp_path):
+    origin = {"generated": "tasks"}
+    if kind == "files":
+        origin = {"files": [write(tmp_path, [{"text": text} for text in TEXTS])]}
+    alone, helped = (
+        Batches(
+            Documents(DataRecipe(**origin, pool=12, workers=workers), tokenizer, SIZE, MASK, 0),
+            BlockCollator(2, SIZE),
+            5,
+            seed=4,
+        )
+        for workers in (0, 2)
+    )
+    for _ in range(12):
+        position = helped.position()
+        assert position == alone.position()
+        assert torch.equal(next(helped)["input_ids"], next(alone)["input_ids"])
+    helped.go_to(position)
+    alone.go_to(position)
+    assert torch.equal(next(helped)["input_ids"], next(alone)["input_ids"])
+    assert helped.workers is not None and alone.workers is None and alone.epoch == (kind == "files")
 
 
 def test_every_document_comes_once_an_epoch(tokenizer, tmp_path):
@@ -151,7 +176,7 @@ def test_the_mask_in_a_text_is_refused(tokenizer, tmp_path):
     with pytest.raises(
         ValueError, match=r"example 1 of .* has token \d+, which is to be \[MASK\]; choose as mask_token_id"
     ):
-        [read.of(example) for example in read.examples]
+        [read.of(*example) for example in read.examples]
 
 
 def test_data_without_a_usable_document_is_refused(tokenizer, tmp_path):

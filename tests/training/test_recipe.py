@@ -118,7 +118,7 @@ WRONG = {
     "a wrong objective": (content(objective={"distillation": 2}), "objective.distillation is 2.0; give a share"),
     "endless evaluation": (
         content(evaluation={"data": {"generated": "tasks"}}),
-        "evaluation.data.examples is missing; generated problems have no end",
+        "evaluation.data.examples is missing; generated tasks have no end",
     ),
     "no prompts": (content(samples={"prompts": [" "]}), "samples.prompts holds nothing, or an empty one"),
 }

@@ -1,0 +1,100 @@
+"""
+A pass as launches on a GPU that are recorded once and repeated: a CUDA graph of the kernels that an eager pass runs.
+
+Nothing is compiled, so that a recording takes less than a second and computes what the eager pass does, bit for bit;
+what it saves is the time that the host takes to launch some thousand kernels one by one. A recording knows tensors by
+where they lie. It holds for the caches and weights that lay there, and [`Recording.fits`] says whether they do still.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..cache_twotower import MambaState
+
+version = attrgetter("_version")
+
+
+class Weights:
+    """A model's weights as they are now: where they lie, and which change of theirs this is."""
+
+    def __init__(self, model: Any):
+        self.tensors = [*model.parameters(), *model.buffers()]
+        # Those made in inference mode do not count their changes, of which they allow none outside of it.
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+
+    def state(self) -> tuple[list[int], list[int]]:
+        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(version, self.counted))
+
+
+class Recording:
+    """
+    A program's launches.
+
+    Args:
+        program: `program(model, static, *inputs)`; what is recorded reads nothing back from the device.
+        model: [`TwoTowerForBlockDiffusion`].
+        static: tensors, in lists and tuples, that later passes find in the same place, and may write to.
+        inputs: tensors, or None, whose values a later pass brings.
+        pool: of memory, that of other recordings, too: of all of them one runs at a time.
+    """
+
+    def __init__(self, program: Callable[..., Any], model: Any, static: Any, inputs: Sequence[Any], pool: Any):
+        self.static, self.places = static, _places(static)
+        self.inputs = tree_map(_cloned, list(inputs))
+        self._run_once(program, model)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.outputs = program(model, static, *self.inputs)
+        # What had been prepared of the weights is read where it lies, too.
+        self.prepared = [vars(module).get("_prepared") for module in model.modules()]
+
+    def _run_once(self, program: Callable[..., Any], model: Any) -> None:
+        """Kernels are loaded, and libraries given memory, in a first pass, which must not count."""
+        states = [part for state in _states(self.static) for part in state]
+        before = [state.clone() for state in states]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            program(model, self.static, *self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        # Keys and values are written again where they are, but states have gone on.
+        for state, old in zip(states, before, strict=True):
+            state.copy_(old)
+
+    def fits(self, static: Any) -> bool:
+        """Whether these tensors lie where those of the recording did."""
+        return static is self.static or _places(static) == self.places
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        """What the pass returns, until the next one overwrites it."""
+        targets, sources = tree_leaves(self.inputs), tree_leaves(list(inputs))
+        for target, source in zip(targets, sources, strict=True):
+            if target is not None:
+                target.copy_(source, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _places(tensors: Any) -> list[Any]:
+    return [
+        (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in tree_leaves(tensors)
+    ]
+
+
+def _states(static: Any) -> list[MambaState]:
+    """Wherever they are in lists and tuples."""
+    if isinstance(static, MambaState):
+        return [static]
+    return [state for each in static for state in _states(each)] if isinstance(static, list | tuple) else []
+
+
+__all__ = ["Recording", "Weights"]

@@ -1,0 +1,177 @@
+"""`generate(..., compile=True)` on a GPU: the texts of eager passes, by passes recorded as CUDA graphs."""
+
+from itertools import pairwise
+from random import Random
+
+import fake_graphs
+import pytest
+import torch
+from mixed_requests import MODES, differences, mixed_model, mixed_request
+from tiny import random_ids, tiny_model, without_special_tokens
+from transformers import CompileConfig
+from transformers.utils import logging
+
+from twotower import TwoTowerEngine
+from twotower.decoding.compiled import records_passes
+
+SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 20, "seed": 5}
+# Prompts of 11, 6 and 2 tokens.
+IDS = random_ids(3, 11)
+MASK = torch.ones_like(IDS)
+MASK[1, :5] = MASK[2, :9] = 0
+KNOBS = {"mask_diffusion": {"confidence_threshold": 0.1}, "self_speculative": {"draft_length": 4, "draft_steps": 2}}
+
+
+def text_of(model, mode, **flags):
+    flags = {
+        "attention_mask": MASK,
+        "max_new_tokens": 14,
+        "return_dict_in_generate": True,
+        **KNOBS.get(mode, {}),
+        **flags,
+    }
+    return model.generate(flags.pop("input_ids", IDS), mode=mode, **flags)
+
+
+def small_model(pattern="M*E", **fields):
+    return without_special_tokens(tiny_model(hybrid_override_pattern=pattern, **fields))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    return fake_graphs.put_in_place(monkeypatch)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_and_passes_are_those_of_eager_passes(mode, sampling, graphs):
+    model = without_special_tokens(tiny_model("all kinds"))
+    eager = text_of(model, mode, **sampling)
+    assert graphs.made == 0
+    for _ in range(2):
+        output = text_of(model, mode, compile=True, **sampling)
+        assert not differences(output, eager)
+        assert torch.equal(output.denoiser_forwards, eager.denoiser_forwards)
+        assert torch.equal(output.context_forwards, eager.context_forwards)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_call_of_the_same_sizes_records_nothing(mode, graphs):
+    model = small_model()
+    texts, made = [], []
+    for _ in range(4):
+        texts.append(text_of(model, mode, compile=True, return_dict_in_generate=False, max_new_tokens=40))
+        made.append(graphs.made)
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    assert made[0] > 0 and made[0] == made[-1]
+
+
+def test_a_cache_that_is_kept_is_not_written_by_a_later_call(graphs):
+    model = small_model()
+    first = text_of(model, "ar", compile=True)
+    held = [[part.clone() for part in each or ()] for each in first.cache.views()]
+    text_of(model, "ar", compile=True, input_ids=random_ids(3, 11, seed=4))
+    for each, before in zip(first.cache.views(), held, strict=True):
+        assert all(torch.equal(part, other) for part, other in zip(each or (), before, strict=True))
+
+
+def test_shorter_fewer_and_longer_texts_after_each_other(graphs):
+    model = small_model()
+    for rows, length, new in ((3, 11, 14), (1, 5, 3), (3, 300, 30), (2, 7, 9), (4, 11, 14)):
+        ids = random_ids(rows, length)
+        flags = {"max_new_tokens": new, "mode": "self_speculative", "draft_length": 4}
+        expected = model.generate(ids, **flags)
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, compile=True, **flags), expected)
+
+
+def test_mixed_requests_that_join_and_leave_get_what_they_get_alone(graphs):
+    model, rng = mixed_model(), Random(3)
+    requests = [mixed_request(rng) for _ in range(20)]
+    alone = [model.generate(request.ids, **request.arguments()) for request in requests]
+    with TwoTowerEngine(model, slots=5) as engine:
+        handles = [
+            engine.add_request(request.ids, **request.arguments(), compile=number % 3 > 0)
+            for number, request in enumerate(requests)
+        ]
+        for handle, request, expected in zip(handles, requests, alone, strict=True):
+            assert not differences(handle.result(timeout=600), expected), request.plain
+    assert graphs.made > 5
+
+
+def test_changed_weights_are_never_served_stale(graphs):
+    model, texts = small_model("ME*"), []
+
+    def check():
+        flags = {"output_logits": True, "max_new_tokens": 6}
+        output, eager = text_of(model, "mock_ar", compile=True, **flags), text_of(model, "mock_ar", **flags)
+        assert not differences(output, eager)
+        texts.append(torch.stack(output.logits))
+
+    check()
+    for name in [name for name, _ in model.named_parameters() if name.endswith(("A_log", "up_proj", "q_proj.weight"))]:
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.5)
+    check()
+    weight = model.denoiser_tower.layers[0].mixer.in_proj.weight
+    weight.data = weight.data * 1.5
+    check()
+    model.context_tower.layers[0].mixer.dt_bias = torch.nn.Parameter(
+        weight.new_full((4,), 0.5)[: len(model.context_tower.layers[0].mixer.dt_bias)]
+    )
+    check()
+    model.load_state_dict(small_model("ME*", seed=1).state_dict(), assign=True)
+    check()
+    assert all(not torch.allclose(one, two, atol=1e-3) for one, two in pairwise(texts))
+
+
+def test_what_waits_for_the_device_cannot_be_recorded(graphs, monkeypatch):
+    model = small_model("M")
+    forward = type(model.context_tower.layers[0].mixer).forward
+    monkeypatch.setattr(
+        type(model.context_tower.layers[0].mixer),
+        "forward",
+        lambda self, hidden, *rest: forward(self, hidden * float(hidden.sum().isfinite()), *rest),
+    )
+    with pytest.raises(AssertionError, match="_local_scalar_dense cannot be captured"):
+        text_of(model, "ar", compile=True)
+
+
+def test_warm_up_is_shown(graphs, capfd):
+    logging.enable_progress_bar()
+    small_model().generate(IDS, attention_mask=MASK, mode="ar", max_new_tokens=3, compile=True)
+    assert "Recording passes" in capfd.readouterr().err
+
+
+def test_recording_is_for_gpus_and_asked_for_by_torchs_name():
+    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
+    named, inductor = CompileConfig(backend="cudagraphs"), CompileConfig()
+    assert records_passes(None, on_gpu) and records_passes(named, on_gpu) and not records_passes(inductor, on_gpu)
+    assert not records_passes(None, on_cpu)
+    with pytest.raises(ValueError, match='backend="cudagraphs", and the model is on cpu; leave it out'):
+        small_model("M").generate(IDS, max_new_tokens=2, compile=True, compile_config=named)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_gpu(mode, dtype):
+    model = without_special_tokens(tiny_model("all kinds")).to("cuda", dtype)
+    on_gpu = {"input_ids": IDS.cuda(), "attention_mask": MASK.cuda()}
+    for sampling in ({}, SAMPLED):
+        eager = text_of(model, mode, **on_gpu, **sampling)
+        for _ in range(2):
+            assert torch.equal(text_of(model, mode, compile=True, **on_gpu, **sampling).sequences, eager.sequences)
+
+
+def test_two_engines_of_one_model_do_not_share_memory(graphs):
+    model = small_model()
+    flags = {"mode": "ar", "max_new_tokens": 12, "compile": True}
+    expected = [model.generate(random_ids(1, 5, seed=seed), **flags) for seed in range(2)]
+    engines = [TwoTowerEngine(model, slots=2) for _ in range(2)]
+    handles = [engine.add_request(random_ids(1, 5, seed=seed), **flags) for seed, engine in enumerate(engines)]
+    for _ in range(20):  # in turn
+        for engine in engines:
+            engine.step()
+    for handle, text in zip(handles, expected, strict=True):
+        assert torch.equal(handle.result(0), text)
