@@ -222,14 +222,15 @@ def times(value: float | None, stderr: float | None) -> str:
     return plus_minus(value, stderr) + "x" * (value is not None)
 
 
-def footnote(report: dict[str, Any]) -> str:
-    """What the figures of a report are of."""
+def footnote(report: dict[str, Any], speeds: bool = True) -> str:
+    """What the figures of a report are of, with or without its speeds."""
+    counted = f"tokens/s counts tokens up to end-of-text, {report['batch_size']} rows at a time. " if speeds else ""
     return (
-        f"± is one standard error, of what is next to AR's paired by problem or batch. Held out: no training problem "
-        f"has these numbers, in any order, no chain this composition of steps, no training function these parts. "
+        "± is one standard error, of what is next to AR's paired by problem or batch. Held out: no training problem "
+        "has these numbers, in any order, no chain this composition of steps, no training function these parts. "
         f"{_unseen_text(report)}Passes are over both towers, the reading of prompt and blocks included; drafts are "
-        f"whole blocks. transformers' NemotronH is the same context tower. tokens/s counts tokens up to end-of-text, "
-        f"{report['batch_size']} rows at a time. {_infilling_text(report)}\n{where_text(report)}"
+        f"whole blocks. transformers' NemotronH is the same context tower. {counted}{_infilling_text(report)}\n"
+        f"{where_text(report)}"
     )
 
 

@@ -1,10 +1,13 @@
 """The card of the embedded checkpoint, from what its training, its evaluation and the ablations left in files."""
 
+import textwrap
+from dataclasses import asdict
 from typing import Any
 
 from ..checkpoints.inspection import model_size
 from ..configuration_twotower import TwoTowerConfig
 from ..evaluation.figures import mean, percent, plus_minus
+from ..objective_twotower import DiffusionObjective
 from .evaluation import footnote, table
 from .tasks import Skill
 
@@ -68,10 +71,12 @@ TRAINING = """## Training
 `twotower train recipes/demo_context.yaml`, then `recipes/demo.yaml`: Muon on hidden matrices, each expert one, AdamW
 on the rest, experts balanced by bias, warmup-stable-decay. Log: `benchmarks/demo_training.json`.
 
-1. **Context tower**: next-token cross-entropy on answers; {context}.
+1. **Context tower**: next-token cross-entropy on answers;
+   {context}.
 2. **Denoiser**, a copy of the context tower at first, on the frozen context tower: masked diffusion on answers
-   ({objective}; blocks of {blocks} tokens, begun where the prompt ends in {aligned:.0%} of the texts, else
-   anywhere); {denoiser}.
+   ({objective};
+   blocks of {blocks} tokens, begun where the prompt ends in {aligned:.0%} of the texts, else anywhere);
+   {denoiser}.
 3. **Confidence**: the denoiser's head is divided by {temperature:g} (temperature scaling, chosen on a validation
    seed), because so small a tower is surer than it is right. Predictions stay the same; the default threshold of 0.8
    asks for more certainty than it would without.
@@ -121,7 +126,7 @@ def results(figures: dict[str, Any]) -> str:
     parts = [f"On {figures['problems']:,} held-out tasks of each skill (seeds {seeds}), greedy.\n"]
     for skill in figures["skills"]:
         parts.append(f"**{titles[skill].capitalize()}**\n\n{_markdown(*_of_quality(figures, skill))}")
-    return "\n".join([*parts, footnote(figures) + "\n"])
+    return "\n".join([*parts, *(f"{_wrapped(line)}\n" for line in footnote(figures, speeds=False).splitlines())])
 
 
 def _of_quality(figures: dict[str, Any], skill: Skill) -> tuple[list[str], list[list[str]]]:
@@ -142,11 +147,21 @@ def _training_text(training: dict[str, Any]) -> str:
     return TRAINING.format(
         context=_run_text(training["context"]),
         denoiser=_run_text(training["denoiser"]),
-        objective=", ".join(f"{name} {value}" for name, value in recipe["objective"].items() if value),
+        objective=", ".join(f"{name} {value}" for name, value in _chosen(recipe["objective"]).items()),
         blocks=", ".join(map(str, sorted(set(sizes)))),
         aligned=recipe["data"]["aligned"],
         temperature=training["temperature"],
     )
+
+
+def _chosen(objective: dict[str, Any]) -> dict[str, Any]:
+    """Of an objective what is not as by default, and its weighting."""
+    usual = asdict(DiffusionObjective())
+    return {name: value for name, value in objective.items() if name == "weighting" or value != usual[name]}
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
 
 
 def _run_text(run: dict[str, Any]) -> str:

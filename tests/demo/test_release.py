@@ -95,7 +95,9 @@ def test_the_card_says_what_the_files_say(root, tokenizer):
     assert "4.00 ± 0.00x" in card and "tokens/s |" not in card
     assert "200 steps of 8 tasks, about 0.2 M answer tokens, 2 minutes (a core); loss 6.25 at first, 0.5000 at" in card
     assert "2 minutes (a GPU)" in card and "divided by 1.75" in card
-    assert "weighting inverse_timestep, corruptions 2; blocks of 8, 16 tokens" in card and "50% of the texts" in card
+    assert (
+        "(weighting inverse_timestep, corruptions 2;\n   blocks of 8, 16 tokens" in card and "50% of the texts" in card
+    )
     assert "## Ablations" not in card and "{" not in card.replace('{"role": "user", "content": question}', "")
     assert [line for line in card.splitlines() if line.startswith("## ")] == [
         *("## Results", "## Data", "## Training", "## Limits")
@@ -121,3 +123,13 @@ def test_ablations_become_a_table(root, tokenizer):
     card = (root / "made" / "README.md").read_text()
     assert "## Ablations\n\nSmall runs.\n\n| part | setting | kept | passes |\n" in card
     assert "| masks | random | 95.5 ± 0.8 % | 4.50 |\n| schedule | two decays | 90.0 % | - |\n" in card
+
+
+def test_temperatures_are_compared_on_both_skills_and_surer_means_fewer_passes(root, monkeypatch, capsys):
+    monkeypatch.setattr(release, "MAX_NEW_TOKENS", 16)
+    values = ["--values", "0.01", "1000", "--problems", "2"]
+    release.main(["temperatures", str(root / "denoiser" / "model"), *values], root)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["words", "ar", "0.01", "1000", "code", "ar", "0.01", "1000"]
+    fewer = [float(line.split()[-3]) for line in lines if len(line.split()) > 1]
+    assert fewer[1] > fewer[2] and fewer[4] > fewer[5] and fewer[0] == 1.0
