@@ -37,6 +37,8 @@ def share_right(task: Task, text: str) -> float:
     """Of code the share of tests passed; of a word problem 1.0 for the right final result, 0.0 for another."""
     if task.skill == "words":
         return float(extract_result(text) == task.result)
+    if text.strip() == task.answer:
+        return 1.0  # what the tests were made of, which need not be run
     right = _passed(text.strip(), task.checks)
     return sum(right) / len(right)
 

@@ -21,6 +21,7 @@ def test_a_function_may_pass_some_of_its_tests():
     call, result = task.checks[0]
     name, argument = call.split("(")[0], call[call.index("(") + 1 : -1]
     assert share_right(task, f"def {name}(x):\n    return {result} if x == {argument} else None") == 1 / 5
+    assert share_right(task, task.answer + "  # in other words") == 1.0
 
 
 def test_the_whole_text_counts_apart_from_what_is_right():
