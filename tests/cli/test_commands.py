@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -388,7 +389,9 @@ def test_trace_draws_the_same_text_every_time(checkpoint):
     lines = run("generate", "ab", "--raw", *arguments, "--trace").stdout.splitlines()
     drafts = [line for line in lines if line[:5].strip().isdigit()]
     text = lines[lines.index("") + 1]
-    assert drafts[-1][19:].strip().startswith(text[:4])
+    # Bytes that are no letter alone are one beside their neighbours, from which the trace shows them apart.
+    traced, written = (re.sub(r"[^!-~]", "", each) for each in (drafts[-1][19:], text))
+    assert traced.startswith(written[:4])
 
 
 def test_trace_of_ar_is_refused(checkpoint):
