@@ -152,7 +152,7 @@ def _at_once(
     if mask is not None and mask.shape[2] > 1:
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
     out = F.scaled_dot_product_attention(_folded(query, key), key, value, mask, scale=scale)
-    return out.view(query.shape)
+    return out.reshape(query.shape)
 
 
 def _by_flash_on_cpu(query: torch.Tensor, runs: Sequence[Columns], scale: float | None) -> torch.Tensor:
@@ -226,7 +226,7 @@ def _untiled(query: torch.Tensor, grouped: torch.Tensor, runs: Sequence[Columns]
     out = _product(parts[0], runs[0].value)
     for part, run in zip(parts[1:], runs[1:], strict=True):
         out = out + _product(part, run.value)
-    return out.view(query.shape)
+    return out.reshape(query.shape)
 
 
 def _scores(query: torch.Tensor, grouped: torch.Tensor, run: Columns, first: int, end: int) -> torch.Tensor:
