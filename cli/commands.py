@@ -267,6 +267,9 @@ def evaluate(
     skills: Annotated[
         str | None, typer.Option("--skills", "--skill", help="words (word problems), code, or both: words,code.")
     ] = None,
+    modes: Annotated[
+        str | None, typer.Option(help="Only these, comma-separated, beside ar, and not transformers.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures here; --card goes on with what it holds.")
     ] = None,
@@ -329,8 +332,8 @@ def evaluate(
         raise ValueError("--png draws the unmasking rules or the curves of knobs; give --rules or --curve, too")
     if (rules or curve) and len(asked_skills) > 1:
         raise ValueError("--rules and --curve are about one skill; give --skill words or code")
-    if unseen and (rules or curve or card):
-        raise ValueError("--unseen goes without --rules, --curve and --card; leave it out")
+    if (unseen or modes is not None) and (rules or curve or card):
+        raise ValueError("--unseen and --modes go without --rules, --curve and --card; leave them out")
     rows = batch_size or (16 if card else 64)
     if card:
         evaluating.check_card(json_file, names, dry_run)
@@ -347,7 +350,8 @@ def evaluate(
     elif rules:
         measure = partial(rules_evaluation.compare_rules, skill=asked_skills[0])
     else:
-        measure = partial(evaluation.evaluate, skills=asked_skills, unseen=unseen)
+        only = () if modes is None else tuple(modes.split(","))
+        measure = partial(evaluation.evaluate, skills=asked_skills, unseen=unseen, only=only)
     report = measure(two_towers, tokenizer, problems=problems, seeds=asked_seeds, batch_size=rows, track=track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:

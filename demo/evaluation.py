@@ -24,6 +24,7 @@ from ..evaluation.answers import (
 )
 from ..evaluation.baseline import baseline_variant
 from ..evaluation.figures import accuracy_figures, mean, percent, plus_minus, quotient
+from ..generation_twotower import MODES
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .held_out import (
     PROBLEMS,
@@ -69,6 +70,7 @@ def evaluate(
     skills: Sequence[Skill] = SKILLS,
     batch_size: int = 64,
     unseen: bool = False,
+    only: Sequence[str] = (),
     track: Track = lambda batches, _: batches,
 ) -> dict[str, Any]:
     """
@@ -82,6 +84,7 @@ def evaluate(
         skills: "words", "code".
         batch_size: rows at a time; answers do not depend on it.
         unseen: also count the word problems with a step that no training problem has, which are drawn again for it.
+        only: of the modes those, beside "ar", and not transformers; default all.
         track: wraps the batches and a description, to show progress; default shows none.
 
     Returns:
@@ -89,9 +92,15 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    if unknown := set(only) - set(MODES):
+        raise ValueError(f"modes are {', '.join(sorted(unknown))}; use {', '.join(MODES)}")
     asked = {skill: asked_tasks(skill, problems, seeds) for skill in skills}
-    variants = [variant_of(model, name, options) for name, options in modes(model).items()]
-    variants.append(baseline_variant(model))
+    variants = [
+        variant_of(model, name, options)
+        for name, options in modes(model).items()
+        if not only or options["mode"] in ("ar", *only)
+    ]
+    variants += [] if only else [baseline_variant(model)]
     rows: list[dict[str, Any]] = []
     for skill, tasks in asked.items():
         batches = tokenized([task.prompt for task in tasks], batch_size, tokenizer, model)

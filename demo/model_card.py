@@ -167,7 +167,7 @@ def _wrapped(text: str) -> str:
 def _run_text(run: dict[str, Any]) -> str:
     """Steps, tokens, time and loss of one stage."""
     recipe, log = run["recipe"], [line for line in run["log"] if "loss" in line]
-    tasks = recipe["batch_size"] * recipe["accumulation"]
+    tasks = recipe["batch_size"] * recipe["accumulation"] * run["processes"]
     tokens = mean([line["items"] for line in log]).value or 0.0
     last = mean([line["loss"] for line in log[-10:]])
     return (

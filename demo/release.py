@@ -102,7 +102,7 @@ def training_facts(run: Path, machine: str) -> dict[str, Any]:
     """Of a run's folder: the recipe it followed, its log, and where it ran."""
     state = json.loads((checkpoints(run)[-1] / STATE).read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {"machine": machine, "recipe": state["recipe"], "log": log}
+    return {"machine": machine, "processes": state["processes"], "recipe": state["recipe"], "log": log}
 
 
 def make(context: Path, denoiser: Path, folder: Path, temperature: float, machines: list[str], root: Path) -> None:

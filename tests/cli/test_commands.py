@@ -250,7 +250,7 @@ def test_eval_compares_the_rules_and_draws_them(checkpoint, tmp_path, monkeypatc
     for row in report["verified_rows"]:
         assert row["line"] in result.stdout and f"acceptance_ratio={row['acceptance_ratio']}" in result.stdout
     assert "--png draws the unmasking rules" in run(*arguments, "--png", drawing, code=2).stderr
-    assert "--unseen goes without --rules" in run(*arguments, "--rules", "--unseen", code=2).stderr
+    assert "--unseen and --modes go without --rules" in run(*arguments, "--rules", "--unseen", code=2).stderr
     both = run(*arguments, "--rules", "--skills", "words,code", code=2).stderr
     assert "about one skill; give --skill words or code" in both
 

@@ -119,7 +119,18 @@ def test_steps_that_training_has_shown_do_not_count_as_unseen(tokenizer, monkeyp
     assert figures["with_unseen_equations"]["problems"] == 1
 
 
+def test_some_modes_are_asked_beside_ar(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 4)
+    rows = evaluate(model, tokenizer, 1, (5,), ("words",), only=("mock_ar",))["rows"]
+    assert [row["name"] for row in rows] == ["ar", "mock_ar"]
+
+
 def test_impossible_settings(model, tokenizer):
-    for settings, message in (({"problems": 0}, "problems is 0"), ({"batch_size": 0}, "batch_size is 0")):
+    impossible = (
+        ({"problems": 0}, "problems is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"only": ("arr",)}, "modes are arr; use mask_diffusion, "),
+    )
+    for settings, message in impossible:
         with pytest.raises(ValueError, match=message):
             evaluate(model, tokenizer, **settings)

@@ -38,7 +38,7 @@ def root(tmp_path_factory, tokenizer):
     (root / "README.md").write_text(f"Before.\n{release.BEGIN}old\n{release.END}\nBehind.\n")
     for name in ("context", "denoiser"):
         (root / name / "checkpoint-00000200").mkdir(parents=True)
-        (root / name / "checkpoint-00000200" / "state.json").write_text(json.dumps({"recipe": RECIPE}))
+        (root / name / "checkpoint-00000200" / "state.json").write_text(json.dumps({"recipe": RECIPE, "processes": 1}))
         lines = [{"step": 1, "loss": 6.25, "items": 1000, "seconds": 1.0}, {"step": 100, "eval_loss": 9.0}]
         lines += [{"step": 10 * n, "loss": 0.5, "items": 1000, "seconds": 6.0 * n} for n in range(1, 21)]
         (root / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
