@@ -724,9 +724,9 @@ def listed(counts: Counts) -> list[int]:
     return counts.tolist() if isinstance(counts, torch.Tensor) else list(counts)
 
 
-def uploaded(counts: Sequence[int], device: torch.device) -> torch.Tensor:
-    """(B,) int64 on the device, without waiting for it."""
-    return torch.tensor(counts, dtype=torch.long).to(device, non_blocking=True)
+def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """Numbers in lists as a tensor on the device, without waiting for it (as `torch.tensor(..., device=)` does)."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -84,7 +84,7 @@ from .inputs_twotower import (
     check_position_ids,
     pack_tokens,
 )
-from .kernels.backends import ALWAYS_TORCH, check_kernels
+from .kernels.backends import check_kernels, is_torch
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
@@ -1174,7 +1174,7 @@ class TwoTowerRMSNorm(NemotronHRMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         backend = self.kernels["rms_norm"]
-        if backend in ALWAYS_TORCH["rms_norm"]:
+        if is_torch(backend, hidden_states):
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, backend)
 

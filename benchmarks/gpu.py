@@ -710,7 +710,7 @@ def time_passes(bench: Bench, model: Any, rows: int) -> dict[str, Any]:
             if bench.device.type == "cuda":
                 part = "denoise" if name == "block pass" else "context_tower"
                 times = (torch.full((rows,), 0.5, device=bench.device),) if part == "denoise" else ()
-                timing = bench.clock(lambda run=partial(recorded, part, ids, cache, *times): run(), repeats=2)
+                timing = bench.clock(partial(recorded, part, ids, cache, *times), repeats=2)
                 found[name] |= {f"recorded_{of}": value for of, value in timing.items()}
         if rates is not None:
             floor = floor_ms(pass_work(sizes, rows, tokens, sizes.prompt), rates)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..cache_twotower import uploaded
 from .rules import FORBIDDEN, NOT_A_NUMBER, Prediction, commit_run, log_prob
 from .sampling import gumbel_noise, uniform_noise
 from .state import RECORDS, WIDE_RECORDS, BlockStep, Canvas, Request, Row
@@ -42,8 +43,8 @@ class Group:
     def canvas(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, S) ids, and bool where they are open."""
         canvases = [row.canvas for row in self.rows]
-        ids = torch.tensor([canvas.ids for canvas in canvases], device=self.device)
-        return ids, torch.tensor([canvas.open for canvas in canvases], device=self.device)
+        ids = uploaded([canvas.ids for canvas in canvases], self.device)
+        return ids, uploaded([canvas.open for canvas in canvases], self.device, torch.bool)
 
     def meet(self, logits: torch.Tensor) -> torch.Tensor:
         """
@@ -86,7 +87,7 @@ class Group:
         if processors.known_sees_text or (in_order and not is_draft):
             # What processors saw before a position must be the text that comes to stand there; and what leads to a
             # position where they allow nothing, a later pass may choose otherwise.
-            left = torch.tensor([min(steps - number, ids.shape[1]) for number in numbers], device=self.device)
+            left = uploaded([min(steps - number, ids.shape[1]) for number in numbers], self.device)
             holds = prediction.problems == 0
             if prediction.certain is not None:
                 holds = holds & prediction.certain
@@ -96,7 +97,7 @@ class Group:
         if request.step_callback is not None:
             assert self.timestep is not None
             state = BlockStep(
-                rows=torch.tensor([row.number for row in self.rows], device=self.device),
+                rows=uploaded([row.number for row in self.rows], self.device),
                 block=self.rows[0].block,
                 step=numbers[0],
                 steps=steps,
@@ -202,7 +203,7 @@ class Group:
         """
         texts = [row.text(self.device) for row in self.rows]
         text = pad_sequence(texts, batch_first=True)
-        lengths = torch.tensor([row.length for row in self.rows], device=self.device)
+        lengths = uploaded([row.length for row in self.rows], self.device)
         if canvas is None:
             guess = logits.argmax(-1)[:, :-1] if draft is None else draft
             scores = text_processors(logits, Texts.with_guess(text, lengths, guess))
@@ -278,7 +279,7 @@ class Group:
             size >= row.most_new_tokens - len(row.tokens) or token in self.request.eos
             for row, token in zip(self.rows, ids[:, -1].tolist(), strict=True)
         ]
-        return torch.tensor(ends, device=self.device)
+        return uploaded(ends, self.device, torch.bool)
 
     def _ends_by_criterion(
         self, ids: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor, in_step: bool
@@ -292,7 +293,7 @@ class Group:
                 records["scores"] = list(scores[idx, :size])
             canvases.append(Canvas(own, [False] * size, [0] * size, records, checked=max(count - 1, 0)))
         stops = first_stops(self.rows, canvases, counts, in_step)
-        return torch.tensor([ended for _, ended in stops], device=self.device)
+        return uploaded([ended for _, ended in stops], self.device, torch.bool)
 
     def _choose(self, scores: torch.Tensor, first: int = 0) -> torch.Tensor:
         """(R, S) tokens by (R, S, V) scores of the positions from `first` after the text's end on: best, or drawn."""
@@ -310,13 +311,13 @@ class Group:
 
     def _uniform(self, ids: torch.Tensor, steps: list[int], first: int) -> torch.Tensor:
         """(R, S) noise of a pass over a canvas that begins `first` after the text's end."""
-        numbers = torch.tensor(steps, device=self.device)[:, None]
+        numbers = uploaded(steps, self.device)[:, None]
         return uniform_noise(*self._seeds_and_positions(ids.shape[1], first), numbers)
 
     def _seeds_and_positions(self, positions: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) seeds and (R, S) places in the rows' texts."""
-        seeds = torch.tensor([row.seed for row in self.rows], device=self.device)
-        starts = torch.tensor([row.length + first for row in self.rows], device=self.device)
+        seeds = uploaded([row.seed for row in self.rows], self.device)
+        starts = uploaded([row.length + first for row in self.rows], self.device)
         return seeds, starts[:, None] + torch.arange(positions, device=self.device)
 
     def _forbid_mask(self, scores: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_not
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -496,13 +496,13 @@ class CompiledPasses:
         too_wide = any(isinstance(each, KeyValues) and each.key.shape[2] > columns for each in held)
         if too_wide or any(len(each[0]) < rows for each in held):
             return
-        for layer, each in zip(whole.layers, spare, strict=True):
-            for part in each or ():
+        for layer, content in zip(whole.layers, spare, strict=True):
+            for part in content or ():
                 part.zero_()
             if isinstance(layer, KeyValueLayer):
-                layer.buffers = each
+                layer.buffers = cast(KeyValues | None, content)
             elif isinstance(layer, MambaLayer):
-                layer.state, layer.shared = each, False
+                layer.state, layer.shared = cast(MambaState | None, content), False
 
     def close(self, cache: TwoTowerCache) -> None:
         """Nothing is to be compiled, nor rows to be copied, soon; a cache that nobody keeps leaves its buffers."""
@@ -512,11 +512,11 @@ class CompiledPasses:
         self.programs.user = None
         if cache.batch_size == 0 and not any(getattr(each, "shared", False) for each in cache.layers):
             self.programs.spare = [_content(layer) for layer in cache.layers]
-            for layer in cache.layers:
-                if isinstance(layer, KeyValueLayer):
-                    layer.buffers = None
-                elif isinstance(layer, MambaLayer):
-                    layer.state = None
+            for held in cache.layers:
+                if isinstance(held, KeyValueLayer):
+                    held.buffers = None
+                elif isinstance(held, MambaLayer):
+                    held.state = None
         self._close_bar()
 
     def _close_bar(self) -> None:

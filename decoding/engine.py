@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..cache_twotower import TwoTowerCache
+from ..cache_twotower import TwoTowerCache, uploaded
 from .choosing import Group
 from .compiled import CompiledPasses, NotCompiled
 from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
@@ -121,7 +121,7 @@ class Engine:
         if len(groups) > 1:
             places = [_places(group.rows, rows, self.device) for group in groups]
         if strategy.part == "predict_next":
-            newest = torch.tensor([[row.newest] for row in rows], device=self.device)
+            newest = uploaded([[row.newest] for row in rows], self.device)
             logits = run("predict_next", newest, part)[:, None]
         else:
             times = torch.zeros(len(rows), device=self.device)
@@ -154,7 +154,7 @@ class Engine:
         canvases = [[padded(row.canvas.ids, width, 0) for row in rows]]
         if min(sizes) < width:
             canvases.append([padded([1] * size, width, 0) for size in sizes])
-        return [torch.tensor(each, device=self.device) for each in canvases]
+        return [uploaded(each, self.device) for each in canvases]
 
     def _readers(self) -> list[Row]:
         """
@@ -195,7 +195,7 @@ class Engine:
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)
         tentative = width > 1 and any(row.phase == VERIFY for row in rows)
-        ids = torch.tensor([padded(chunk, width, 0) for chunk in chunks], device=self.device)
+        ids = uploaded([padded(chunk, width, 0) for chunk in chunks], self.device)
         even = min(counts) == width
         hidden_states = run("context_tower", ids, part, None if even else counts, tentative)
         self.passes["context"] += 1
@@ -339,12 +339,12 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
 def _places(some: Sequence[Row], rows: Sequence[Row], device: torch.device) -> torch.Tensor:
     """Where some rows are among those of a pass."""
     places = {row: idx for idx, row in enumerate(rows)}
-    return torch.tensor([places[row] for row in some], device=device)
+    return uploaded([places[row] for row in some], device)
 
 
 def _last(hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """(R, T, H) -> (R, H) of each row's last token."""
-    last = torch.tensor(counts, device=hidden_states.device) - 1
+    last = uploaded(counts, hidden_states.device) - 1
     return hidden_states[torch.arange(len(counts), device=last.device), last]
 
 

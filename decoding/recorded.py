@@ -43,7 +43,7 @@ class Recording:
     """
 
     def __init__(self, program: Callable[..., Any], model: Any, static: Any, inputs: Sequence[Any], pool: Any):
-        self.static, self.places = static, _places(static)
+        self.static, self.places = static, _where_they_lie(static)
         self.inputs = tree_map(_cloned, list(inputs))
         self._run_once(program, model)
         self.graph = torch.cuda.CUDAGraph()
@@ -67,7 +67,7 @@ class Recording:
 
     def fits(self, static: Any) -> bool:
         """Whether these tensors lie where those of the recording did."""
-        return static is self.static or _places(static) == self.places
+        return static is self.static or _where_they_lie(static) == self.places
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         """What the pass returns, until the next one overwrites it."""
@@ -83,7 +83,7 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _places(tensors: Any) -> list[Any]:
+def _where_they_lie(tensors: Any) -> list[Any]:
     return [
         (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
         for leaf in tree_leaves(tensors)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cache_twotower import uploaded
+
 
 @dataclass(eq=False)
 class Prediction:
@@ -94,7 +96,7 @@ class UnmaskingRule:
         if not self.rule.scheduled:
             return masked.float().mean(-1)
         noise = [noise_level(self.config.noise_schedule, number, steps) for number in _each_row(step, masked)]
-        return torch.tensor(noise, dtype=torch.float32, device=masked.device)
+        return uploaded(noise, masked.device, torch.float32)
 
     def commit(
         self,
@@ -122,7 +124,7 @@ class UnmaskingRule:
         if isinstance(step, int):
             left: Steps = steps - step
         else:  # more of them than positions are of no use, and might not fit into int64
-            left = torch.tensor([min(steps - number, masked.shape[-1]) for number in step], device=masked.device)
+            left = uploaded([min(steps - number, masked.shape[-1]) for number in step], masked.device)
         return self.rule.commit(self.config, prediction, masked, Progress(step, steps, left, uniform))
 
 
@@ -251,7 +253,7 @@ def commit_posterior(
     levels = [[noise_level(schedule, number + i, steps) for i in (0, 1)] for number in _each_row(step, masked)]
     last = [number == steps - 1 for number in _each_row(step, masked)]
     probability = [1.0 if ends else (now - then) / now for (now, then), ends in zip(levels, last, strict=True)]
-    return masked & (uniform < torch.tensor(probability, dtype=uniform.dtype, device=masked.device)[:, None])
+    return masked & (uniform < uploaded(probability, masked.device, uniform.dtype)[:, None])
 
 
 def commit_scheduled(
@@ -267,7 +269,7 @@ def commit_scheduled(
         int(noise_level(schedule, number + 1, steps) * masked.shape[-1]) if number < steps - 1 else 0
         for number in _each_row(step, masked)
     ]
-    return _commit_first(priority, masked, masked.sum(-1) - torch.tensor(due, device=masked.device), None)
+    return _commit_first(priority, masked, masked.sum(-1) - uploaded(due, masked.device), None)
 
 
 def commit_adaptive(
@@ -277,7 +279,7 @@ def commit_adaptive(
     size = masked.shape[-1]  # so many steps left ask for one position at most
     left = [size if 5 * n < 2 * steps and n < steps - 1 else min(steps - n, size) for n in _each_row(step, masked)]
     one = torch.ones_like(masked[:, 0], dtype=torch.long)
-    return _commit_first(confidence, masked, one, torch.tensor(left, device=masked.device))
+    return _commit_first(confidence, masked, one, uploaded(left, masked.device))
 
 
 def noise_level(schedule: str, step: int, steps: int) -> float:
@@ -326,7 +328,7 @@ def _each_row(step: int | Sequence[int], masked: torch.Tensor) -> Sequence[int]:
 
 def _of_user(c: Any, p: Prediction, masked: torch.Tensor, at: Progress) -> torch.Tensor:
     """A function's choice among the masked positions; on the last step all of them."""
-    numbers = torch.tensor(_each_row(at.step, masked), device=masked.device)
+    numbers = uploaded(_each_row(at.step, masked), masked.device)
     commit = c.unmasking_rule(p, masked.clone(), numbers, at.steps)
     if not isinstance(commit, torch.Tensor) or commit.dtype != torch.bool or commit.shape != masked.shape:
         given = f"{commit.dtype} of shape {tuple(commit.shape)}" if isinstance(commit, torch.Tensor) else repr(commit)

@@ -2,9 +2,9 @@
 
 Every operation has "torch", its own code in the operation's file, on every device and in every dtype. Others are
 written in Triton (ours), or come from the packages people install for such a model. `backend="auto"` takes the first
-that has been measured on a GPU and can compute what is asked, and else torch. (None has been measured so far: none of
-us had a GPU. So "auto" is torch everywhere.) A backend asked for by name is never replaced by another one: where it
-cannot compute what is asked, a ValueError says why.
+that was timed on a GPU and won there on what is asked, in bfloat16 and float16, whose rounding hides that products of
+theirs are of TF32; and else torch, as in compiled passes and where gradients are wanted. A backend asked for by name
+is never replaced by another one: where it cannot compute what is asked, a ValueError says why.
 
 To add a backend, write a function with the operation's arguments, one that says why it cannot take some, and an entry
 in `BACKENDS`; what tests are to show of it, see `tests/kernels/test_mamba_ssm.py`.
@@ -43,6 +43,8 @@ class Backend:
         cannot: takes them, too, and says why `run` cannot; None if it can.
         in_triton: whether it is all Triton, which on a CPU its interpreter runs.
         measured: on which GPU it was timed against torch and won, and when; empty if never, and then "auto" avoids it.
+        wins: takes the operation's arguments and says whether it was faster on such; by default always.
+        where: the same for `twotower info --kernels`.
     """
 
     name: str
@@ -50,35 +52,46 @@ class Backend:
     cannot: Callable[..., str | None]
     in_triton: bool = False
     measured: str = ""
+    wins: Callable[..., bool] = lambda *arguments: True
+    where: str = "in 16 bits"
 
 
 def _by_name(*backends: Backend) -> dict[str, Backend]:
     return {backend.name: backend for backend in backends}
 
 
+# benchmarks/gpu.json, section "kernels": at the released geometry, 1 to 16 rows of 1, 16 and 512 tokens.
+H200 = "H200, 2026-11-26"
+
+
+def _few_tokens(x: torch.Tensor, *_: Any) -> bool:
+    """As in a block; of longer chunks ours lost to torch with many rows."""
+    return x.shape[1] <= 64
+
+
+OF_FEW_TOKENS: dict[str, Any] = {"measured": H200, "wins": _few_tokens, "where": "in 16 bits, up to 64 tokens"}
+
+
 # Operation -> its backends beside torch, in the order in which "auto" would take them. "ssd_step" is a scan of one
 # token, "ssd_state" the state after some of a chunk's tokens.
 BACKENDS: dict[str, dict[str, Backend]] = {
     "ssd_scan": _by_name(
-        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True),
-        Backend("mamba-ssm", scan_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True),
+        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True, **OF_FEW_TOKENS),
+        Backend("mamba-ssm", scan_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True, measured=H200),
     ),
     "ssd_step": _by_name(
-        Backend("mamba-ssm", step_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True),
-        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True),
+        Backend("mamba-ssm", step_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True, measured=H200),
+        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True, measured=H200),
     ),
-    "ssd_state": _by_name(Backend("triton", state_with_triton, triton_cannot_scan, in_triton=True)),
+    "ssd_state": _by_name(Backend("triton", state_with_triton, triton_cannot_scan, in_triton=True, **OF_FEW_TOKENS)),
     "causal_conv": _by_name(Backend("causal-conv1d", causal_conv_with_package, causal_conv1d_cannot)),
     "gated_rms_norm": _by_name(
-        Backend("mamba-ssm", gated_rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True)
+        Backend("mamba-ssm", gated_rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H200)
     ),
-    "rms_norm": _by_name(Backend("mamba-ssm", rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True)),
+    "rms_norm": _by_name(
+        Backend("mamba-ssm", rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H200)
+    ),
     "block_attention": _by_name(Backend("flash-attn", attention_with_flash_attn, flash_attn_cannot)),
-}
-# Operation -> the names that mean torch whatever the arguments, for callers on whose time a choice would be felt.
-ALWAYS_TORCH = {
-    op: ("torch",) if any(backend.measured for backend in backends.values()) else ("torch", "auto")
-    for op, backends in BACKENDS.items()
 }
 # Package -> the module that shows whether it was built for this torch. mamba-ssm's Triton kernels need its CUDA
 # extension only because the package imports it.
@@ -102,11 +115,11 @@ def choose(op: str, backend: str, *arguments: Any) -> Callable[..., Any] | None:
     Raises:
         ValueError: for an unknown backend, and for one that cannot compute this.
     """
-    if backend == "torch":
+    if is_torch(backend, arguments[0]):
         return None
     if backend == "auto":
         for each in BACKENDS[op].values():
-            if each.measured and _obstacle(each, arguments) is None:
+            if each.measured and each.wins(*arguments) and _obstacle(each, arguments) is None:
                 return each.run
         return None
     chosen = _named(op, backend)
@@ -114,6 +127,13 @@ def choose(op: str, backend: str, *arguments: Any) -> Callable[..., Any] | None:
     if obstacle is not None:
         raise ValueError(f'{op} cannot be computed by "{backend}": it {obstacle}; use the backend "torch" or "auto"')
     return chosen.run
+
+
+def is_torch(backend: str, x: torch.Tensor) -> bool:
+    """Whether an operation on `x` is torch's by this choice, whatever else it is given."""
+    if backend != "auto":
+        return backend == "torch"
+    return not x.is_cuda or x.element_size() > 2 or torch.compiler.is_compiling()
 
 
 def check_kernels(kernels: str | Mapping[str, str]) -> dict[str, str]:
@@ -147,13 +167,16 @@ def check_kernels(kernels: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def kernel_table() -> list[tuple[str, str, str, str]]:
-    """For `twotower info --kernels`: operation, backend, what that lacks here, whether "auto" takes it."""
+    """For `twotower info --kernels`: operation, backend, what that lacks here, where "auto" takes it."""
     rows = []
     for op, backends in BACKENDS.items():
-        lacks = {name: _lacks_here(backend) for name, backend in backends.items()}
-        used = next((name for name in backends if not lacks[name]), "torch")
-        rows.append((op, "torch", "everywhere", "yes" if used == "torch" else "no"))
-        rows += [("", name, lacks[name] or "ready", "yes" if used == name else "no") for name in backends]
+        left, own = "everywhere", []
+        for name, backend in backends.items():
+            lacks = _lacks_here(backend)
+            takes = backend.where if not lacks and left != "in 32 bits" else "never"
+            left = {"never": left, Backend.where: "in 32 bits"}.get(takes, "elsewhere")
+            own.append(("", name, lacks or "ready", takes))
+        rows += [(op, "torch", "everywhere", left), *own]
     return rows
 
 
@@ -231,4 +254,4 @@ def _quoted(names: Any) -> str:
     return ", ".join(f'"{name}"' for name in sorted(names))
 
 
-__all__ = ["ALWAYS_TORCH", "BACKENDS", "Backend", "check_kernels", "choose", "kernel_table", "package_table"]
+__all__ = ["BACKENDS", "Backend", "check_kernels", "choose", "is_torch", "kernel_table", "package_table"]

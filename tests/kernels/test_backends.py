@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from twotower.kernels.gated_rms_norm import gated_rms_norm
 from twotower.kernels.rms_norm import rms_norm
 from twotower.kernels.ssd import ssd_scan, ssd_state
 
+ROOT = Path(__file__).resolve().parents[2]
 X = torch.ones(1, 2, 3)
 CALLS = {
     "ssd_scan": lambda **backend: ssd_scan(*SCAN, **backend),
@@ -47,31 +48,65 @@ def two(monkeypatch):
     return enter
 
 
-class TestAuto:
-    def test_is_torch_while_nothing_was_timed_on_a_gpu(self):
-        """Who measures a backend says so in its entry."""
-        assert not [backend for each in BACKENDS.values() for backend in each.values() if backend.measured]
-        assert {op for op in BACKENDS if choose(op, "auto", X) is None} == set(BACKENDS)
-        assert set(backends.ALWAYS_TORCH.values()) == {("torch", "auto")}
+class OnCard(torch.Tensor):
+    """A tensor that says it is on a GPU."""
 
+    is_cuda = True
+    device = torch.device("cuda")
+
+
+def on_card(dtype=torch.bfloat16, tokens=2, **flags):
+    return torch.ones(1, tokens, 3, dtype=dtype, **flags).as_subclass(OnCard)
+
+
+class TestAuto:
     def test_takes_the_first_that_was_measured_and_can(self, two):
         two(fake("never"), fake("unable", "H100", "is too small"), fake("able", "H100"), fake("later", "H100"))
-        assert choose("op", "auto", X)(X) == "able"
+        assert choose("op", "auto", on_card())(X) == "able"
+
+    def test_takes_none_where_it_did_not_win(self, two):
+        few = Backend("few", lambda x: "few", lambda x: None, measured="H100", wins=lambda x: x.shape[1] < 5)
+        two(few, fake("later", "H100"))
+        assert choose("op", "auto", on_card(tokens=4))(X) == "few"
+        assert choose("op", "auto", on_card(tokens=5))(X) == "later"
+
+    def test_what_was_measured_is_what_the_results_say(self):
+        results = json.loads((ROOT / "benchmarks" / "gpu.json").read_text())["sections"]["kernels"]["outcome"]
+        for op, backend in [(op, each) for op, several in BACKENDS.items() for each in several.values()]:
+            if not backend.measured:
+                continue
+            cases = {case.rsplit(", ", 1)[0] for case in results if case.startswith(f"{op}, ")}
+            for case in cases:
+                tokens = int(case.split(", ")[2].split()[0])
+                if backend.wins(on_card(tokens=tokens)):
+                    assert results[f"{case}, {backend.name}"]["ms"] < results[f"{case}, torch"]["ms"], case
+            assert cases
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_is_torch_where_the_precision_of_products_would_be_seen(self, two, dtype):
+        two(fake("able", "H100"))
+        assert choose("op", "auto", on_card(dtype)) is None
+
+    def test_is_torch_on_a_cpu_and_in_compiled_passes(self, two, monkeypatch):
+        two(fake("able", "H100"))
+        assert choose("op", "auto", X) is None and choose("op", "auto", X.bfloat16()) is None
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert choose("op", "auto", on_card()) is None
 
     def test_is_torch_where_none_can(self, two):
         two(fake("unable", "H100", "is too small"))
-        assert choose("op", "auto", X) is None
+        assert choose("op", "auto", on_card()) is None
 
     def test_is_torch_where_the_package_is_not_here(self, two, monkeypatch):
         two(fake("able", "H100"))
         monkeypatch.setattr(backends, "_missing", lambda package: "is not installed")
-        assert choose("op", "auto", X) is None
+        assert choose("op", "auto", on_card()) is None
 
     def test_is_torch_where_gradients_are_wanted(self, two):
         two(fake("able", "H100"))
-        assert choose("op", "auto", X.clone().requires_grad_()) is None
+        assert choose("op", "auto", on_card(requires_grad=True)) is None
         with torch.no_grad():
-            assert choose("op", "auto", X.clone().requires_grad_()) is not None
+            assert choose("op", "auto", on_card(requires_grad=True)) is not None
 
 
 class TestByName:
@@ -242,24 +277,26 @@ class TestOfAModel:
 
 
 class TestTables:
-    def test_every_operation_says_who_auto_takes(self):
+    def test_without_a_gpu_every_operation_is_torchs(self):
         rows = kernel_table()
         assert [row[0] for row in rows if row[0]] == list(BACKENDS)
-        assert [row[1] for row in rows if row[3] == "yes"] == ["torch"] * len(BACKENDS)
-        assert all("never timed on a GPU" in row[2] for row in rows if row[1] != "torch")
+        assert all(row[3] == ("everywhere" if row[1] == "torch" else "never") for row in rows)
+        assert all("never timed on a GPU" in row[2] for row in rows if row[1] in ("flash-attn", "causal-conv1d"))
 
-    def test_one_that_was_measured_is_taken(self, monkeypatch):
+    def test_on_a_gpu_what_was_measured_is_taken_where_it_won(self, monkeypatch):
         monkeypatch.setattr(backends, "_missing", lambda package: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        measured = replace(BACKENDS["ssd_state"]["triton"], measured="H100, 2027")
-        monkeypatch.setitem(BACKENDS, "ssd_state", {"triton": measured})
         rows = kernel_table()
-        assert ("ssd_state", "torch", "everywhere", "no") in rows
-        assert ("", "triton", "ready", "yes") in rows
-        assert ("H100, 2027") in {row[3] for row in package_table()}
+        assert ("ssd_state", "torch", "everywhere", "elsewhere") in rows
+        assert ("", "triton", "ready", "in 16 bits, up to 64 tokens") in rows
+        assert ("rms_norm", "torch", "everywhere", "in 32 bits") in rows
+        assert ("", "mamba-ssm", "ready", "in 16 bits") in rows
+        step = rows.index(("ssd_step", "torch", "everywhere", "in 32 bits"))
+        assert [row[3] for row in rows[step + 1 : step + 3]] == ["in 16 bits", "never"]
+        assert ("block_attention", "torch", "everywhere", "everywhere") in rows
 
     def test_packages_and_versions(self, monkeypatch):
         monkeypatch.setattr(backends, "package_version", {"triton": "3.9.0"}.get)
         rows = {row[0]: row[1:] for row in package_table()}
-        assert rows["triton"] == ("3.9.0", "ssd_scan, ssd_step, ssd_state", "never")
+        assert rows["triton"] == ("3.9.0", "ssd_scan, ssd_step, ssd_state", "H200, 2026-11-26")
         assert rows["flash-attn"] == ("not installed", "block_attention", "never")
