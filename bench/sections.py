@@ -11,21 +11,19 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..checkpoints.inspection import cache_size
-from ..demo.evaluation import (
-    BASELINE,
-    MAX_NEW_TOKENS,
+from ..demo.evaluation import MAX_NEW_TOKENS
+from ..evaluation.answers import (
     Generated,
     Run,
     Variant,
     answer,
-    baseline_variant,
-    context_tower_in_transformers,
     end_ids,
     pass_figures,
     same_answers,
     tokenized,
     variant_of,
 )
+from ..evaluation.baseline import BASELINE, baseline_variant, context_tower_in_transformers
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .released_loop import released_mask_diffusion, with_expert_loop
 from .texts import Kind, prompts

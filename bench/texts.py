@@ -1,8 +1,8 @@
-"""What is asked: held-out problems such as the embedded checkpoint was trained on, and what it knows nothing of."""
+"""What is asked: held-out word problems as the embedded checkpoint was trained on, and what it knows nothing of."""
 
 from typing import Literal, get_args
 
-from ..demo.problems import held_out_problems
+from ..demo.tasks import held_out_tasks
 
 Kind = Literal["on", "off"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -19,7 +19,7 @@ _ASKED = [
 def prompts(kind: Kind, count: int, seed: int) -> list[str]:
     """So many of a kind, all different; `seed` chooses problems."""
     if kind == "on":
-        return [problem.prompt for problem in held_out_problems(count, seed)]
+        return [task.prompt for task in held_out_tasks("words", count, seed)]
     asked = [question.format(subject) for question in _ASKED for subject in _SUBJECTS]
     return [
         f"Question: {asked[number % len(asked)]}{' ' * (number // len(asked))}\nAnswer:" for number in range(count)

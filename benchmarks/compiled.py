@@ -24,7 +24,7 @@ from transformers.utils import logging
 import twotower
 from twotower.bench.reports import environment, write_json
 from twotower.bench.timing import timed
-from twotower.demo.problems import held_out_problems
+from twotower.demo.tasks import held_out_tasks
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 FILE = Path(__file__).with_name("compiled.json")
@@ -48,7 +48,7 @@ def main(rounds: int) -> None:
     report: dict[str, Any] = {"new_tokens": NEW_TOKENS, "rounds": rounds, "load_before": os.getloadavg()[0]}
     report |= environment(model)
     for rows in BATCHES:
-        prompts = [problem.prompt for problem in held_out_problems(rows, seed=1)]
+        prompts = [task.prompt for task in held_out_tasks("words", rows, seed=1)]
         inputs = dict(tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt"))
         for name, options in WAYS.items():
             report[f"{name}, batch {rows}"] = found = compared(model, inputs, options, rounds)

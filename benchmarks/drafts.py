@@ -21,17 +21,11 @@ from transformers import logging as transformers_logging
 import twotower
 from twotower.bench.reports import write_json
 from twotower.bench.texts import prompts
-from twotower.demo.evaluation import (
-    MAX_NEW_TOKENS,
-    accuracy_figures,
-    are_correct,
-    conditions,
-    cut_after_end,
-    end_ids,
-    tokenized,
-    tokenized_batches,
-)
-from twotower.demo.problems import held_out_problems
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions
+from twotower.demo.marking import Marks
+from twotower.demo.tasks import held_out_tasks
+from twotower.evaluation.answers import cut_after_end, end_ids, tokenized
+from twotower.evaluation.figures import accuracy_figures
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 REPEATS, OFF_TOKENS = 3, 48
@@ -114,16 +108,16 @@ def always_wrong(denoise: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 def relaxed(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Accuracy and passes of relaxed verification beside `ar`."""
-    problems, ends, found = held_out_problems(PROBLEMS, SEED), end_ids(model), {}
+    tasks, ends, found = held_out_tasks("words", PROBLEMS, SEED), end_ids(model), {}
     right_of_ar = None
     for name, knobs in RELAXED.items():
         answers, passes = [], 0
-        for batch in tokenized_batches(problems, 16, tokenizer, model):
+        for batch in tokenized([task.prompt for task in tasks], 16, tokenizer, model):
             output = model.generate(**batch, **knobs, max_new_tokens=MAX_NEW_TOKENS, return_dict_in_generate=True)
             new = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
             answers += [cut_after_end(row, ends) for row in new]
             passes += int((output.denoiser_forwards + output.context_forwards).sum())
-        right = are_correct(answers, problems, tokenizer)
+        right = Marks.of(answers, tasks, tokenizer).right
         right_of_ar = right if right_of_ar is None else right_of_ar
         tokens = sum(map(len, answers))
         found[name] = {**accuracy_figures(right, right_of_ar), "tokens_per_pass": tokens / passes}

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 import twotower
 from twotower.bench.reports import write_json
-from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions, cut_after_end, end_ids, tokenized_batches
-from twotower.demo.problems import held_out_problems
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions
+from twotower.demo.tasks import held_out_tasks
+from twotower.evaluation.answers import cut_after_end, end_ids, tokenized
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 PROBLEMS = 200
@@ -70,7 +71,8 @@ def texts(model: TwoTowerForBlockDiffusion, batch_size: int, **options: Any) -> 
     """Every problem's answer; sampled, with its own number as seed."""
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
     ends, found = end_ids(model), list[list[int]]()
-    for batch in tokenized_batches(held_out_problems(PROBLEMS, 0), batch_size, tokenizer, model):
+    prompts = [task.prompt for task in held_out_tasks("words", PROBLEMS, 0)]
+    for batch in tokenized(prompts, batch_size, tokenizer, model):
         if options["do_sample"]:
             options["seed"] = list(range(len(found), len(found) + len(batch.input_ids)))
         sequences: Any = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, **options)

@@ -16,16 +16,11 @@ from transformers import logging as transformers_logging
 
 import twotower
 from twotower.bench.reports import write_json
-from twotower.demo.evaluation import (
-    MAX_NEW_TOKENS,
-    accuracy_figures,
-    are_correct,
-    conditions,
-    cut_after_end,
-    end_ids,
-    tokenized_batches,
-)
-from twotower.demo.problems import held_out_problems
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions
+from twotower.demo.marking import Marks
+from twotower.demo.tasks import Task, held_out_tasks
+from twotower.evaluation.answers import cut_after_end, end_ids, tokenized
+from twotower.evaluation.figures import accuracy_figures
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 PROBLEMS, SEED, BATCH_SIZE = 400, 1, 16
@@ -56,7 +51,7 @@ def main(file: Path) -> None:
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     settings = {"problems": PROBLEMS, "seed": SEED, "batch_size": BATCH_SIZE}
-    problems = held_out_problems(PROBLEMS, SEED)
+    tasks = held_out_tasks("words", PROBLEMS, SEED)
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
     rows, texts, correct = [], dict[tuple[str, str], list[list[int]]](), dict[tuple[str, str], list[bool]]()
     for kind, config in KINDS.items():
@@ -64,8 +59,8 @@ def main(file: Path) -> None:
         where = conditions(model)
         where["versions"] |= {name: version(name) for name in LIBRARIES}
         for mode, options in MODES.items():
-            found = texts[kind, mode] = answers(model, tokenizer, problems, options)
-            right = correct[kind, mode] = are_correct(found, problems, tokenizer)
+            found = texts[kind, mode] = answers(model, tokenizer, tasks, options)
+            right = correct[kind, mode] = Marks.of(found, tasks, tokenizer).right
             figures = accuracy_figures(right, correct["float32", mode])
             rows.append({"kind": kind, "int8_share": int8_share(model), **options, **figures, "mode": mode})
             rows[-1]["same_text_as_float32"] = same(found, texts["float32", mode])
@@ -81,10 +76,10 @@ def load(config: Any) -> TwoTowerForBlockDiffusion:
 
 
 def answers(
-    model: TwoTowerForBlockDiffusion, tokenizer: Any, problems: list[Any], options: dict[str, Any]
+    model: TwoTowerForBlockDiffusion, tokenizer: Any, tasks: list[Task], options: dict[str, Any]
 ) -> list[list[int]]:
     found = list[list[int]]()
-    for batch in tokenized_batches(problems, BATCH_SIZE, tokenizer, model):
+    for batch in tokenized([task.prompt for task in tasks], BATCH_SIZE, tokenizer, model):
         sequences: Any = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
         found += [cut_after_end(row, end_ids(model)) for row in sequences[:, batch.input_ids.shape[1] :].tolist()]
     return found

@@ -28,8 +28,8 @@ from transformers.utils import logging
 import twotower
 from twotower import TwoTowerEngine
 from twotower.bench.reports import write_json
-from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions, tokenized_batches
-from twotower.demo.problems import held_out_problems
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions
+from twotower.demo.tasks import held_out_tasks
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -167,7 +167,7 @@ def slots() -> tuple[dict[str, Any], Any]:
 def drive(model: TwoTowerForBlockDiffusion, count: int, problems: int, options: dict[str, Any]) -> dict[str, Any]:
     """All problems through so many slots."""
     engine = TwoTowerEngine(model, slots=count)
-    for ids in prompts_of(model, problems):
+    for ids in prompts_of(problems):
         engine.add_request(ids, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
     useful, places, more = 0, 0, True
     while more:
@@ -186,7 +186,7 @@ def drive(model: TwoTowerForBlockDiffusion, count: int, problems: int, options: 
 def throughput(repeats: float = 3) -> tuple[dict[str, Any], Any]:
     """Tokens up to the end of each text per second, 96 problems; the ways take turns."""
     model, found = demo_model(), dict[str, Any]()
-    prompts = prompts_of(model, 96)
+    prompts = prompts_of(96)
     ways = {"slots": by_slots, "batches": by_batches}
     for mode, options in {**MODES, "ar": {"mode": "ar"}}.items():
         rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -227,10 +227,9 @@ def demo_model() -> TwoTowerForBlockDiffusion:
     return TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint()).eval()
 
 
-def prompts_of(model: TwoTowerForBlockDiffusion, problems: int) -> list[list[int]]:
+def prompts_of(problems: int) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
-    batches = tokenized_batches(held_out_problems(problems, SEED), 1, tokenizer, model)
-    return [batch.input_ids[0].tolist() for batch in batches]
+    return [tokenizer(task.prompt).input_ids for task in held_out_tasks("words", problems, SEED)]
 
 
 PARTS: dict[str, Any] = {"equality": equality, "soak": soak, "slots": slots, "throughput": throughput}

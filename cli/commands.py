@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from transformers import BatchEncoding
 
+    from ..demo.tasks import Skill
     from ..modeling_twotower import TwoTowerForBlockDiffusion
 
 
@@ -237,47 +239,21 @@ def info(
 def train(
     recipe: Annotated[
         Path,
-        typer.Argument(help="A YAML file, see docs/training.md; or a folder, which gets the demonstration model."),
+        typer.Argument(help="A YAML file, see docs/training.md."),
     ],
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the finished model here, NAME or OWNER/NAME; before the recipe's.")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Train here; before the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(help="FOLDER: of weights, problems and masks.")] = 0,
-    context_steps: Annotated[int | None, typer.Option(min=1, help="FOLDER: steps of the context tower.")] = None,
-    denoiser_steps: Annotated[int | None, typer.Option(min=1, help="FOLDER: steps of the denoiser.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="FOLDER: CPU threads.")] = 1,
 ) -> None:
     """
-    Train as a recipe says, or, into a folder, the demonstration model: the context tower first, then the denoiser.
+    Train as a recipe says; called again, it goes on where it was stopped, killed or not.
 
-    Either goes on where it was stopped, killed or not, when it is called again.
+    The embedded checkpoint is what recipes/demo_context.yaml and then recipes/demo.yaml make.
     """
-    if recipe.suffix in (".yaml", ".yml"):
-        if (seed, context_steps, denoiser_steps, threads) != (0, None, None, 1):
-            raise ValueError(
-                "--seed, --context-steps, --denoiser-steps and --threads go with a folder; edit the recipe"
-            )
-        _train_recipe(recipe, folder, push_to_hub)
-        return
-    if folder is not None or push_to_hub is not None:
-        raise ValueError(f"--folder and --push-to-hub go with a recipe; {recipe} is no .yaml file")
-    import torch
-
-    from ..demo.training import CONTEXT, DENOISER, train_demo
-
-    torch.set_num_threads(threads)
-    stages = (
-        replace(CONTEXT, steps=context_steps or CONTEXT.steps),
-        replace(DENOISER, steps=denoiser_steps or DENOISER.steps),
-    )
-    train_demo(recipe, stages, seed)
-
-
-def _train_recipe(file: Path, folder: Path | None, push_to_hub: str | None) -> None:
     from ..training.recipe import HubRecipe, read_recipe
 
-    asked = read_recipe(file)
+    asked = read_recipe(recipe)
     if folder is not None:
         asked = replace(asked, folder=str(folder))
     if push_to_hub is not None:
@@ -291,16 +267,26 @@ def _train_recipe(file: Path, folder: Path | None, push_to_hub: str | None) -> N
 @app.command("eval")
 def evaluate(
     model: Model = None,
-    problems: Annotated[int, typer.Option(help="Held-out word problems to ask, shared out among the seeds.")] = 2000,
-    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Of the problems, comma-separated.")] = "2,3,4",
+    problems: Annotated[int, typer.Option(help="Held-out tasks of each skill, shared out among the seeds.")] = 2000,
+    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Of the tasks, comma-separated.")] = "2,3,4",
+    skills: Annotated[
+        str | None, typer.Option("--skills", "--skill", help="words (word problems), code, or both: words,code.")
+    ] = None,
+    modes: Annotated[
+        str | None, typer.Option(help="Only these, comma-separated, beside ar, and not transformers.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures here; --card goes on with what it holds.")
     ] = None,
-    batch_sizes: Annotated[
-        str,
-        typer.Option(help="Comma-separated; accuracy is that of the first; --rules, --curve, --card take the last."),
-    ] = "1,16",
-    repeats: Annotated[int, typer.Option(help="Time everything so often, in turn; speeds are the median's.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows at a time, of which speeds are; default 64, of --card 16.")
+    ] = None,
+    unseen: Annotated[
+        bool,
+        typer.Option(
+            "--unseen", help="Also count word problems with a step training has not shown, which takes minutes."
+        ),
+    ] = False,
     rules: Annotated[
         bool, typer.Option("--rules", help="Compare unmasking rules and verification instead of the modes.")
     ] = False,
@@ -327,9 +313,10 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """
-    Measure accuracy, passes and speed of every mode on held-out problems, next to transformers' own NemotronH; with
-    --rules accuracy against passes of every unmasking rule, and of drafts verified exactly or not; with --curve
-    against the knobs of the modes; with --card the benchmarks of the model card. Every figure with its error.
+    Measure accuracy, passes and speed of every mode on held-out word problems and functions to write, next to
+    transformers' own NemotronH; with --rules accuracy against passes of every unmasking rule, and of drafts verified
+    exactly or not; with --curve against the knobs of the modes; with --card the benchmarks of the model card. Every
+    figure with its error.
     """
     import torch
     from transformers.utils import logging
@@ -340,18 +327,19 @@ def evaluate(
     from . import evaluating
     from .terminal import output_console, show_table, track
 
-    sizes = _whole_numbers(batch_sizes, "--batch-sizes")
     names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
-    asked_seeds = _seeds(seeds)
+    asked_seeds, asked_skills = _seeds(seeds), _skills(skills or ("words" if rules or curve else "words,code"))
     if sum((rules, curve, card)) > 1:
         raise ValueError("give one of --rules, --curve and --card")
     if not card and (dry_run or run_code or limit is not None or benchmarks is not None):
         raise ValueError("--benchmarks, --limit, --run-code and --dry-run are about --card; give it, too")
     if png_file is not None and not (rules or curve):
         raise ValueError("--png draws the unmasking rules or the curves of knobs; give --rules or --curve, too")
-    if (rules or curve or card) and repeats != 1:
-        what = "--rules times nothing" if rules else f"{'--curve' if curve else '--card'} measures once"
-        raise ValueError(f"--repeats is {repeats}, but {what}; leave it out")
+    if (rules or curve) and len(asked_skills) > 1:
+        raise ValueError("--rules and --curve are about one skill; give --skill words or code")
+    if (unseen or modes is not None) and (rules or curve or card):
+        raise ValueError("--unseen and --modes go without --rules, --curve and --card; leave them out")
+    rows = batch_size or (16 if card else 64)
     if card:
         evaluating.check_card(json_file, names, dry_run)
     _check_files(json_file, png_file)
@@ -360,26 +348,33 @@ def evaluate(
     # transformers' NemotronH says once per kernel that this machine has none.
     logging.set_verbosity_error()
     if card:
-        evaluating.show_card(two_towers, tokenizer, model, json_file, names, sizes[-1], limit, run_code, dry_run)
+        evaluating.show_card(two_towers, tokenizer, model, json_file, names, rows, limit, run_code, dry_run)
         return
     if curve:
-        report = curves.measure_curves(two_towers, tokenizer, problems, asked_seeds, sizes[-1], track=track)
+        measure = partial(curves.measure_curves, skill=asked_skills[0])
     elif rules:
-        report = rules_evaluation.compare_rules(two_towers, tokenizer, problems, asked_seeds, sizes[-1], track=track)
+        measure = partial(rules_evaluation.compare_rules, skill=asked_skills[0])
     else:
-        report = evaluation.evaluate(two_towers, tokenizer, problems, asked_seeds, sizes, repeats, track)
+        only = () if modes is None else tuple(modes.split(","))
+        measure = partial(evaluation.evaluate, skills=asked_skills, unseen=unseen, only=only)
+    report = measure(two_towers, tokenizer, problems=problems, seeds=asked_seeds, batch_size=rows, track=track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
         write_json(json_file, report)
     console = output_console()
-    shown: Any = curves if curve else evaluation
-    header, rows = rules_evaluation.rules_table(report) if rules else shown.table(report)
-    title = rules_evaluation.rules_title(report) if rules else shown.title(report)
-    show_table(console, title, header, rows, left_columns=2 if rules or curve else 1)
-    if not rules:
-        console.print(shown.footnote(report), soft_wrap=True)
+    if rules:
+        show_table(
+            console, rules_evaluation.rules_title(report), *rules_evaluation.rules_table(report), left_columns=2
+        )
+    elif curve:
+        show_table(console, curves.title(report), *curves.table(report), left_columns=2)
+        console.print(curves.footnote(report), soft_wrap=True)
+    else:
+        for skill in asked_skills:
+            show_table(console, evaluation.title(report, skill), *evaluation.table(report, skill))
+        console.print(evaluation.footnote(report), soft_wrap=True)
     if png_file is not None:
-        draw = rules_evaluation.draw_rules if rules else shown.draw
+        draw = rules_evaluation.draw_rules if rules else curves.draw
         write_whole(png_file, lambda file: draw(report, file))
 
 
@@ -458,6 +453,15 @@ def _seeds(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--seeds is {text!r}; give whole numbers separated by commas, e.g. 2,3,4") from None
+
+
+def _skills(text: str) -> "list[Skill]":
+    from ..demo.tasks import SKILLS
+
+    chosen = [skill for skill in SKILLS if skill in text.split(",")]
+    if len(chosen) != len(text.split(",")):
+        raise ValueError(f"--skills is {text!r}; give words, code, or both: words,code")
+    return chosen
 
 
 def _draft_length(text: str | None) -> int | str | None:
@@ -665,7 +669,7 @@ def _trace(two_towers: Any, tokenizer: Any, inputs: "BatchEncoding", options: di
 
 
 def _new_tokens(two_towers: Any, inputs: "BatchEncoding", output: Any) -> list[int]:
-    from ..demo.evaluation import cut_after_end, end_ids
+    from ..evaluation.answers import cut_after_end, end_ids
 
     return cut_after_end(output.sequences[0, inputs.input_ids.shape[1] :].tolist(), end_ids(two_towers))
 

@@ -1,26 +1,50 @@
 """
-From a finished denoiser run to the checkpoint that the package embeds.
+From finished training runs to the checkpoint that the package embeds, and its card.
 
-    python -m twotower.demo.release MODEL FOLDER TEMPERATURE
+    python -m twotower.demo.release temperatures DENOISER_RUN/model
+    python -m twotower.demo.release make CONTEXT_RUN DENOISER_RUN FOLDER --temperature T --machines "ONE" "OTHER"
+    twotower eval --unseen --model FOLDER --json benchmarks/demo_eval.json
+    python -m twotower.demo.release card FOLDER
 
-It is stored in bfloat16; its config asks for float32, in which a CPU runs it faster. The denoiser's confidence is
-tempered (temperature scaling, Guo et al. 2017) by its head: what it predicts stays, but it must be surer of it to pass
-the threshold. The temperature is chosen on the validation seed of demo/skills_evaluation.py.
+The first shows on the validation seed what mask diffusion keeps, and in how many passes, at several temperatures; the
+second writes weights and tokenizer, and what the runs' logs say to benchmarks/demo_training.json; the last writes
+FOLDER/README.md from that, from the figures of `eval` and from benchmarks/demo_ablations.json, where there is one, and
+the table of results into the README.
+
+Weights are stored in bfloat16; the config asks for float32, in which a CPU runs them faster. The denoiser's confidence
+is tempered (temperature scaling, Guo et al. 2017) by its head: what it predicts stays, but it must be surer of it to
+pass the threshold.
 """
 
-import sys
+import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from ..bench.reports import write_json
 from ..configuration_twotower import TwoTowerConfig
+from ..evaluation.answers import answer, end_ids, tokenized, variant_of
+from ..evaluation.figures import percent
 from ..generation_twotower import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from .skills_evaluation import MAX_NEW_TOKENS
+from ..training.saving import STATE, checkpoints
+from .evaluation import MAX_NEW_TOKENS, VALIDATION_SEED, figures_of, times
+from .held_out import asked_tasks
+from .model_card import card, results
+from .tasks import SKILLS
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING, FIGURES, ABLATIONS = (f"benchmarks/demo_{name}.json" for name in ("training", "eval", "ablations"))
+# In the README, around what is generated.
+BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
 
 
 def release(trained: Path, folder: Path, temperature: float) -> None:
+    """Write a trained model and its tokenizer as they are embedded."""
     model = TwoTowerForBlockDiffusion.from_pretrained(trained, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(trained)
     with torch.no_grad():
@@ -42,5 +66,90 @@ def release(trained: Path, folder: Path, temperature: float) -> None:
     config.save_pretrained(folder)
 
 
+def compare_temperatures(trained: Path, temperatures: Sequence[float], problems: int) -> dict[str, list[list[str]]]:
+    """
+    Of mask diffusion at threshold 0.8 on the validation seed, by skill a row per temperature: itself, the share that
+    is right, how much that is of AR's, and how many times fewer passes over both towers it takes.
+    """
+    model = TwoTowerForBlockDiffusion.from_pretrained(trained, dtype=torch.float32).eval()
+    tokenizer, untempered = AutoTokenizer.from_pretrained(trained), model.lm_head.weight.detach().clone()
+    options = {"mode": "mask_diffusion", "confidence_threshold": 0.8}
+    found: dict[str, list[list[str]]] = {}
+    for skill in SKILLS:
+        tasks = asked_tasks(skill, problems, (VALIDATION_SEED,))
+        batches = tokenized([task.prompt for task in tasks], 64, tokenizer, model)
+        runs = answer([variant_of(model, "ar", {"mode": "ar"})], batches[0], batches, end_ids(model), MAX_NEW_TOKENS)
+        for temperature in temperatures:
+            with torch.no_grad():
+                model.lm_head.weight.copy_(untempered / temperature)
+            name = f"{temperature:g}"
+            way = variant_of(model, name, options)
+            runs |= answer([way], batches[0], batches, end_ids(model), MAX_NEW_TOKENS)
+        figures = figures_of(runs, tasks, tokenizer, (VALIDATION_SEED,))
+        found[skill] = [
+            [
+                name,
+                percent(row["accuracy"], row["accuracy_stderr"]),
+                percent(row["retention"], row["retention_stderr"]),
+                times(row["fewer_passes"], row["fewer_passes_stderr"]),
+            ]
+            for name, row in figures.items()
+        ]
+    return found
+
+
+def training_facts(run: Path, machine: str) -> dict[str, Any]:
+    """Of a run's folder: the recipe it followed, its log, and where it ran."""
+    state = json.loads((checkpoints(run)[-1] / STATE).read_text())
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {"machine": machine, "processes": state["processes"], "recipe": state["recipe"], "log": log}
+
+
+def make(context: Path, denoiser: Path, folder: Path, temperature: float, machines: list[str], root: Path) -> None:
+    facts = {
+        "context": training_facts(context, machines[0]),
+        "denoiser": training_facts(denoiser, machines[1]),
+        "temperature": temperature,
+    }
+    release(denoiser / "model", folder, temperature)
+    write_json(root / TRAINING, facts)
+
+
+def write_card(folder: Path, root: Path) -> None:
+    """The card of the checkpoint in a folder, and the README's table, from the files of figures."""
+    training, figures = (json.loads((root / name).read_text()) for name in (TRAINING, FIGURES))
+    ablations = json.loads((root / ABLATIONS).read_text()) if (root / ABLATIONS).is_file() else None
+    config = TwoTowerConfig.from_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    (folder / "README.md").write_text(card(config, size, training, figures, ablations), encoding="utf-8")
+    readme = root / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    readme.write_text(before + BEGIN + results(figures) + END + rest.split(END)[1], encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
+    parser = argparse.ArgumentParser(description="Make the embedded checkpoint of training runs, and its card.")
+    parts = parser.add_subparsers(dest="part", required=True)
+    comparing, making, describing = map(parts.add_parser, ("temperatures", "make", "card"))
+    comparing.add_argument("model", type=Path)
+    comparing.add_argument("--values", type=float, nargs="+", default=[1.0, 1.25, 1.5, 1.75, 2.0])
+    comparing.add_argument("--problems", type=int, default=400)
+    for name in ("context", "denoiser"):
+        making.add_argument(name, type=Path)
+    for part in (making, describing):
+        part.add_argument("folder", type=Path)
+    making.add_argument("--temperature", type=float, required=True)
+    making.add_argument("--machines", nargs=2, required=True, help="where the two runs were, in words")
+    given = parser.parse_args(arguments)
+    if given.part == "temperatures":
+        torch.set_num_threads(1)
+        for skill, rows in compare_temperatures(given.model, given.values, given.problems).items():
+            print(skill, *("  ".join(row) for row in rows), sep="\n")
+    elif given.part == "make":
+        make(given.context, given.denoiser, given.folder, given.temperature, given.machines, root)
+    else:
+        write_card(given.folder, root)
+
+
 if __name__ == "__main__":
-    release(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    main()

@@ -1,6 +1,6 @@
 """
-Accuracy against passes on held-out word problems, as figures and as curves: of every unmasking rule, and of drafts
-that the context tower verifies, exactly or not.
+Accuracy against passes on held-out tasks of one skill, as figures and as curves: of every unmasking rule, and of
+drafts that the context tower verifies, exactly or not.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,24 +13,13 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..bench.reports import new_figure
 from ..decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
+from ..evaluation.answers import Variant, answer, end_ids, tokenized, variant_of
 from ..evaluation.figures import percent, plus_minus
-from ..evaluation.held_out import PROBLEMS, SEEDS
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from .evaluation import (
-    Variant,
-    answer,
-    answer_figures,
-    are_correct,
-    are_whole,
-    asked_problems,
-    asked_text,
-    conditions,
-    end_ids,
-    pass_figures,
-    same_answers,
-    tokenized_batches,
-    variant_of,
-)
+from . import evaluation
+from .evaluation import RIGHT, asked_text, conditions, figures_of
+from .held_out import PROBLEMS, SEEDS, asked_tasks
+from .tasks import Skill
 
 # Per line of the chart: its rule, and the values that trade passes for accuracy along it.
 Setting = dict[str, Any]
@@ -70,20 +59,21 @@ VERIFIED: dict[str, list[Setting]] = {
 def compare_rules(
     model: TwoTowerForBlockDiffusion,
     tokenizer: PreTrainedTokenizerBase,
+    skill: Skill = "words",
     problems: int = PROBLEMS,
-    seed: int | Sequence[int] = SEEDS,
-    batch_size: int = 16,
+    seeds: Sequence[int] = SEEDS,
+    batch_size: int = 64,
     settings: dict[str, list[Setting]] = SETTINGS,
     verified: dict[str, list[Setting]] = VERIFIED,
     track: Callable[[list[BatchEncoding], str], Iterable[BatchEncoding]] = lambda batches, _: batches,
 ) -> dict[str, Any]:
     """
-    Answer held-out problems with every rule at every setting, greedily, and by drafts that are verified.
+    Answer held-out tasks with every rule at every setting, greedily, and by drafts that are verified.
 
     Args:
         model: on its device and in its dtype.
         tokenizer: with a padding token.
-        problems, seed: which problems, as for [`evaluate`]. The first seed is also that of what is drawn.
+        skill, problems, seeds: which tasks, as for [`evaluate`]. The first seed is also that of what is drawn.
         batch_size: rows at a time; a row's answer does not depend on it.
         settings: per line, named after its rule, the parameters to try.
         verified: per line those of mode "self_speculative".
@@ -93,31 +83,23 @@ def compare_rules(
         A report that json can write: settings, `rows`, one per line and setting of rules, `verified_rows`, likewise,
         and where it ran. Retention is against mode "ar", of what is sampled against its sampled answers.
     """
-    for name, number in (("problems", problems), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}; give at least 1")
-    asked, whose = asked_problems(problems, seed)
-    seeds = partial(seeds_of_prompts, seed=whose["seed"])
-    variants = _variants(model, settings, verified, seeds)
-    references = [variant_of(model, "ar", {"mode": "ar"}), variant_of(model, "ar, sampled", AR_SAMPLED, seeds)]
-    batches = tokenized_batches(asked, batch_size, tokenizer, model)
-    runs = answer([*references, *variants.values()], batches[0], track(batches, "rules"), end_ids(model))
-    correct = {name: are_correct(run.answers, asked, tokenizer) for name, run in runs.items()}
-    whole = {name: are_whole(run.answers, asked, tokenizer) for name, run in runs.items()}
-
-    def row(line: str, number: int) -> dict[str, Any]:
-        variant = variants[line, number]
-        reference = references[variant.options.get("do_sample", False)].name
-        values = (settings if line in settings else verified)[line][number]
-        figures = answer_figures(correct, whole, variant.name, reference, asked, whose["seeds"])
-        figures |= pass_figures(runs[variant.name])
-        same = same_answers([runs[reference], runs[variant.name]])
-        return {"line": line, **values} | figures | {"same_answers_as_ar": same}
-
-    rows = [row(line, number) for line, number in variants]
-    settled: dict[str, Any] = {**whose, "batch_size": batch_size}
-    settled |= {"ar_accuracy": sum(correct["ar"]) / problems}
-    settled |= {"ar_sampled_accuracy": sum(correct["ar, sampled"]) / problems}
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    tasks = asked_tasks(skill, problems, seeds)
+    draws = partial(seeds_of_prompts, seed=seeds[0])
+    variants = _variants(model, settings, verified, draws)
+    ways = [variant_of(model, "ar", {"mode": "ar"}), variant_of(model, "ar, sampled", AR_SAMPLED, draws)]
+    ways += variants.values()
+    batches = tokenized([task.prompt for task in tasks], batch_size, tokenizer, model)
+    runs = answer(ways, batches[0], track(batches, "rules"), end_ids(model), evaluation.MAX_NEW_TOKENS)
+    references = {way.name: "ar, sampled" if way.options.get("do_sample") else "ar" for way in ways}
+    figures = figures_of(runs, tasks, tokenizer, seeds, references)
+    rows = [
+        {"line": line, **(settings if line in settings else verified)[line][number], **figures[variant.name]}
+        for (line, number), variant in variants.items()
+    ]
+    settled: dict[str, Any] = {"skill": skill, "problems": problems, "seeds": list(seeds), "batch_size": batch_size}
+    settled |= {"ar_accuracy": figures["ar"]["accuracy"], "ar_sampled_accuracy": figures["ar, sampled"]["accuracy"]}
     of_rules = sum(map(len, settings.values()))
     return settled | {"rows": rows[:of_rules], "verified_rows": rows[of_rules:]} | conditions(model)
 
@@ -152,13 +134,13 @@ def seeds_of_prompts(inputs: BatchEncoding, seed: int) -> list[int]:
 
 
 def rules_title(report: dict[str, Any]) -> str:
-    return f"{asked_text(report)}, greedy where a line does not say sampled, {report['model']}"
+    return f"{asked_text(report, report['skill'])}, greedy where a line does not say sampled, {report['model']}"
 
 
 def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
     parameters = {"steps_per_block", "draft_steps", "acceptance_ratio", "temperature", *UNMASKING_DEFAULTS}
-    header = ["rule", "parameters", "final result", "of AR's", "whole text", "same text as AR"]
+    header = ["rule", "parameters", RIGHT[report["skill"]], "of AR's", "whole text", "same text as AR"]
     header += ["tokens/denoiser pass", "tokens/pass of either tower"]
     rows = [
         [
@@ -197,8 +179,8 @@ def draw_rules(report: dict[str, Any], file: Path) -> None:
         )
     axes.axhline(100 * report["ar_accuracy"], color="black", linewidth=0.8, linestyle="-.", label="ar, greedy")
     axes.set_xlabel("new tokens per pass of either tower")
-    axes.set_ylabel("final result right (%), bars: one standard error")
-    axes.set_title(f"Unmasking rules and verified drafts on {asked_text(report)}")
+    axes.set_ylabel(f"{RIGHT[report['skill']]} right (%), bars: one standard error")
+    axes.set_title(f"Unmasking rules and verified drafts on {asked_text(report, report['skill'])}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(file, format="png")

@@ -61,7 +61,16 @@ def training_tasks(seed: int, first: int = 0) -> Iterator[Task]:
 
 def training_task(seed: int, number: int) -> Task:
     rng = random.Random(f"{seed} {number}")
-    return task(rng, "words" if rng.random() < WORDS_SHARE else "code", held_out=False)
+    return task(rng, _drawn_skill(rng), held_out=False)
+
+
+def training_skill(seed: int, number: int) -> Skill:
+    """Of a training task, without drawing the rest of it."""
+    return _drawn_skill(random.Random(f"{seed} {number}"))
+
+
+def _drawn_skill(rng: random.Random) -> Skill:
+    return "words" if rng.random() < WORDS_SHARE else "code"
 
 
 def held_out_tasks(skill: Skill, count: int, seed: int) -> list[Task]:

@@ -1,4 +1,8 @@
-"""A small byte-level BPE tokenizer for the word problems: every digit is a token, and so is the space before it."""
+"""
+A small byte-level BPE tokenizer for both skills: every digit is a token, and so is the space before it.
+
+    python -m twotower.demo.tokenizer FOLDER    writes that of the embedded checkpoint
+"""
 
 import sys
 from collections.abc import Iterable
@@ -7,13 +11,13 @@ from itertools import islice
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .problems import Problem
 from .tasks import Task, training_tasks
 
 PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, MASK)
+TASKS = 20_000  # what the embedded checkpoint's was trained on, of seed 0
 
-# One user turn with the generation prompt is `Problem.prompt`; with the assistant's turn it is `Problem.text` and eos.
+# One user turn with the generation prompt is `Task.prompt`; with the assistant's turn it is `Task.text` and eos.
 CHAT_TEMPLATE = r"""
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -31,14 +35,14 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
-def train_tokenizer(problems: Iterable[Problem | Task], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer on the texts of `problems` (a finite iterable).
+def train_tokenizer(tasks: Iterable[Task], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer on the texts of `tasks` (a finite iterable).
 
     It round-trips any UTF-8 text, puts `<s>` in front of what it encodes and leaves `</s>` to the caller.
 
     Args:
-        problems: the problems to learn merges from.
-        vocab_size: the most tokens to end with, special tokens and the 256 bytes included (default 512).
+        tasks: what to learn merges from.
+        vocab_size: the most tokens to end with, special tokens and the 256 bytes included (default 1024).
 
     Returns:
         the tokenizer, with `<pad>`, `<s>`, `</s>`, `<mask>` as ids 0 to 3 and a chat template.
@@ -47,7 +51,7 @@ def train_tokenizer(problems: Iterable[Problem | Task], vocab_size: int = 512) -
     if vocab_size < smallest:
         raise ValueError(f"vocab_size must hold the special tokens and all bytes, {smallest}, got {vocab_size}")
     tokenizer = _untrained()
-    tokenizer.train_from_iterator((problem.text for problem in problems), _trainer(vocab_size))
+    tokenizer.train_from_iterator((task.text for task in tasks), _trainer(vocab_size))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A $B:1",
@@ -91,8 +95,7 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """The second edition's tokenizer, into a folder."""
-    train_tokenizer(islice(training_tasks(0), 20_000), 1024).save_pretrained(sys.argv[1])
+    train_tokenizer(islice(training_tasks(0), TASKS)).save_pretrained(sys.argv[1])
 
 
 if __name__ == "__main__":

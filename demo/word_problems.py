@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .problems import HIGHEST, LOWEST, TEMPLATES, Template, _draw, _line, _solve
 from .tasks import Task, listed
+from .templates import HIGHEST, LOWEST, TEMPLATES, Template, draw, line_of, solve
 
 SHE = listed(
     "Ada Agnes Aisha Alice Alma Amelia Amina Amy Ana Anita Anna Anya April Asha Astrid Aurora Ava Bella Beth "
@@ -165,7 +165,7 @@ class Chain:
 
     def draw(self, kind: str, low: int, high: int) -> int:
         for _ in range(8):
-            number = _draw(self.rng, kind)
+            number = draw(self.rng, kind)
             if low <= number <= high:
                 return number
         raise Impossible
@@ -208,9 +208,9 @@ def _from_template(rng: random.Random, held_out: bool) -> Task:
     place = rng.randrange(len(TEMPLATES[steps]))
     template = TEMPLATES[steps][place]
     numbers = _template_numbers(rng, template, held_out)
-    values, words = _solve(template, numbers), _draw_words(rng)
+    values, words = solve(template, numbers), _draw_words(rng)
     result = values[f"r{len(template.steps)}"]
-    lines = [_line(step, f"r{i}", values, words) for i, step in enumerate(template.steps, start=1)]
+    lines = [line_of(step, f"r{i}", values, words) for i, step in enumerate(template.steps, start=1)]
     return Task(
         skill="words",
         question=template.question.format(**words, **values),
@@ -224,8 +224,8 @@ def _from_template(rng: random.Random, held_out: bool) -> Task:
 
 def _template_numbers(rng: random.Random, template: Template, held_out: bool) -> tuple[int, ...]:
     while True:
-        numbers = tuple(_draw(rng, kind) for kind in template.kinds.split())
-        in_range = all(LOWEST <= value <= HIGHEST for value in _solve(template, numbers).values())
+        numbers = tuple(draw(rng, kind) for kind in template.kinds.split())
+        in_range = all(LOWEST <= value <= HIGHEST for value in solve(template, numbers).values())
         if in_range and numbers_held_out(numbers) == held_out:
             return numbers
 
@@ -428,7 +428,7 @@ def _distract(chain: Chain) -> None:
     """Tell a number that is not needed, somewhere after the beginning."""
     rng = chain.rng
     chain.words["third"] = _others(rng, chain.words["name"], chain.words["other"], chain.words.get("first", ""))[0]
-    sentence = chain.fill(rng.choice(DISTRACTORS), n=_draw(rng, "any"))
+    sentence = chain.fill(rng.choice(DISTRACTORS), n=draw(rng, "any"))
     place = rng.randint(1, len(chain.sentences))
     # A pronoun behind it would mean somebody else.
     if place == len(chain.sentences) or not chain.sentences[place].startswith(("She ", "He ", "Then she", "Then he")):

@@ -1,6 +1,6 @@
 """
-What a knob trades: accuracy, passes over both towers and speed of a checkpoint on held-out word problems against the
-threshold, block size and steps of mask diffusion and against the relaxed acceptance of self-speculation.
+What a knob trades: accuracy, passes over both towers and speed of a checkpoint on held-out tasks of one skill against
+the threshold, block size and steps of mask diffusion and against the relaxed acceptance of self-speculation.
 
 Every batch goes through all settings before the next one does, so that a busy machine slows all of them alike, and
 everything is compared with `ar` on the same problems.
@@ -13,27 +13,13 @@ from typing import Any, NamedTuple
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..bench.reports import new_figure
-from ..demo.evaluation import (
-    Run,
-    answer,
-    answer_figures,
-    are_correct,
-    are_whole,
-    asked_problems,
-    asked_text,
-    conditions,
-    end_ids,
-    held_out_text,
-    pass_figures,
-    same_answers,
-    speed_figures,
-    speedup_figures,
-    tokenized_batches,
-    variant_of,
-)
+from ..demo import evaluation
+from ..demo.evaluation import RIGHT, asked_text, conditions, figures_of, times, where_text
+from ..demo.held_out import PROBLEMS, SEEDS, asked_tasks
+from ..demo.tasks import Skill
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from .figures import percent, plus_minus, quotient
-from .held_out import PROBLEMS, SEEDS
+from .answers import answer, end_ids, tokenized, variant_of
+from .figures import percent, plus_minus
 
 
 class Line(NamedTuple):
@@ -56,19 +42,20 @@ LINES = {
 def measure_curves(
     model: TwoTowerForBlockDiffusion,
     tokenizer: PreTrainedTokenizerBase,
+    skill: Skill = "words",
     problems: int = PROBLEMS,
-    seed: int | Sequence[int] = SEEDS,
-    batch_size: int = 16,
+    seeds: Sequence[int] = SEEDS,
+    batch_size: int = 64,
     lines: dict[str, Line] = LINES,
     track: Callable[[list[BatchEncoding], str], Iterable[BatchEncoding]] = lambda batches, _: batches,
 ) -> dict[str, Any]:
     """
-    Answer held-out problems, greedily, at every value of every knob.
+    Answer held-out tasks, greedily, at every value of every knob.
 
     Args:
         model: on its device and in its dtype.
         tokenizer: with a padding token.
-        problems, seed: which problems, as for `demo.evaluation.evaluate`.
+        skill, problems, seeds: which tasks, as for `demo.evaluation.evaluate`.
         batch_size: rows at a time, of which speeds are.
         lines: by name.
         track: shows progress.
@@ -78,60 +65,42 @@ def measure_curves(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
-    asked, whose = asked_problems(problems, seed)
+    tasks = asked_tasks(skill, problems, seeds)
     # Whole blocks: what "auto" would choose on this machine is not the question here.
     fixed = {"self_speculative": {"draft_length": model.config.block_size}}
-    settings = {
-        f"{name} {value}": {**line.options, **fixed.get(line.options["mode"], {}), line.knob: value}
-        for name, line in lines.items()
-        for value in line.values
-    }
-    variants = [variant_of(model, name, options) for name, options in ({"ar": {"mode": "ar"}} | settings).items()]
-    batches = tokenized_batches(asked, batch_size, tokenizer, model)
-    runs = answer(variants, batches[0], track(batches, "curves"), end_ids(model))
-    correct = {name: are_correct(run.answers, asked, tokenizer) for name, run in runs.items()}
-    whole = {name: are_whole(run.answers, asked, tokenizer) for name, run in runs.items()}
-
-    def row(name: str, line: str, knob: str | None, value: float | None) -> dict[str, Any]:
-        size = {batch_size: runs[name]}
-        figures = answer_figures(correct, whole, name, "ar", asked, whose["seeds"]) | pass_figures(runs[name])
-        figures |= speed_figures(size) | speedup_figures({batch_size: runs}, name, "speedup", "ar")
-        figures |= fewer_passes(runs["ar"], runs[name])
-        figures |= {"same_answers_as_ar": same_answers([runs["ar"], runs[name]])}
-        return {"line": line, "knob": knob, "value": value, **settings.get(name, {"mode": "ar"})} | figures
-
-    rows = [row("ar", "ar", None, None)]
-    rows += [row(f"{name} {value}", name, line.knob, value) for name, line in lines.items() for value in line.values]
-    return {**whose, "batch_size": batch_size, "rows": rows} | conditions(model)
-
-
-def fewer_passes(reference: Run, run: Run) -> dict[str, Any]:
-    """How many times fewer passes over both towers than the reference's, problem by problem."""
-    denoiser = run.denoiser_forwards or [0] * len(run.context_forwards)
-    passes = [ours + theirs for ours, theirs in zip(run.context_forwards, denoiser, strict=True)]
-    fewer = quotient([reference.context_forwards], [passes])
-    return {"fewer_passes": fewer.value, "fewer_passes_stderr": fewer.stderr}
+    settings: dict[str, dict[str, Any]] = {"ar": {"line": "ar", "knob": None, "value": None, "mode": "ar"}}
+    for name, line in lines.items():
+        for value in line.values:
+            options = {**line.options, **fixed.get(line.options["mode"], {}), line.knob: value}
+            settings[f"{name} {value}"] = {"line": name, "knob": line.knob, "value": value, **options}
+    variants = [
+        variant_of(model, name, {key: value for key, value in setting.items() if key not in ("line", "knob", "value")})
+        for name, setting in settings.items()
+    ]
+    batches = tokenized([task.prompt for task in tasks], batch_size, tokenizer, model)
+    runs = answer(variants, batches[0], track(batches, "curves"), end_ids(model), evaluation.MAX_NEW_TOKENS)
+    figures = figures_of(runs, tasks, tokenizer, seeds)
+    rows = [{**setting, **figures[name]} for name, setting in settings.items()]
+    asked = {"skill": skill, "problems": problems, "seeds": list(seeds)}
+    return {**asked, "batch_size": batch_size, "rows": rows} | conditions(model)
 
 
 def title(report: dict[str, Any]) -> str:
-    return f"{asked_text(report)}, greedy, batch {report['batch_size']}, {report['model']}"
+    return f"{asked_text(report, report['skill'])}, greedy, batch {report['batch_size']}, {report['model']}"
 
 
 def footnote(report: dict[str, Any]) -> str:
     """What the figures of a report are of."""
     return (
-        f"± is one standard error over problems, of speeds over batches; what is next to AR's is paired. "
-        f"{held_out_text(report)}Passes are over both towers. Thresholds, block sizes and steps are of "
-        f"mask_diffusion, which stays at threshold 0.8, the block size trained and 16 steps; acceptance is of "
-        f"self_speculative.\n{report['dtype']} on {report['device']}, {report['machine']['threads']} of "
-        f"{report['machine']['cores']} cores; {report['date']}"
+        "± is one standard error over problems, of speeds over batches; what is next to AR's is paired. Passes are "
+        "over both towers. Thresholds, block sizes and steps are of mask_diffusion, which stays at threshold 0.8, "
+        f"the block size trained and 16 steps; acceptance is of self_speculative.\n{where_text(report)}"
     )
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
-    size = str(report["batch_size"])
-    header = ["", "", "final result", "of AR's", "whole text", "passes/problem", "fewer than AR's"]
+    header = ["", "", RIGHT[report["skill"]], "of AR's", "whole text", "passes/problem", "fewer than AR's"]
     header += ["tokens/s", "of AR's"]
     rows = [
         [
@@ -141,9 +110,9 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             percent(row["retention"], row["retention_stderr"]),
             percent(row["whole_text"]["accuracy"], row["whole_text"]["accuracy_stderr"]),
             plus_minus(row["passes_per_problem"], row["passes_per_problem_stderr"], digits=1),
-            f"{plus_minus(row['fewer_passes'], row['fewer_passes_stderr'])}x",
-            plus_minus(row["tokens_per_second"][size], row["tokens_per_second_stderr"][size], digits=0),
-            f"{plus_minus(row['speedup'][size], row['speedup_stderr'][size])}x",
+            times(row["fewer_passes"], row["fewer_passes_stderr"]),
+            plus_minus(row["tokens_per_second"], row["tokens_per_second_stderr"], digits=0),
+            times(row["speedup"], row["speedup_stderr"]),
         ]
         for row in report["rows"]
     ]
@@ -154,12 +123,14 @@ def draw(report: dict[str, Any], file: Path) -> None:
     """Write the curves as a PNG: both parts of the answers against passes saved and against speed."""
     figure = new_figure(12, 9, 110)
     panels = figure.subplots(2, 2, sharey="row", sharex="col")
-    size = str(report["batch_size"])
     across = {
         "times fewer passes over both towers than ar": lambda row: (row["fewer_passes"], row["fewer_passes_stderr"]),
-        "times as many tokens/s as ar": lambda row: (row["speedup"][size], row["speedup_stderr"][size]),
+        "times as many tokens/s as ar": lambda row: (row["speedup"], row["speedup_stderr"]),
     }
-    parts = {"final result right (%)": lambda row: row, "whole text right (%)": lambda row: row["whole_text"]}
+    parts = {
+        f"{RIGHT[report['skill']]} right (%)": lambda row: row,
+        "whole text right (%)": lambda row: row["whole_text"],
+    }
     for axes_row, (part_name, part) in zip(panels, parts.items(), strict=True):
         for axes, place in zip(axes_row, across.values(), strict=True):
             _draw_lines(axes, report["rows"], place, part)
@@ -168,7 +139,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
     for axes, name in zip(panels[-1], across, strict=True):
         axes.set_xlabel(name)
     panels[0][0].legend(fontsize=8)
-    figure.suptitle(f"{asked_text(report)}; bars: one standard error")
+    figure.suptitle(f"{asked_text(report, report['skill'])}; bars: one standard error")
     figure.savefig(file, format="png")
 
 

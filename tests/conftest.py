@@ -61,14 +61,3 @@ def goldens() -> Path:
     """The folder of numbers produced by NVIDIA's implementation (its README says which); its tests never skip."""
     assert GOLDENS.is_dir(), f"NVIDIA's numbers are missing at {GOLDENS}; check the repository out whole"
     return GOLDENS
-
-
-@pytest.fixture
-def little_training(monkeypatch):
-    """As if the demonstration checkpoint had been trained on few problems, which are quickly drawn again."""
-    from twotower.evaluation import held_out
-
-    monkeypatch.setattr(held_out, "TRAINED_ON", {0: 20, 1: 30})
-    held_out.seen_in_training.cache_clear()
-    yield
-    held_out.seen_in_training.cache_clear()

@@ -1,8 +1,8 @@
 """What the tests of grammar tools share."""
 
-from twotower.demo.problems import held_out_problems
+from twotower.demo.tasks import held_out_tasks
 
-PROMPTS = [problem.prompt for problem in held_out_problems(3, seed=0)]
+PROMPTS = [problem.prompt for problem in held_out_tasks("words", 3, seed=0)]
 REGEX = r"[0-9]{2,3} [+*-] [0-9]{1,2} = [0-9]{2,4}\."
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import twotower
-from twotower.demo.problems import held_out_problems
+from twotower.demo.tasks import held_out_tasks
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 NEW_TOKENS = 32
@@ -39,7 +39,7 @@ def model():
 @pytest.fixture(scope="module")
 def prompts():
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
-    return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_problems(120, seed=0)]
+    return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_tasks("words", 120, seed=0)]
 
 
 def read(model, prompts: list[list[int]], mode: str) -> list[Reading]:

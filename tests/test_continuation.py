@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from twotower import Stateless
 from twotower.cache_twotower import TwoTowerCache
 from twotower.decoding.adapter import CALL_ARGUMENTS
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 from twotower.generation_twotower import MODES, BlockStep
 
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_problems(0), 50), 280)
+    return train_tokenizer(islice(training_tasks(0), 50), 280)
 
 
 @pytest.fixture(scope="module")

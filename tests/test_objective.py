@@ -9,7 +9,7 @@ from tiny import GEOMETRIES, random_ids, student_model, tiny_model
 from tolerances import GRADIENTS, assert_close
 
 from twotower.cache_twotower import TwoTowerCache
-from twotower.demo.evaluation import context_tower_in_transformers
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.objective_twotower import (
     MIN_TIMESTEP,
     DiffusionObjective,

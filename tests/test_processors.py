@@ -7,7 +7,7 @@ from tiny import random_ids, tiny_model, without_special_tokens
 from transformers.generation import logits_process
 
 from twotower import PerRow, Stateless
-from twotower.demo.evaluation import context_tower_in_transformers
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 
 BLOCK_MODES = ("mask_diffusion", "self_speculative")

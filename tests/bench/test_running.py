@@ -12,7 +12,7 @@ from twotower.bench.charts import draw_bench
 from twotower.bench.running import Plan, bench, footnote, tables
 from twotower.bench.sections import BASELINE, RELEASED, GrowingContext
 from twotower.bench.texts import prompts
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 
 PLAN = Plan(batch_sizes=(1, 2), contexts=(20, 30), rounds=2, texts=2)
@@ -21,7 +21,7 @@ MODES = ["ar", "self_speculative", "mask_diffusion", "mock_ar"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_problems(0), 50), 280)
+    return train_tokenizer(islice(training_tasks(0), 50), 280)
 
 
 @pytest.fixture(scope="module")

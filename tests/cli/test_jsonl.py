@@ -14,7 +14,7 @@ from twotower.cli import commands, jsonl
 from twotower.cli.commands import app
 from twotower.decoding.engine import Engine
 from twotower.decoding.serving import TwoTowerEngine
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 
 
@@ -22,7 +22,7 @@ from twotower.demo.tokenizer import train_tokenizer
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model(vocab_size=280, block_size=8).save_pretrained(folder)
-    train_tokenizer(islice(training_problems(0), 50), 280).save_pretrained(folder)
+    train_tokenizer(islice(training_tasks(0), 50), 280).save_pretrained(folder)
     return folder
 
 

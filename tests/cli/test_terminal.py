@@ -16,7 +16,7 @@ from twotower.cli.terminal import (
     show_table,
     track,
 )
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 
 MASK = 3
@@ -24,7 +24,7 @@ MASK = 3
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_problems(0), 50), 280)
+    return train_tokenizer(islice(training_tasks(0), 50), 280)
 
 
 @pytest.fixture

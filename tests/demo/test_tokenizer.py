@@ -6,13 +6,13 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def problems():
-    return list(itertools.islice(training_problems(0), 1000))
+    return list(itertools.islice(training_tasks(0), 1000))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def encode(tokenizer, text):
 
 
 def test_vocabulary_and_special_ids(tokenizer):
-    assert len(tokenizer) == 512
+    assert len(tokenizer) == 1024
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<s>", "</s>", "<mask>"]
     ids = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
     assert ids == (0, 1, 2, 3)

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoTokenizer
 
 import twotower
-from twotower.demo.problems import held_out_problems
+from twotower.demo.tasks import held_out_tasks
 from twotower.evaluation.denoiser_likelihood import denoiser_log_likelihood
 
-PROMPTS = [problem.prompt for problem in held_out_problems(3, seed=0)]
+PROMPTS = [problem.prompt for problem in held_out_tasks("words", 3, seed=0)]
 
 
 @pytest.fixture(scope="module")

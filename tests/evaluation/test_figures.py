@@ -73,3 +73,20 @@ def test_accuracy_stands_beside_its_reference():
 def test_figures_are_shown_with_their_errors():
     assert (percent(0.5, 0.01), percent(0.5, None), percent(None, None)) == ("50.0 ± 1.0 %", "50.0 %", "-")
     assert (plus_minus(1.5, 0.25), plus_minus(1.5, None), plus_minus(None, None)) == ("1.50 ± 0.25", "1.50", "-")
+
+
+def test_retention_has_a_paired_standard_error():
+    # Against the spread of the ratio over redrawn problems.
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.rand(20_000, 100, generator=generator) < 0.85
+    correct = torch.where(torch.rand(20_000, 100, generator=generator) < 0.1, ~reference, reference)
+    spread = (correct.float().mean(1) / reference.float().mean(1)).std()
+    figures = accuracy_figures(correct[0].tolist(), reference[0].tolist())
+    errors = [accuracy_figures(correct[i].tolist(), reference[i].tolist())["retention_stderr"] for i in range(200)]
+    assert figures["retention"] == pytest.approx(int(correct[0].sum()) / int(reference[0].sum()))
+    assert float(torch.tensor(errors).mean()) == pytest.approx(float(spread), rel=0.05)
+
+
+def test_retention_of_nothing_is_unknown():
+    figures = accuracy_figures([True, False], [False, False])
+    assert (figures["retention"], figures["retention_stderr"]) == (None, None)

@@ -8,7 +8,7 @@ import torch
 from grammars import REGEX, texts_of
 from transformers import TextStreamer
 
-from twotower.demo.evaluation import context_tower_in_transformers
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 from twotower.grammar import Grammar
 

@@ -9,7 +9,7 @@ from grammars import PROMPTS, REGEX, texts_of
 from outlines.backends import get_regex_logits_processor
 
 from twotower import PerRow
-from twotower.demo.evaluation import context_tower_in_transformers
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 
 BLOCK_MODES = ("mask_diffusion", "self_speculative")

@@ -10,7 +10,7 @@ from tiny import student_model
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 from twotower.training.collator import BlockCollator
 
@@ -23,12 +23,12 @@ class DenoiserSFTTrainer(SFTTrainer):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_problems(0), 50), 280)
+    return train_tokenizer(islice(training_tasks(0), 50), 280)
 
 
 def train(kind: type[SFTTrainer], model, tokenizer, folder: Path, **arguments) -> set[str]:
     """Two steps on worked problems; returns the parts of the model that changed."""
-    problems = [{"prompt": each.prompt, "completion": " " + each.answer} for each in islice(training_problems(1), 4)]
+    problems = [{"prompt": each.prompt, "completion": " " + each.answer} for each in islice(training_tasks(1), 4)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     defaults = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "dataloader_pin_memory": False}

@@ -7,7 +7,7 @@ import xgrammar
 from grammars import REGEX, texts_of
 
 from twotower import PerRow
-from twotower.demo.evaluation import context_tower_in_transformers
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 
 BLOCK_MODES = ("mask_diffusion", "self_speculative")

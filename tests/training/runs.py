@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny import student_model
 
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 from twotower.training import run as running
 from twotower.training.recipe import Recipe, recipe_of
@@ -27,11 +27,11 @@ DOCUMENTS = 12
 
 def make_inputs(folder: Path, geometry: str = "all kinds") -> Path:
     """A checkpoint, `model`, and documents, `data.jsonl`."""
-    tokenizer = train_tokenizer(islice(training_problems(0), 50), 280)
+    tokenizer = train_tokenizer(islice(training_tasks(0), 50), 280)
     folder.mkdir(parents=True, exist_ok=True)
     student_model(geometry, vocab_size=280, block_size=8).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    problems = list(islice(training_problems(1), DOCUMENTS))
+    problems = list(islice(training_tasks(1), DOCUMENTS))
     lines = [{"text": each.text, "question": each.prompt, "answer": " " + each.answer} for each in problems]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -81,7 +81,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
 
 
 # Not of files: importing what reads them is most of what a short run takes.
-GENERATED = {"data": {"generated": "word_problems", "pool": 8}}
+GENERATED = {"data": {"generated": "tasks", "pool": 8}}
 
 
 def in_process(work: Callable[[], Any], kill_after: float | None = None) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import random_ids, tiny_model
 
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 from twotower.training.collator import BlockCollator, Document, document_of, grouped, padding_share
 
@@ -137,8 +137,8 @@ def test_no_document_of_a_batch_sees_another():
 
 def test_alike_lengths_share_a_batch():
     """Measured on the word problems: 1,024 documents in batches of 8."""
-    tokenizer = train_tokenizer(islice(training_problems(0), 50), 280)
-    documents = [Document(tokenizer(each.text).input_ids) for each in islice(training_problems(1), 1024)]
+    tokenizer = train_tokenizer(islice(training_tasks(0), 50), 280)
+    documents = [Document(tokenizer(each.text).input_ids) for each in islice(training_tasks(1), 1024)]
     collate = BlockCollator(EOS, 16)
     rng = random.Random(0)
     shares = {

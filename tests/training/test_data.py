@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from twotower.demo.problems import training_problems
+from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
 from twotower.training.collator import BlockCollator, Document
 from twotower.training.data import Batches, Documents, found_files
@@ -20,7 +20,7 @@ SIZE, MASK = 8, 3
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_problems(0), 50), 280)
+    return train_tokenizer(islice(training_tasks(0), 50), 280)
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
@@ -74,7 +74,7 @@ def test_batches_go_on_where_they_were(kind, tokenizer, tmp_path):
     Dataset.from_list([{"text": text} for text in TEXTS]).to_parquet(tmp_path / "data.parquet")
     origin = {"files": [str(tmp_path / f"data.{kind}")]}
     if kind == "generated":
-        origin = {"generated": "word_problems"}
+        origin = {"generated": "tasks"}
     recipe = DataRecipe(**origin, pool=12)
 
     def batches() -> Batches:

@@ -117,8 +117,8 @@ WRONG = {
     "no norm": (content(optimizer={"max_norm": 0}), "optimizer.max_norm is 0.0; it must be positive"),
     "a wrong objective": (content(objective={"distillation": 2}), "objective.distillation is 2.0; give a share"),
     "endless evaluation": (
-        content(evaluation={"data": {"generated": "word_problems"}}),
-        "evaluation.data.examples is missing; generated problems have no end",
+        content(evaluation={"data": {"generated": "tasks"}}),
+        "evaluation.data.examples is missing; generated tasks have no end",
     ),
     "no prompts": (content(samples={"prompts": [" "]}), "samples.prompts holds nothing, or an empty one"),
 }

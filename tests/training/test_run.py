@@ -83,7 +83,7 @@ def test_killed_at_ten_random_moments_and_at_every_change_of_its_folder_it_ends_
         {"model__trained_towers": "context"},
         {"accumulation": 2, "data__block_sizes": [4, 8], "gradient_checkpointing": True},
         {"objective": {"decoded_masks": 0.5, "distillation": 0.3}},
-        {"data__generated": "word_problems", "data__files": None, "data__prompt": None, "data__completion": None},
+        {"data__generated": "tasks", "data__files": None, "data__prompt": None, "data__completion": None},
     ],
     ids=["muon", "context tower", "accumulation", "objective", "generated"],
 )

@@ -1,24 +1,16 @@
-"""The generator's promises: seeds, the held-out split, true equations, ranges; an oracle reads the questions."""
+"""Problems of the fixed templates: true equations, ranges; an oracle reads the questions."""
 
-import itertools
 import operator
+import random
 import re
 
 import pytest
 
-from twotower.demo.problems import (
-    TEMPLATES,
-    Problem,
-    extract_result,
-    held_out,
-    held_out_problems,
-    training_problems,
-)
+from twotower.demo.marking import extract_result
+from twotower.demo.templates import TEMPLATES
+from twotower.demo.word_problems import word_problem
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-# All held-out pairs below (12, 6), so that the split cannot drift unnoticed.
-HELD_OUT_PAIRS = [(3, 4), (4, 2), (9, 5), (10, 3)]
 
 # Words that tell one question from all others, and its result computed from its numbers in order.
 ORACLE = (
@@ -40,8 +32,14 @@ ORACLE = (
 )
 
 
-def take(count, seed=0):
-    return list(itertools.islice(training_problems(seed), count))
+def take(count, held_out=False):
+    """Problems of the fixed templates."""
+    rng, found = random.Random(0), []
+    while len(found) < count:
+        problem = word_problem(rng, held_out)
+        if problem.built_in:
+            found.append(problem)
+    return found
 
 
 def equations(problem):
@@ -49,60 +47,19 @@ def equations(problem):
     return [(int(left), sign, int(right), int(value)) for left, sign, right, value in found]
 
 
+def steps(problem):
+    return problem.answer.count(" = ")
+
+
 @pytest.fixture(scope="module")
 def problems():
-    return take(2000) + held_out_problems(300, seed=1)
-
-
-def test_prompt_and_text_layout():
-    problem = Problem(question="How many?", answer="One. #### 1", result=1, numbers=(1,), steps=1)
-    assert problem.prompt == "Question: How many?\nAnswer:"
-    assert problem.text == "Question: How many?\nAnswer: One. #### 1"
-
-
-def test_a_seed_fixes_the_problems():
-    assert take(50, seed=3) == take(50, seed=3)
-    assert take(50, seed=3) != take(50, seed=4)
-    assert held_out_problems(50, seed=3) == held_out_problems(50, seed=3)
-    assert held_out_problems(50, seed=3) != held_out_problems(50, seed=4)
-
-
-def test_two_streams_do_not_disturb_each_other():
-    one, two = training_problems(3), training_problems(3)
-    woven = [next(stream) for _ in range(20) for stream in (one, two)]
-    assert woven[::2] == woven[1::2] == take(20, seed=3)
-
-
-def test_training_and_held_out_combinations_are_disjoint():
-    training = {problem.numbers for problem in take(5000)}
-    held = {problem.numbers for problem in held_out_problems(1000, seed=0)}
-    assert not training & held
-    assert not any(map(held_out, training))
-    assert all(map(held_out, held))
-
-
-def test_held_out_is_one_combination_in_sixteen_and_never_changes():
-    combinations = list(itertools.product(range(2, 202), range(2, 102)))
-    assert sum(map(held_out, combinations)) / len(combinations) == pytest.approx(1 / 16, rel=0.05)
-    assert [pair for pair in itertools.product(range(2, 12), range(2, 6)) if held_out(pair)] == HELD_OUT_PAIRS
-
-
-def test_held_out_questions_are_distinct():
-    # Enough of them that some question comes up twice by chance.
-    questions = [problem.question for problem in held_out_problems(6000, seed=0)]
-    assert len(set(questions)) == len(questions) == 6000
-
-
-def test_held_out_count():
-    assert held_out_problems(0, seed=0) == []
-    with pytest.raises(ValueError, match="-1"):
-        held_out_problems(-1, seed=0)
+    return take(2000) + take(300, held_out=True)
 
 
 def test_every_equation_is_true_and_the_last_is_the_result(problems):
     for problem in problems:
         lines = equations(problem)
-        assert len(lines) == problem.steps
+        assert len(lines) == steps(problem)
         assert all(OPERATIONS[sign](left, right) == value for left, sign, right, value in lines), problem
         assert lines[-1][-1] == problem.result == extract_result(problem.answer)
         assert problem.answer.endswith(f" #### {problem.result}")
@@ -146,26 +103,7 @@ def test_ranges(problems):
 
 
 def test_mixture_of_steps_and_magnitudes(problems):
-    shares = [sum(problem.steps == steps for problem in problems) / len(problems) for steps in (1, 2, 3)]
+    shares = [sum(steps(problem) == count for problem in problems) / len(problems) for count in (1, 2, 3)]
     assert shares == pytest.approx([0.25, 0.40, 0.35], abs=0.04)
     lengths = [len(str(number)) for problem in problems for number in problem.numbers]
     assert all(lengths.count(digits) / len(lengths) > 0.25 for digits in (1, 2, 3))
-
-
-@pytest.mark.parametrize(
-    ("text", "result"),
-    [
-        ("After buying, 1 + 2 = 3 eggs. #### 3", 3),
-        ("#### 3 and then #### 14", 14),
-        ("####-5</s>", -5),
-        ("#### 143.", 143),
-        ("no mark, 143", None),
-        ("#### 3 and then ####", None),
-        ("#### 3 and then #### eggs 4", None),
-        ("#### 14.5", None),
-        ("#### " + "9" * 5000, None),
-        ("", None),
-    ],
-)
-def test_extract_result(text, result):
-    assert extract_result(text) == result

@@ -1,50 +1,10 @@
-"""Grade-school word problems with worked answers, written by templates from a seed.
-
-A template is a question with named gaps and the equations that answer it. Numbers are drawn until every result is an
-integer in range, and until their combination falls on the wanted side of the held-out split.
-"""
+"""Fifteen fixed word problems of one to three steps: questions with named gaps, and the equations that answer them."""
 
 import operator
 import random
-import re
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-NAMES = {
-    "she": ("Ana", "Mia", "Lucy", "Nora", "Emma", "Ruth", "Sara", "Zoe"),
-    "he": ("Tom", "Ben", "Sam", "Leo", "Max", "Paul", "Omar", "Jack"),
-}
-ITEMS = (
-    *("apples", "books", "stamps", "shells", "cards", "pencils", "coins", "beads"),
-    *("buttons", "cookies", "eggs", "tickets", "stones", "flowers", "toys", "lemons"),
-)
-PLACES = ("market", "school", "library", "park", "fair", "museum", "farm", "station")
-BOXES = ("boxes", "bags", "baskets", "jars")
-
 LOWEST, HIGHEST = 2, 999
-HELD_OUT_ONE_IN = 16
-# Chances of a problem of one, two and three steps.
-STEP_WEIGHTS = (25, 40, 35)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One word problem: `numbers` are those of the question in order, `answer` ends in `#### result`."""
-
-    question: str
-    answer: str
-    result: int
-    numbers: tuple[int, ...]
-    steps: int
-
-    @property
-    def prompt(self) -> str:
-        return f"Question: {self.question}\nAnswer:"
-
-    @property
-    def text(self) -> str:
-        return f"{self.prompt} {self.answer}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +17,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Template:
-    """A question with gaps; `kinds` says how its numbers a, b, c, d are drawn (see `_draw`), one word each."""
+    """A question with gaps; `kinds` says how its numbers a, b, c, d are drawn (see `draw`), one word each."""
 
     kinds: str
     question: str
@@ -160,63 +120,7 @@ THREE_STEPS = (
 TEMPLATES = (ONE_STEP, TWO_STEPS, THREE_STEPS)
 
 
-def extract_result(text: str) -> int | None:
-    """Returns the integer after the last `####` of `text`, or None where no integer stands there."""
-    _, mark, tail = text.rpartition("####")
-    # A fraction is no integer, and a run of more than 18 digits is a model gone astray.
-    found = re.match(r"\s*(-?[0-9]{1,18})(?![.,]?[0-9])", tail) if mark else None
-    return int(found.group(1)) if found else None
-
-
-def held_out(numbers: tuple[int, ...]) -> bool:
-    """True for one in `HELD_OUT_ONE_IN` combinations of given numbers, the same ones in every run."""
-    return zlib.crc32(",".join(map(str, numbers)).encode()) % HELD_OUT_ONE_IN == 0
-
-
-def training_problems(seed: int) -> Iterator[Problem]:
-    """Yields problems without end, none of them over a held-out combination of numbers."""
-    rng = random.Random(seed)
-    while True:
-        yield _problem(rng, from_held_out=False)
-
-
-def held_out_problems(count: int, seed: int) -> list[Problem]:
-    """Returns `count` problems with distinct questions, all over held-out combinations of numbers."""
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
-    rng = random.Random(seed)
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
-        problem = _problem(rng, from_held_out=True)
-        problems.setdefault(problem.question, problem)
-    return list(problems.values())
-
-
-def _problem(rng: random.Random, from_held_out: bool) -> Problem:
-    template = rng.choice(rng.choices(TEMPLATES, STEP_WEIGHTS)[0])
-    numbers = _draw_numbers(rng, template, from_held_out)
-    values = _solve(template, numbers)
-    words = _draw_words(rng)
-    result = values[f"r{len(template.steps)}"]
-    lines = [_line(step, f"r{i}", values, words) for i, step in enumerate(template.steps, start=1)]
-    return Problem(
-        question=template.question.format(**words, **values),
-        answer=" ".join([*lines, f"#### {result}"]),
-        result=result,
-        numbers=numbers,
-        steps=len(template.steps),
-    )
-
-
-def _draw_numbers(rng: random.Random, template: Template, from_held_out: bool) -> tuple[int, ...]:
-    while True:
-        numbers = tuple(_draw(rng, kind) for kind in template.kinds.split())
-        in_range = all(LOWEST <= value <= HIGHEST for value in _solve(template, numbers).values())
-        if in_range and held_out(numbers) == from_held_out:
-            return numbers
-
-
-def _draw(rng: random.Random, kind: str) -> int:
+def draw(rng: random.Random, kind: str) -> int:
     if kind == "factor":
         return rng.randint(2, 6)
     if kind == "divisor":
@@ -228,22 +132,7 @@ def _draw(rng: random.Random, kind: str) -> int:
     return rng.randint(max(LOWEST, 10 ** (digits - 1)), 10**digits - 1)
 
 
-def _draw_words(rng: random.Random) -> dict[str, str]:
-    pronoun = rng.choice(tuple(NAMES))
-    name = rng.choice(NAMES[pronoun])
-    other = rng.choice([each for names in NAMES.values() for each in names if each != name])
-    return {
-        "name": name,
-        "other": other,
-        "he": pronoun,
-        "He": pronoun.capitalize(),
-        "items": rng.choice(ITEMS),
-        "place": rng.choice(PLACES),
-        "boxes": rng.choice(BOXES),
-    }
-
-
-def _solve(template: Template, numbers: tuple[int, ...]) -> dict[str, int]:
+def solve(template: Template, numbers: tuple[int, ...]) -> dict[str, int]:
     """Returns the given numbers as a, b, c, d and the result of each step as r1, r2, r3."""
     values = dict(zip("abcd", numbers, strict=False))
     for i, step in enumerate(template.steps, start=1):
@@ -263,7 +152,7 @@ def _apply(left: int, sign: str, right: int) -> int:
     return {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](left, right)
 
 
-def _line(step: Step, name: str, values: dict[str, int], words: dict[str, str]) -> str:
+def line_of(step: Step, name: str, values: dict[str, int], words: dict[str, str]) -> str:
     left, sign, right = step.equation.split()
     equation = f"{_value(left, values)} {sign} {_value(right, values)} = {values[name]}"
     return f"{step.wording.format(**words)}, {equation} {words['items']}."

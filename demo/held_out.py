@@ -1,0 +1,67 @@
+"""
+Which tasks evaluation asks, and which steps of theirs training has shown.
+
+No training task has the given numbers of one that is asked, in any order, nor its composition of steps
+(demo/word_problems.py, demo/functions.py). Its single steps may have been trained, alone or in another problem: to
+know which, what training has shown is drawn again.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+from .tasks import Skill, Task, held_out_tasks, training_skill, training_task
+
+# By seed, how many tasks recipes/demo_context.yaml and recipes/demo.yaml draw: steps times batch_size.
+TRAINED_ON = {0: 9000 * 32, 1: 10000 * 32}
+# Of tasks nobody trained or chose anything on.
+SEEDS = (2, 3, 4)
+PROBLEMS = 2000
+_EQUATION = re.compile(r"\d+ [-+*/] \d+ = \d+")
+
+
+def asked_tasks(skill: Skill, count: int, seeds: Sequence[int]) -> list[Task]:
+    """
+    `count` held-out tasks with distinct questions, shared out evenly among the seeds, those of the first seed first.
+
+    Raises:
+        ValueError: for no task, no seed, fewer tasks than seeds, or a seed given twice.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; give at least one, and none of them twice")
+    if count < len(seeds):
+        raise ValueError(f"problems is {count}; give at least {len(seeds)}, one per seed")
+    asked: dict[str, Task] = {}
+    for seed, share in zip(seeds, shares(count, len(seeds)), strict=True):
+        wanted, drawn = len(asked) + share, share
+        while len(asked) < wanted:
+            # A longer list of a seed begins as a shorter one does.
+            for each in held_out_tasks(skill, drawn, seed):
+                if len(asked) < wanted:
+                    asked.setdefault(each.question, each)
+            drawn *= 2
+    return list(asked.values())
+
+
+def shares(count: int, parts: int) -> list[int]:
+    """`count` in whole numbers as even as can be, the larger ones first."""
+    return [count // parts + (place < count % parts) for place in range(parts)]
+
+
+@cache
+def equations_in_training() -> frozenset[str]:
+    """Of all word problems that the embedded checkpoint was trained on; takes a minute or two, once."""
+    equations = set[str]()
+    for seed, count in TRAINED_ON.items():
+        for number in range(count):
+            if training_skill(seed, number) == "words":
+                equations.update(equations_of(training_task(seed, number)))
+    return frozenset(equations)
+
+
+def equations_of(problem: Task) -> list[str]:
+    return _EQUATION.findall(problem.answer)
+
+
+def has_unseen_equation(problem: Task, seen: frozenset[str]) -> bool:
+    return any(equation not in seen for equation in equations_of(problem))

@@ -1,0 +1,135 @@
+"""From runs to the embedded checkpoint and its card: what is stored, and that every figure is one of the files'."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+from tiny import random_ids, tiny_model
+from transformers import AutoTokenizer
+
+import twotower
+from twotower.bench.reports import write_json
+from twotower.demo import release
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions, figures_of
+from twotower.demo.tasks import SKILLS, held_out_tasks, training_tasks
+from twotower.demo.tokenizer import train_tokenizer
+from twotower.evaluation.answers import Run
+
+RECIPE = {
+    "steps": 200,
+    "batch_size": 4,
+    "accumulation": 2,
+    "data": {"block_sizes": [16, 8, 16], "aligned": 0.5},
+    "objective": {"weighting": "inverse_timestep", "corruptions": 2, "distillation": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(islice(training_tasks(0), 30), 300)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tokenizer):
+    """A repository with two runs in it, and what they became."""
+    root = tmp_path_factory.mktemp("root")
+    (root / "benchmarks").mkdir()
+    (root / "README.md").write_text(f"Before.\n{release.BEGIN}old\n{release.END}\nBehind.\n")
+    for name in ("context", "denoiser"):
+        (root / name / "checkpoint-00000200").mkdir(parents=True)
+        (root / name / "checkpoint-00000200" / "state.json").write_text(json.dumps({"recipe": RECIPE, "processes": 1}))
+        lines = [{"step": 1, "loss": 6.25, "items": 1000, "seconds": 1.0}, {"step": 100, "eval_loss": 9.0}]
+        lines += [{"step": 10 * n, "loss": 0.5, "items": 1000, "seconds": 6.0 * n} for n in range(1, 21)]
+        (root / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny_model("all kinds", vocab_size=300, block_size=16).save_pretrained(root / "denoiser" / "model")
+    tokenizer.save_pretrained(root / "denoiser" / "model")
+    arguments = ["--temperature", "1.75", "--machines", "a core", "a GPU"]
+    release.main(["make", *(str(root / name) for name in ("context", "denoiser", "made")), *arguments], root)
+    return root
+
+
+def test_what_is_embedded_loads_in_float32_from_bfloat16_and_answers_until_the_end(root):
+    model = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "made")
+    assert model.dtype == torch.float32
+    assert (model.generation_config.mode, model.generation_config.max_new_tokens) == ("mask_diffusion", MAX_NEW_TOKENS)
+    assert sum(file.stat().st_size for file in (root / "made").glob("*.safetensors")) < 2.5 * model.num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(root / "made")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_the_released_denoiser_predicts_the_same_less_surely(root):
+    trained = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "denoiser" / "model", dtype=torch.bfloat16)
+    released = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "made")
+    block, last = torch.full((1, 16), 3), trained.float()
+    with torch.no_grad():
+        cache = last(random_ids(1, 8)).cache
+        expected = last.denoise(block, cache) / 1.75
+        # The head is divided in bfloat16, which rounds it by up to 2 ** -9.
+        bound = 2**-8 * float(expected.abs().max())
+        torch.testing.assert_close(released.denoise(block, cache), expected, rtol=0, atol=bound)
+
+
+def evaluated(model, tokenizer):
+    """A report of two modes, of known answers."""
+    rows, clocks = [], {"batch_tokens": [4, 4], "batch_seconds": [1.0, 1.0]}
+    for skill in SKILLS:
+        tasks = held_out_tasks(skill, 4, 0)
+        right = [tokenizer(" " + task.answer, add_special_tokens=False).input_ids for task in tasks]
+        runs = {
+            "ar": Run(right, [], [40] * 4, **clocks),
+            "mask_diffusion": Run([*right[:3], [5]], [6] * 4, [4] * 4, **clocks),
+        }
+        figures = figures_of(runs, tasks, tokenizer, (0,))
+        rows += [{"skill": skill, "name": name, "mode": name, **figures[name]} for name in runs]
+    asked = {"problems": 4, "seeds": [0], "skills": list(SKILLS), "batch_size": 64}
+    return asked | {"rows": rows} | conditions(model)
+
+
+def test_the_card_says_what_the_files_say(root, tokenizer):
+    model = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "made")
+    write_json(root / release.FIGURES, evaluated(model, tokenizer))
+    release.main(["card", str(root / "made")], root)
+    card = (root / "made" / "README.md").read_text()
+    assert "| `mask_diffusion` | 75.0 ± 21.7 % | 75.0 ± 25.0 % |" in card
+    assert "4.00 ± 0.00x" in card and "tokens/s |" not in card
+    assert "200 steps of 8 tasks, about 0.2 M answer tokens, 2 minutes (a core); loss 6.25 at first, 0.5000 at" in card
+    assert "2 minutes (a GPU)" in card and "divided by 1.75" in card
+    assert (
+        "(weighting inverse_timestep, corruptions 2;\n   blocks of 8, 16 tokens" in card and "50% of the texts" in card
+    )
+    assert "## Ablations" not in card and "{" not in card.replace('{"role": "user", "content": question}', "")
+    assert [line for line in card.splitlines() if line.startswith("## ")] == [
+        *("## Results", "## Data", "## Training", "## Limits")
+    ]
+    readme = (root / "README.md").read_text()
+    assert readme.startswith(f"Before.\n{release.BEGIN}On 4 held-out tasks") and readme.endswith(
+        f"{release.END}\nBehind.\n"
+    )
+    assert "old" not in readme and "| `mask_diffusion` | 75.0 ± 21.7 % |" in readme
+    release.main(["card", str(root / "made")], root)
+    assert (root / "README.md").read_text() == readme, "once more is the same"
+
+
+def test_ablations_become_a_table(root, tokenizer):
+    model = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "made")
+    write_json(root / release.FIGURES, evaluated(model, tokenizer))
+    rows = [
+        {"part": "masks", "setting": "random", "figures": {"kept %": [0.955, 0.008], "passes": 4.5}},
+        {"part": "schedule", "setting": "two decays", "figures": {"kept %": 0.9}},
+    ]
+    write_json(root / release.ABLATIONS, {"about": "Small runs.", "rows": rows})
+    release.main(["card", str(root / "made")], root)
+    card = (root / "made" / "README.md").read_text()
+    assert "## Ablations\n\nSmall runs.\n\n| part | setting | kept | passes |\n" in card
+    assert "| masks | random | 95.5 ± 0.8 % | 4.50 |\n| schedule | two decays | 90.0 % | - |\n" in card
+
+
+def test_temperatures_are_compared_on_both_skills_and_surer_means_fewer_passes(root, monkeypatch, capsys):
+    monkeypatch.setattr(release, "MAX_NEW_TOKENS", 16)
+    values = ["--values", "0.01", "1000", "--problems", "2"]
+    release.main(["temperatures", str(root / "denoiser" / "model"), *values], root)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["words", "ar", "0.01", "1000", "code", "ar", "0.01", "1000"]
+    fewer = [float(line.split()[-3]) for line in lines if len(line.split()) > 1]
+    assert fewer[1] > fewer[2] and fewer[4] > fewer[5] and fewer[0] == 1.0
