@@ -483,10 +483,11 @@ class CompiledPasses:
 
     def _reuse_buffers(self, cache: TwoTowerCache, tokens: int) -> None:
         """
-        A new cache takes over what an earlier one has left, if it would want as much: recordings know where it lies.
+        A cache without tokens takes over what an earlier one has left, if it would want as much: recordings know where
+        it lies.
         """
         spare, whole = self.programs.spare, cache if cache.whole is None else cache.whole
-        if not spare or not self.records or any(_content(layer) is not None for layer in whole.layers):
+        if not spare or not self.records or whole.width > 0:
             return
         self.programs.spare = []
         rows = padded_size(whole.batch_size)
@@ -509,8 +510,12 @@ class CompiledPasses:
         if not self.records:
             self.programs.scratch.clear()
             return self._close_bar()
+        if self.programs.user is None or self.programs.user() is not self:
+            return self._close_bar()  # rows have come and gone since that asked for no programs
         self.programs.user = None
-        if cache.batch_size == 0 and not any(getattr(each, "shared", False) for each in cache.layers):
+        # States that an eager pass has left may be of inference mode, and could not be written to.
+        kept = any(getattr(each, "shared", False) or _is_inference(_content(each)) for each in cache.layers)
+        if cache.batch_size == 0 and not kept:
             self.programs.spare = [_content(layer) for layer in cache.layers]
             for held in cache.layers:
                 if isinstance(held, KeyValueLayer):
@@ -533,6 +538,10 @@ def _own_code(function: Any, name: str) -> Callable[..., Any]:
 
 def _content(layer: Any) -> Any:
     return layer.buffers if isinstance(layer, KeyValueLayer) else getattr(layer, "state", None)
+
+
+def _is_inference(held: LayerContent) -> bool:
+    return held is not None and any(part.is_inference() for part in held)
 
 
 def _cloned(outputs: Any) -> Any:

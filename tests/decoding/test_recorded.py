@@ -175,3 +175,27 @@ def test_two_engines_of_one_model_do_not_share_memory(graphs):
             engine.step()
     for handle, text in zip(handles, expected, strict=True):
         assert torch.equal(handle.result(0), text)
+
+
+def test_states_that_eager_passes_leave_behind_are_not_written_to(graphs):
+    model = small_model()
+    engine, texts = TwoTowerEngine(model, slots=2), []
+    for _ in range(2):
+        # The third takes the first one's place and ends with the second: the last passes are eager ones over all rows.
+        for compile, length in ((True, 4), (False, 12), (False, 8)):
+            handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=length, compile=compile)
+        while engine.step():
+            pass
+        texts.append(handle.result(0))
+    assert torch.equal(*texts)
+
+
+def test_a_plain_request_in_between_costs_no_recording(graphs):
+    engine, made = TwoTowerEngine(small_model(), slots=2), []
+    for compile in (True, False, True, False, True):
+        handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=5, compile=compile)
+        while engine.step():
+            pass
+        handle.result(0)
+        made.append(graphs.made)
+    assert made[0] > 0 and made[0] == made[-1]
