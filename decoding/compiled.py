@@ -13,6 +13,7 @@ Shapes: R rows and T tokens of a pass, B and S of its program, H hidden size, V 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_not
+from threading import Lock
 from types import FunctionType
 from typing import Any, cast
 from weakref import ref
@@ -104,6 +105,8 @@ def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
 
 # What a model keeps.
 
+taking = Lock()
+
 
 class Programs(Kept):
     """A model's programs, by what they were compiled for; and what recordings of passes need beside them."""
@@ -119,11 +122,20 @@ class Programs(Kept):
 
     def taken(self, user: "CompiledPasses") -> "Programs":
         """These for a user, or others while another one is at them."""
-        other = None if self.user is None else self.user()
-        if other is not None and other is not user:
-            return user.programs if user.programs.user is not None else Programs().taken(user)
-        self.user = ref(user)
-        return self
+        with taking:  # engines may run in threads
+            taken = self
+            if self.has_user() and not self.has_user(user):
+                taken = user.programs
+                if not taken.has_user(user) or taken.model_state != self.model_state:
+                    taken = Programs()
+                    taken.model_state = self.model_state
+            taken.user = ref(user)
+        return taken
+
+    def has_user(self, user: "CompiledPasses | None" = None) -> bool:
+        """Whether anybody, or this one, uses them now."""
+        now = None if self.user is None else self.user()
+        return now is not None if user is None else now is user
 
 
 def programs_of(model: Any) -> Programs:
@@ -510,7 +522,7 @@ class CompiledPasses:
         if not self.records:
             self.programs.scratch.clear()
             return self._close_bar()
-        if self.programs.user is None or self.programs.user() is not self:
+        if not self.programs.has_user(self):
             return self._close_bar()  # rows have come and gone since that asked for no programs
         self.programs.user = None
         # States that an eager pass has left may be of inference mode, and could not be written to.

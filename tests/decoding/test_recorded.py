@@ -199,3 +199,23 @@ def test_a_plain_request_in_between_costs_no_recording(graphs):
         handle.result(0)
         made.append(graphs.made)
     assert made[0] > 0 and made[0] == made[-1]
+
+
+def test_an_engine_that_goes_on_does_not_share_what_another_has_taken(graphs):
+    model = small_model()
+    engines = [TwoTowerEngine(model, slots=2) for _ in range(2)]
+
+    def begin(engine):
+        handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=6, compile=True)
+        engine.step()
+        return handle
+
+    begin(engines[0])
+    while engines[0].step():
+        pass
+    begin(engines[1])
+    begin(engines[0])
+    first, second = (engine._engine.compiled.programs for engine in engines)
+    assert first is not second
+    begin(engines[0])
+    assert engines[0]._engine.compiled.programs is first
