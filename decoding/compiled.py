@@ -11,7 +11,7 @@ Shapes: R rows and T tokens of a pass, B and S of its program, H hidden size, V 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_not
 from threading import Lock
 from types import FunctionType
@@ -239,7 +239,9 @@ class CompiledPasses:
 
     def __call__(self, part: str, *args: Any) -> torch.Tensor:
         # Caches and programs hold ordinary tensors: of the inference mode that engines are in, they would be others.
-        with torch.inference_mode(False), torch.no_grad():
+        # What is recorded, and where it runs, is the current card's.
+        card = torch.cuda.device(self.device) if self.records else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), card:
             return getattr(self, part)(*args)
 
     def context_lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -462,7 +464,8 @@ class CompiledPasses:
         recording = next((each for each in recordings if each.fits(static)), None)
         if recording is None:
             del recordings[:-1]
-            programs.pool = programs.pool or torch.cuda.graph_pool_handle()
+            if not any(held for each, held in programs.items() if each[-1] == "recorded"):
+                programs.pool = torch.cuda.graph_pool_handle()  # torch takes none again whose graphs have all gone
             with self._shown(name):
                 recording = Recording(program, self.model, static, inputs, programs.pool)
             recordings.append(recording)

@@ -8,6 +8,7 @@ where they lie. It holds for the caches and weights that lay there, and [`Record
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..cache_twotower import MambaState
 
 version = attrgetter("_version")
+recording = Lock()
 
 
 class Weights:
@@ -47,8 +49,11 @@ class Recording:
         self.inputs = tree_map(_cloned, list(inputs))
         self._run_once(program, model)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = program(model, static, *self.inputs)
+        # A recording begins by a wait for the whole card, which ends that of another thread in an error. After one that
+        # has failed torch leaves its stream the current one.
+        with recording, torch.cuda.stream(torch.cuda.current_stream()):
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.outputs = program(model, static, *self.inputs)
         # What had been prepared of the weights is read where it lies, too.
         self.prepared = [vars(module).get("_prepared") for module in model.modules()]
 

@@ -135,6 +135,10 @@ def test_what_waits_for_the_device_cannot_be_recorded(graphs, monkeypatch):
     )
     with pytest.raises(AssertionError, match="_local_scalar_dense cannot be captured"):
         text_of(model, "ar", compile=True)
+    assert torch.cuda.current_stream() is fake_graphs.DEFAULT_STREAM
+    monkeypatch.undo()
+    fake_graphs.put_in_place(monkeypatch)
+    assert torch.equal(text_of(model, "ar", compile=True).sequences, text_of(model, "ar").sequences)
 
 
 def test_warm_up_is_shown(graphs, capfd):
