@@ -372,6 +372,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 while loop.rows:
                     loop.step()
             finally:
+                loop.close()
                 if synced:
                     self._join_until(DONE)
             order = [row.number for row in reversed(loop.parked)]  # the last to leave is the first

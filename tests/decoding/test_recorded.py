@@ -8,7 +8,7 @@ import pytest
 import torch
 from mixed_requests import MODES, differences, mixed_model, mixed_request
 from tiny import random_ids, tiny_model, without_special_tokens
-from transformers import CompileConfig
+from transformers import CompileConfig, StoppingCriteria
 from transformers.utils import logging
 
 from twotower import TwoTowerEngine
@@ -223,3 +223,19 @@ def test_an_engine_that_goes_on_does_not_share_what_another_has_taken(graphs):
     assert first is not second
     begin(engines[0])
     assert engines[0]._engine.compiled.programs is first
+
+
+class Failing(StoppingCriteria):
+    def __call__(self, *_, **__):
+        raise RuntimeError("mine")
+
+
+def test_an_error_that_somebody_keeps_keeps_no_recordings_from_later_calls(graphs):
+    model, made = small_model(), []
+    flags = {"mode": "ar", "max_new_tokens": 5, "compile": True}
+    with pytest.raises(RuntimeError, match="mine") as kept:
+        model.generate(IDS, stopping_criteria=[Failing()], **flags)
+    for _ in range(2):
+        model.generate(IDS, **flags)
+        made.append(graphs.made)
+    assert kept.traceback and made[0] == made[1]
