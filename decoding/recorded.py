@@ -24,12 +24,14 @@ class Weights:
     """A model's weights as they are now: where they lie, and which change of theirs this is."""
 
     def __init__(self, model: Any):
-        self.tensors = [*model.parameters(), *model.buffers()]
-        # Those made in inference mode do not count their changes, of which they allow none outside of it.
-        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        # By module, as other tensors may come to stand in a weight's place.
+        self.held = [held for module in model.modules() for held in (module._parameters, module._buffers) if held]
 
     def state(self) -> tuple[list[int], list[int]]:
-        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(version, self.counted))
+        tensors = [tensor for held in self.held for tensor in held.values() if tensor is not None]
+        # Those made in inference mode do not count their changes, of which they allow none outside of it.
+        counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        return list(map(torch.Tensor.data_ptr, tensors)), list(map(version, counted))
 
 
 class Recording:

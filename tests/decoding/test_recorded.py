@@ -239,3 +239,18 @@ def test_an_error_that_somebody_keeps_keeps_no_recordings_from_later_calls(graph
         model.generate(IDS, **flags)
         made.append(graphs.made)
     assert kept.traceback and made[0] == made[1]
+
+
+def test_weights_replaced_while_a_row_goes_on_are_seen(graphs):
+    texts = []
+    for compile in (True, False):
+        model = small_model()
+        engine = TwoTowerEngine(model, slots=1)
+        handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=20, compile=compile)
+        for _ in range(6):
+            engine.step()
+        model.load_state_dict(small_model(seed=1).state_dict(), assign=True)
+        while engine.step():
+            pass
+        texts.append(handle.result(0))
+    assert torch.equal(*texts)
