@@ -31,6 +31,11 @@ MOST_TOKENS = 512
 # Over fewer columns attention would cost no less that could be felt.
 LEAST_COLUMNS = 256
 
+# Packages whose modules change in no way that a pass could see, but by weights, mode and hooks.
+PLAIN = {"torch", "transformers", "transformers_modules", __name__.partition(".")[0]}
+# Of a module: weights and modules, which are looked at by themselves.
+HOLDERS = {"_parameters", "_buffers", "_modules", "_kept_programs", "_prepared"}
+
 LayerContent = KeyValues | MambaState | None
 
 
@@ -113,9 +118,10 @@ class Programs(Kept):
 
     def __init__(self) -> None:
         self.model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
-        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
+        self.scratch: dict[Any, list[LayerContent]] = {}  # where recordings find copies of rows, see `CompiledPasses`
         self.weights: Weights | None = None  # those that were recorded, and their state then
         self.weights_state: Any = None
+        self.prepared: dict[Any, Any] = {}  # by module what recordings find prepared of its weights
         self.pool: Any = None  # of memory
         self.spare: Sequence[LayerContent] = ()  # by layer buffers of a cache that nobody has any more
         self.user: ref[CompiledPasses] | None = None  # whose passes these are now: they share memory
@@ -132,6 +138,23 @@ class Programs(Kept):
             taken.user = ref(user)
         return taken
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepare(self, model: Any) -> None:
+        """Bring what recordings find prepared of weights up to date, in its place: these may have changed traceless."""
+        for module in model.modules():
+            now = vars(module).get("_prepared")
+            kept = self.prepared.get(module)
+            if kept is None and now is None:
+                continue
+            if kept is None or any(map(is_not, kept[0], module.weights())):
+                weights, found = now or (module.weights(), module.of_weights())
+                # Some are weights themselves, which are not to be written to.
+                self.prepared[module] = weights, tuple(each.clone() for each in found)
+                continue
+            for old, new in zip(kept[1], module.of_weights() if now is None else now[1], strict=True):
+                old.copy_(new)
+
     def has_user(self, user: "CompiledPasses | None" = None) -> bool:
         """Whether anybody, or this one, uses them now."""
         now = None if self.user is None else self.user()
@@ -145,10 +168,16 @@ def programs_of(model: Any) -> Programs:
     torch compiles again by itself where most of that has changed, but keeps what is of no use any more, gives up after
     a few times, and does not look for new hooks. New values of weights, or new tensors, change nothing.
     """
-    modules = [(type(each), each.training, *each._forward_pre_hooks, *each._forward_hooks) for each in model.modules()]
+    modules = [
+        (type(each), each.training, *each._forward_pre_hooks, *each._forward_hooks, *_settings(each))
+        for each in model.modules()
+    ]
     weights = [(type(each), each.device, each.dtype, each.shape, each.requires_grad) for each in model.parameters()]
-    config = model.config
-    ways = (config._attn_implementation, config._experts_implementation, *model.kernels.items())
+    config, device = model.config, model.context_tower.embeddings.weight.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    implementations = config._attn_implementation, config._experts_implementation
+    ways = (*implementations, autocast, *precision, *model.kernels.items())
     kept: Programs | None = vars(model).get("_kept_programs")
     if kept is None or kept.model_state != (modules, weights, ways):
         kept = vars(model)["_kept_programs"] = Programs()
@@ -156,8 +185,17 @@ def programs_of(model: Any) -> Programs:
     return kept
 
 
-def check_can_compile(model: Any) -> None:
-    """Raise a ValueError for a model whose passes cannot be compiled, before any of them is run."""
+def _settings(module: torch.nn.Module) -> list[tuple[str, str]]:
+    """What an adapter goes by, such as whether it is switched off, as text; of modules that have no such, nothing."""
+    if type(module).__module__.partition(".")[0] in PLAIN:
+        return []
+    plain = (bool, int, float, str, list, tuple, dict, set, type(None))
+    own = vars(module).items()
+    return [(name, repr(value)) for name, value in own if isinstance(value, plain) and name not in HOLDERS]
+
+
+def check_can_compile(model: Any, config: CompileConfig | None = None) -> None:
+    """Raise a ValueError for a model whose passes cannot be compiled, or not so, before any of them is run."""
     if model._is_synced(False):
         raise ValueError("compile=True is not supported while parameters are spread over ranks; leave compile out")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -172,6 +210,7 @@ def check_can_compile(model: Any) -> None:
             f"compile=True is not supported by transformers' {type(quantizer).__name__}; quantise otherwise, or leave "
             "compile out"
         )
+    records_passes(config, model.context_tower.embeddings.weight.device)
 
 
 def records_passes(config: CompileConfig | None, device: torch.device) -> bool:
@@ -222,6 +261,7 @@ class CompiledPasses:
         self.config: CompileConfig | None = None
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
+        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
         self.first: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}  # by sizes, see `_first_rows`
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
         self.records = False
@@ -233,9 +273,10 @@ class CompiledPasses:
         self.compiled_by = "recorded" if self.records else repr(sorted(compile_arguments(config).items()))
         programs = programs_of(self.model)
         if self.programs is not (programs := programs.taken(self) if self.records else programs):
-            self.programs, self.templates, self.first = programs, [], {}
+            self.programs, self.templates, self.first, self.scratch = programs, [], {}, {}
         if self.records:
             self.programs.weights = Weights(self.model)
+            self.programs.prepare(self.model)
 
     def __call__(self, part: str, *args: Any) -> torch.Tensor:
         # Caches and programs hold ordinary tensors: of the inference mode that engines are in, they would be others.
@@ -377,15 +418,17 @@ class CompiledPasses:
 
     def _copied(self, held: list[LayerContent], indices: Sequence[int], columns: int | None) -> list[LayerContent]:
         """Copies of rows, which always lie in the same place."""
+        # Of compiled programs, unlike recordings, another engine may run some at the same time.
+        scratch = self.programs.scratch if self.records else self.scratch
         index, sizes = uploaded(indices, self.device), (len(indices), columns)
-        if sizes not in self.programs.scratch:
+        if sizes not in scratch:
             copies = [each and type(each)(*(part.index_select(0, index) for part in each)) for each in held]
-            self.programs.scratch[sizes] = [each and self._static(each) for each in copies]
-            return self.programs.scratch[sizes]
-        for place, each in zip(self.programs.scratch[sizes], held, strict=True):
+            scratch[sizes] = [each and self._static(each) for each in copies]
+            return scratch[sizes]
+        for place, each in zip(scratch[sizes], held, strict=True):
             for copy, part in zip(place or (), each or (), strict=True):
                 torch.index_select(part, 0, index, out=copy)
-        return self.programs.scratch[sizes]
+        return scratch[sizes]
 
     def _write_back(self, cache: TwoTowerCache, held: list[LayerContent], tokens: int, states: bool = True) -> None:
         """Take over from copies of rows their last `tokens` keys and values, and their states."""
@@ -459,6 +502,7 @@ class CompiledPasses:
             for each in [each for each in programs if each[-1] == "recorded"]:
                 del programs[each]
             programs.weights_state = weights
+            programs.prepare(self.model)
         # Of one key there may be two: of a cache's first rows, and of copies of others.
         recordings = programs.setdefault(key, [])
         recording = next((each for each in recordings if each.fits(static)), None)
@@ -467,7 +511,7 @@ class CompiledPasses:
             if not any(held for each, held in programs.items() if each[-1] == "recorded"):
                 programs.pool = torch.cuda.graph_pool_handle()  # torch takes none again whose graphs have all gone
             with self._shown(name):
-                recording = Recording(program, self.model, static, inputs, programs.pool)
+                recording = Recording(program, self.model, static, inputs, programs.prepared, programs.pool)
             recordings.append(recording)
         outputs = recording(inputs)
         # The next pass of the kind overwrites them; the states' updates are used up before.
@@ -523,7 +567,7 @@ class CompiledPasses:
     def close(self, cache: TwoTowerCache) -> None:
         """Nothing is to be compiled, nor rows to be copied, soon; a cache that nobody keeps leaves its buffers."""
         if not self.records:
-            self.programs.scratch.clear()
+            self.scratch = {}
             return self._close_bar()
         if not self.programs.has_user(self):
             return self._close_bar()  # rows have come and gone since that asked for no programs

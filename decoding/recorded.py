@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..cache_twotower import MambaState
+from .kept import prepared
 
 version = attrgetter("_version")
 recording = Lock()
@@ -43,21 +44,36 @@ class Recording:
         model: [`TwoTowerForBlockDiffusion`].
         static: tensors, in lists and tuples, that later passes find in the same place, and may write to.
         inputs: tensors, or None, whose values a later pass brings.
+        found: by module what is prepared of its weights, where it stays.
         pool: of memory, that of other recordings, too: of all of them one runs at a time.
     """
 
-    def __init__(self, program: Callable[..., Any], model: Any, static: Any, inputs: Sequence[Any], pool: Any):
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        model: Any,
+        static: Any,
+        inputs: Sequence[Any],
+        found: dict[Any, Any],
+        pool: Any,
+    ):
         self.static, self.places = static, _where_they_lie(static)
         self.inputs = tree_map(_cloned, list(inputs))
+        self.prepared = list(found.values())
+        prepared.by_module = found
+        try:
+            self._record(program, model, pool)
+        finally:
+            prepared.by_module = None
+
+    def _record(self, program: Callable[..., Any], model: Any, pool: Any) -> None:
         self._run_once(program, model)
         self.graph = torch.cuda.CUDAGraph()
         # A recording begins by a wait for the whole card, which ends that of another thread in an error. After one that
         # has failed torch leaves its stream the current one.
         with recording, torch.cuda.stream(torch.cuda.current_stream()):
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.outputs = program(model, static, *self.inputs)
-        # What had been prepared of the weights is read where it lies, too.
-        self.prepared = [vars(module).get("_prepared") for module in model.modules()]
+                self.outputs = program(model, self.static, *self.inputs)
 
     def _run_once(self, program: Callable[..., Any], model: Any) -> None:
         """Kernels are loaded, and libraries given memory, in a first pass, which must not count."""

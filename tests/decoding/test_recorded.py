@@ -116,6 +116,10 @@ def test_changed_weights_are_never_served_stale(graphs):
     weight = model.denoiser_tower.layers[0].mixer.in_proj.weight
     weight.data = weight.data * 1.5
     check()
+    for name in ("A_log", "k_proj.weight"):  # of which something is prepared; an edit that leaves no trace
+        for parameter in (each for own, each in model.named_parameters() if own.endswith(name)):
+            parameter.data *= 1.5
+    check()
     model.context_tower.layers[0].mixer.dt_bias = torch.nn.Parameter(
         weight.new_full((4,), 0.5)[: len(model.context_tower.layers[0].mixer.dt_bias)]
     )
@@ -154,6 +158,8 @@ def test_recording_is_for_gpus_and_asked_for_by_torchs_name():
     assert not records_passes(None, on_cpu)
     with pytest.raises(ValueError, match='backend="cudagraphs", and the model is on cpu; leave it out'):
         small_model("M").generate(IDS, max_new_tokens=2, compile=True, compile_config=named)
+    with pytest.raises(ValueError, match="leave it out"):  # before it is among others
+        TwoTowerEngine(small_model("M")).add_request(random_ids(1, 5), compile=True, compile_config=named)
 
 
 @pytest.mark.gpu
@@ -254,3 +260,14 @@ def test_weights_replaced_while_a_row_goes_on_are_seen(graphs):
             pass
         texts.append(handle.result(0))
     assert torch.equal(*texts)
+
+
+def test_passes_recorded_under_autocast_are_not_those_without(graphs):
+    model = small_model()
+    flags = {"mode": "ar", "max_new_tokens": 5}
+    expected = model.generate(IDS, **flags)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(IDS, compile=True, **flags)
+        made = graphs.made
+    assert torch.equal(model.generate(IDS, compile=True, **flags), expected)
+    assert graphs.made > made
