@@ -74,6 +74,7 @@ from .compat_twotower import (
     slice_logits_to_keep,
 )
 from .configuration_twotower import TwoTowerConfig
+from .decoding.kept import prepared
 from .decoding.released import ReleasedInterface
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .inputs_twotower import (
@@ -1145,7 +1146,8 @@ class Preparing:
         """What has been prepared; None where nothing has been, or is of no use to this pass."""
         if torch.compiler.is_compiling():
             return None  # a compiled pass, which outlives what is prepared, is to do it by itself
-        held = self._prepared  # looked up once, as another thread may end it
+        own = prepared.by_module
+        held = self._prepared if own is None else own.get(self)  # looked up once, as another thread may end it
         # What was prepared has no gradients.
         if held is None or torch.is_grad_enabled():
             return None
