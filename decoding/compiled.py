@@ -141,7 +141,7 @@ class Programs(Kept):
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, model: Any) -> None:
-        """Bring what recordings find prepared of weights up to date, in its place: these may have changed traceless."""
+        """Bring what recordings find prepared of weights up to date, in its place: they may have changed traceless."""
         for module in model.modules():
             now = vars(module).get("_prepared")
             kept = self.prepared.get(module)
