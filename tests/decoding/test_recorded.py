@@ -66,6 +66,14 @@ def test_a_second_call_of_the_same_sizes_records_nothing(mode, graphs):
     assert made[0] > 0 and made[0] == made[-1]
 
 
+def test_nor_does_one_whose_cache_grows(graphs):
+    model, made = small_model(), []
+    for _ in range(3):
+        model.generate(random_ids(2, 250), mode="ar", max_new_tokens=20, compile=True)  # 256 and then 512 columns
+        made.append(graphs.made)
+    assert made[0] > 0 and made[0] == made[-1]
+
+
 def test_a_cache_that_is_kept_is_not_written_by_a_later_call(graphs):
     model = small_model()
     first = text_of(model, "ar", compile=True)
