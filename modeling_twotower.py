@@ -74,6 +74,7 @@ from .compat_twotower import (
     slice_logits_to_keep,
 )
 from .configuration_twotower import TwoTowerConfig
+from .decoding.kept import prepared
 from .decoding.released import ReleasedInterface
 from .generation_twotower import TwoTowerGenerationConfig, TwoTowerGenerationMixin
 from .inputs_twotower import (
@@ -1145,7 +1146,8 @@ class Preparing:
         """What has been prepared; None where nothing has been, or is of no use to this pass."""
         if torch.compiler.is_compiling():
             return None  # a compiled pass, which outlives what is prepared, is to do it by itself
-        held = self._prepared  # looked up once, as another thread may end it
+        own = prepared.by_module
+        held = self._prepared if own is None else own.get(self)  # looked up once, as another thread may end it
         # What was prepared has no gradients.
         if held is None or torch.is_grad_enabled():
             return None
@@ -1409,7 +1411,7 @@ def _all_experts(
     up_proj, down_proj = experts.up_proj, experts.down_proj
     shares = weights.new_zeros(len(weights), len(up_proj)).scatter(1, indices, weights)
     activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))  # (T, E * I)
-    by_expert = activated.view(len(weights), len(up_proj), -1).transpose(0, 1)
+    by_expert = activated.unflatten(-1, (len(up_proj), -1)).transpose(0, 1)  # (E, T, I); of no token, too
     outputs = torch.bmm(by_expert, down_proj.transpose(1, 2))  # (E, T, H)
     # What an expert that was not chosen makes of a token may be no number.
     weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)

@@ -372,6 +372,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 while loop.rows:
                     loop.step()
             finally:
+                loop.close()
                 if synced:
                     self._join_until(DONE)
             cache.expect(0)  # a later turn has a text of its own
@@ -408,7 +409,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if processors.keeps_state is not None:
             _check_askable(processors, config, len(input_ids), model_kwargs)
         if config.compile:
-            check_can_compile(self)
+            check_can_compile(self, config.compile_config)
         cache = model_kwargs["cache"]
         if cache.batch_size not in (-1, len(input_ids)):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)

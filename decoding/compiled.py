@@ -11,8 +11,9 @@ Shapes: R rows and T tokens of a pass, B and S of its program, H hidden size, V 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_not
+from threading import Lock
 from types import FunctionType
 from typing import Any, cast
 from weakref import ref
@@ -29,6 +30,11 @@ from .recorded import Recording, Weights
 MOST_TOKENS = 512
 # Over fewer columns attention would cost no less that could be felt.
 LEAST_COLUMNS = 256
+
+# Packages whose modules change in no way that a pass could see, but by weights, mode and hooks.
+PLAIN = {"torch", "transformers", "transformers_modules", __name__.partition(".")[0]}
+# Of a module: weights and modules, which are looked at by themselves.
+HOLDERS = {"_parameters", "_buffers", "_modules", "_kept_programs", "_prepared"}
 
 LayerContent = KeyValues | MambaState | None
 
@@ -104,26 +110,55 @@ def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
 
 # What a model keeps.
 
+taking = Lock()
+
 
 class Programs(Kept):
     """A model's programs, by what they were compiled for; and what recordings of passes need beside them."""
 
     def __init__(self) -> None:
         self.model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
-        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
+        self.scratch: dict[Any, list[LayerContent]] = {}  # where recordings find copies of rows, see `CompiledPasses`
         self.weights: Weights | None = None  # those that were recorded, and their state then
         self.weights_state: Any = None
+        self.prepared: dict[Any, Any] = {}  # by module what recordings find prepared of its weights
         self.pool: Any = None  # of memory
         self.spare: Sequence[LayerContent] = ()  # by layer buffers of a cache that nobody has any more
         self.user: ref[CompiledPasses] | None = None  # whose passes these are now: they share memory
 
     def taken(self, user: "CompiledPasses") -> "Programs":
         """These for a user, or others while another one is at them."""
-        other = None if self.user is None else self.user()
-        if other is not None and other is not user:
-            return user.programs if user.programs.user is not None else Programs().taken(user)
-        self.user = ref(user)
-        return self
+        with taking:  # engines may run in threads
+            taken = self
+            if self.has_user() and not self.has_user(user):
+                taken = user.programs
+                if not taken.has_user(user) or taken.model_state != self.model_state:
+                    taken = Programs()
+                    taken.model_state = self.model_state
+            taken.user = ref(user)
+        return taken
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepare(self, model: Any) -> None:
+        """Bring what recordings find prepared of weights up to date, in its place: they may have changed traceless."""
+        for module in model.modules():
+            now = vars(module).get("_prepared")
+            kept = self.prepared.get(module)
+            if kept is None and now is None:
+                continue
+            if kept is None or any(map(is_not, kept[0], module.weights())):
+                weights, found = now or (module.weights(), module.of_weights())
+                # Some are weights themselves, which are not to be written to.
+                self.prepared[module] = weights, tuple(each.clone() for each in found)
+                continue
+            for old, new in zip(kept[1], module.of_weights() if now is None else now[1], strict=True):
+                old.copy_(new)
+
+    def has_user(self, user: "CompiledPasses | None" = None) -> bool:
+        """Whether anybody, or this one, uses them now."""
+        now = None if self.user is None else self.user()
+        return now is not None if user is None else now is user
 
 
 def programs_of(model: Any) -> Programs:
@@ -133,10 +168,16 @@ def programs_of(model: Any) -> Programs:
     torch compiles again by itself where most of that has changed, but keeps what is of no use any more, gives up after
     a few times, and does not look for new hooks. New values of weights, or new tensors, change nothing.
     """
-    modules = [(type(each), each.training, *each._forward_pre_hooks, *each._forward_hooks) for each in model.modules()]
+    modules = [
+        (type(each), each.training, *each._forward_pre_hooks, *each._forward_hooks, *_settings(each))
+        for each in model.modules()
+    ]
     weights = [(type(each), each.device, each.dtype, each.shape, each.requires_grad) for each in model.parameters()]
-    config = model.config
-    ways = (config._attn_implementation, config._experts_implementation, *model.kernels.items())
+    config, device = model.config, model.context_tower.embeddings.weight.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    implementations = config._attn_implementation, config._experts_implementation
+    ways = (*implementations, autocast, *precision, *model.kernels.items())
     kept: Programs | None = vars(model).get("_kept_programs")
     if kept is None or kept.model_state != (modules, weights, ways):
         kept = vars(model)["_kept_programs"] = Programs()
@@ -144,8 +185,17 @@ def programs_of(model: Any) -> Programs:
     return kept
 
 
-def check_can_compile(model: Any) -> None:
-    """Raise a ValueError for a model whose passes cannot be compiled, before any of them is run."""
+def _settings(module: torch.nn.Module) -> list[tuple[str, str]]:
+    """What an adapter goes by, such as whether it is switched off, as text; of modules that have no such, nothing."""
+    if type(module).__module__.partition(".")[0] in PLAIN:
+        return []
+    plain = (bool, int, float, str, list, tuple, dict, set, type(None))
+    own = vars(module).items()
+    return [(name, repr(value)) for name, value in own if isinstance(value, plain) and name not in HOLDERS]
+
+
+def check_can_compile(model: Any, config: CompileConfig | None = None) -> None:
+    """Raise a ValueError for a model whose passes cannot be compiled, or not so, before any of them is run."""
     if model._is_synced(False):
         raise ValueError("compile=True is not supported while parameters are spread over ranks; leave compile out")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -160,6 +210,7 @@ def check_can_compile(model: Any) -> None:
             f"compile=True is not supported by transformers' {type(quantizer).__name__}; quantise otherwise, or leave "
             "compile out"
         )
+    records_passes(config, model.context_tower.embeddings.weight.device)
 
 
 def records_passes(config: CompileConfig | None, device: torch.device) -> bool:
@@ -210,6 +261,7 @@ class CompiledPasses:
         self.config: CompileConfig | None = None
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
+        self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
         self.first: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}  # by sizes, see `_first_rows`
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
         self.records = False
@@ -221,13 +273,16 @@ class CompiledPasses:
         self.compiled_by = "recorded" if self.records else repr(sorted(compile_arguments(config).items()))
         programs = programs_of(self.model)
         if self.programs is not (programs := programs.taken(self) if self.records else programs):
-            self.programs, self.templates, self.first = programs, [], {}
+            self.programs, self.templates, self.first, self.scratch = programs, [], {}, {}
         if self.records:
             self.programs.weights = Weights(self.model)
+            self.programs.prepare(self.model)
 
     def __call__(self, part: str, *args: Any) -> torch.Tensor:
         # Caches and programs hold ordinary tensors: of the inference mode that engines are in, they would be others.
-        with torch.inference_mode(False), torch.no_grad():
+        # What is recorded, and where it runs, is the current card's.
+        card = torch.cuda.device(self.device) if self.records else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), card:
             return getattr(self, part)(*args)
 
     def context_lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -363,15 +418,17 @@ class CompiledPasses:
 
     def _copied(self, held: list[LayerContent], indices: Sequence[int], columns: int | None) -> list[LayerContent]:
         """Copies of rows, which always lie in the same place."""
+        # Of compiled programs, unlike recordings, another engine may run some at the same time.
+        scratch = self.programs.scratch if self.records else self.scratch
         index, sizes = uploaded(indices, self.device), (len(indices), columns)
-        if sizes not in self.programs.scratch:
+        if sizes not in scratch:
             copies = [each and type(each)(*(part.index_select(0, index) for part in each)) for each in held]
-            self.programs.scratch[sizes] = [each and self._static(each) for each in copies]
-            return self.programs.scratch[sizes]
-        for place, each in zip(self.programs.scratch[sizes], held, strict=True):
+            scratch[sizes] = [each and self._static(each) for each in copies]
+            return scratch[sizes]
+        for place, each in zip(scratch[sizes], held, strict=True):
             for copy, part in zip(place or (), each or (), strict=True):
                 torch.index_select(part, 0, index, out=copy)
-        return self.programs.scratch[sizes]
+        return scratch[sizes]
 
     def _write_back(self, cache: TwoTowerCache, held: list[LayerContent], tokens: int, states: bool = True) -> None:
         """Take over from copies of rows their last `tokens` keys and values, and their states."""
@@ -445,14 +502,16 @@ class CompiledPasses:
             for each in [each for each in programs if each[-1] == "recorded"]:
                 del programs[each]
             programs.weights_state = weights
+            programs.prepare(self.model)
         # Of one key there may be two: of a cache's first rows, and of copies of others.
         recordings = programs.setdefault(key, [])
         recording = next((each for each in recordings if each.fits(static)), None)
         if recording is None:
             del recordings[:-1]
-            programs.pool = programs.pool or torch.cuda.graph_pool_handle()
+            if not any(held for each, held in programs.items() if each[-1] == "recorded"):
+                programs.pool = torch.cuda.graph_pool_handle()  # torch takes none again whose graphs have all gone
             with self._shown(name):
-                recording = Recording(program, self.model, static, inputs, programs.pool)
+                recording = Recording(program, self.model, static, inputs, programs.prepared, programs.pool)
             recordings.append(recording)
         outputs = recording(inputs)
         # The next pass of the kind overwrites them; the states' updates are used up before.
@@ -483,10 +542,11 @@ class CompiledPasses:
 
     def _reuse_buffers(self, cache: TwoTowerCache, tokens: int) -> None:
         """
-        A new cache takes over what an earlier one has left, if it would want as much: recordings know where it lies.
+        A cache without tokens takes over what an earlier one has left, if it would want as much: recordings know where
+        it lies.
         """
         spare, whole = self.programs.spare, cache if cache.whole is None else cache.whole
-        if not spare or not self.records or any(_content(layer) is not None for layer in whole.layers):
+        if not spare or not self.records or whole.width > 0:
             return
         self.programs.spare = []
         rows = padded_size(whole.batch_size)
@@ -507,10 +567,14 @@ class CompiledPasses:
     def close(self, cache: TwoTowerCache) -> None:
         """Nothing is to be compiled, nor rows to be copied, soon; a cache that nobody keeps leaves its buffers."""
         if not self.records:
-            self.programs.scratch.clear()
+            self.scratch = {}
             return self._close_bar()
+        if not self.programs.has_user(self):
+            return self._close_bar()  # rows have come and gone since that asked for no programs
         self.programs.user = None
-        if cache.batch_size == 0 and not any(getattr(each, "shared", False) for each in cache.layers):
+        # States that an eager pass has left may be of inference mode, and could not be written to.
+        kept = any(getattr(each, "shared", False) or _is_inference(_content(each)) for each in cache.layers)
+        if cache.batch_size == 0 and not kept:
             self.programs.spare = [_content(layer) for layer in cache.layers]
             for held in cache.layers:
                 if isinstance(held, KeyValueLayer):
@@ -533,6 +597,10 @@ def _own_code(function: Any, name: str) -> Callable[..., Any]:
 
 def _content(layer: Any) -> Any:
     return layer.buffers if isinstance(layer, KeyValueLayer) else getattr(layer, "state", None)
+
+
+def _is_inference(held: LayerContent) -> bool:
+    return held is not None and any(part.is_inference() for part in held)
 
 
 def _cloned(outputs: Any) -> Any:

@@ -94,7 +94,12 @@ class Engine:
             self.row_passes += len(took_part)
             self.row_chances += len(self.rows)
             self.release()
-        if self.compiled is not None and not self.rows:
+        if not self.rows:
+            self.close()
+
+    def close(self) -> None:
+        """There are no rows any more, or none that go on."""
+        if self.compiled is not None:
             self.compiled.close(self.cache)
 
     def _denoisers(self) -> list[Row]:

@@ -1,5 +1,6 @@
 """What a model keeps beside its weights."""
 
+from threading import local
 from typing import Any
 
 
@@ -13,4 +14,13 @@ class Kept(dict[Any, Any]):
         return type(self)()
 
 
-__all__ = ["Kept"]
+class Prepared(local):
+    """By module what a pass of this thread finds prepared of weights, whatever others prepare; None: what they do."""
+
+    by_module: dict[Any, Any] | None = None
+
+
+prepared = Prepared()
+
+
+__all__ = ["Kept", "Prepared", "prepared"]

@@ -7,27 +7,36 @@ where they lie. It holds for the caches and weights that lay there, and [`Record
 """
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
+from operator import attrgetter, is_not
+from threading import Lock
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..cache_twotower import MambaState
+from .kept import prepared
 
 version_of = attrgetter("_version")
+recording = Lock()
 
 
 class Weights:
     """A model's weights as they are now: where they lie, and which change of theirs this is."""
 
     def __init__(self, model: Any):
-        self.tensors = [*model.parameters(), *model.buffers()]
-        # Those made in inference mode do not count their changes, of which they allow none outside of it.
-        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        # By module, as other tensors may come to stand in a weight's place.
+        self.held = [held for module in model.modules() for held in (module._parameters, module._buffers) if held]
+        self.tensors: list[torch.Tensor] = []
+        self.counted: list[torch.Tensor] = []
 
     def state(self) -> tuple[list[int], list[int]]:
-        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(version_of, self.counted))
+        tensors = [tensor for held in self.held for tensor in held.values() if tensor is not None]
+        if len(tensors) != len(self.tensors) or any(map(is_not, tensors, self.tensors)):
+            self.tensors = tensors
+            # Those made in inference mode do not count their changes, of which they allow none outside of it.
+            self.counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        return list(map(torch.Tensor.data_ptr, tensors)), list(map(version_of, self.counted))
 
 
 class Recording:
@@ -39,18 +48,36 @@ class Recording:
         model: [`TwoTowerForBlockDiffusion`].
         static: tensors, in lists and tuples, that later passes find in the same place, and may write to.
         inputs: tensors, or None, whose values a later pass brings.
+        found: by module what is prepared of its weights, where it stays.
         pool: of memory, that of other recordings, too: of all of them one runs at a time.
     """
 
-    def __init__(self, program: Callable[..., Any], model: Any, static: Any, inputs: Sequence[Any], pool: Any):
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        model: Any,
+        static: Any,
+        inputs: Sequence[Any],
+        found: dict[Any, Any],
+        pool: Any,
+    ):
         self.static, self.places = static, _where_they_lie(static)
         self.inputs = tree_map(_copied_input, list(inputs))
+        self.prepared = list(found.values())
+        prepared.by_module = found
+        try:
+            self._record(program, model, pool)
+        finally:
+            prepared.by_module = None
+
+    def _record(self, program: Callable[..., Any], model: Any, pool: Any) -> None:
         self._run_once(program, model)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = program(model, static, *self.inputs)
-        # What had been prepared of the weights is read where it lies, too.
-        self.prepared = [vars(module).get("_prepared") for module in model.modules()]
+        # A recording begins by a wait for the whole card, which ends that of another thread in an error. After one
+        # that has failed torch leaves its stream the current one.
+        captured = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")
+        with recording, torch.cuda.stream(torch.cuda.current_stream()), captured:
+            self.outputs = program(model, self.static, *self.inputs)
 
     def _run_once(self, program: Callable[..., Any], model: Any) -> None:
         """Kernels are loaded, and libraries given memory, in a first pass, which must not count."""

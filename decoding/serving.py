@@ -353,6 +353,7 @@ class TwoTowerEngine:
             self._running.clear()
             self._work.notify_all()
         counters = {name: getattr(self._engine, name) for name in ("passes", "row_passes", "row_chances")}
+        self._engine.close()
         self._engine = self._new_engine()
         vars(self._engine).update(counters)
         self._failures.append(error)

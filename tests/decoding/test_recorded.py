@@ -8,7 +8,7 @@ import pytest
 import torch
 from mixed_requests import MODES, differences, mixed_model, mixed_request
 from tiny import random_ids, tiny_model, without_special_tokens
-from transformers import CompileConfig
+from transformers import CompileConfig, StoppingCriteria
 from transformers.utils import logging
 
 from twotower import TwoTowerEngine
@@ -66,6 +66,14 @@ def test_a_second_call_of_the_same_sizes_records_nothing(mode, graphs):
     assert made[0] > 0 and made[0] == made[-1]
 
 
+def test_nor_does_one_whose_cache_grows(graphs):
+    model, made = small_model(), []
+    for _ in range(3):
+        model.generate(random_ids(2, 250), mode="ar", max_new_tokens=20, compile=True)  # 256 and then 512 columns
+        made.append(graphs.made)
+    assert made[0] > 0 and made[0] == made[-1]
+
+
 def test_a_cache_that_is_kept_is_not_written_by_a_later_call(graphs):
     model = small_model()
     first = text_of(model, "ar", compile=True)
@@ -116,6 +124,10 @@ def test_changed_weights_are_never_served_stale(graphs):
     weight = model.denoiser_tower.layers[0].mixer.in_proj.weight
     weight.data = weight.data * 1.5
     check()
+    for name in ("A_log", "k_proj.weight"):  # of which something is prepared; an edit that leaves no trace
+        for parameter in (each for own, each in model.named_parameters() if own.endswith(name)):
+            parameter.data *= 1.5
+    check()
     model.context_tower.layers[0].mixer.dt_bias = torch.nn.Parameter(
         weight.new_full((4,), 0.5)[: len(model.context_tower.layers[0].mixer.dt_bias)]
     )
@@ -135,6 +147,10 @@ def test_what_waits_for_the_device_cannot_be_recorded(graphs, monkeypatch):
     )
     with pytest.raises(AssertionError, match="_local_scalar_dense cannot be captured"):
         text_of(model, "ar", compile=True)
+    assert torch.cuda.current_stream() is fake_graphs.DEFAULT_STREAM
+    monkeypatch.undo()
+    fake_graphs.put_in_place(monkeypatch)
+    assert torch.equal(text_of(model, "ar", compile=True).sequences, text_of(model, "ar").sequences)
 
 
 def test_warm_up_is_shown(graphs, capfd):
@@ -150,6 +166,8 @@ def test_recording_is_for_gpus_and_asked_for_by_torchs_name():
     assert not records_passes(None, on_cpu)
     with pytest.raises(ValueError, match='backend="cudagraphs", and the model is on cpu; leave it out'):
         small_model("M").generate(IDS, max_new_tokens=2, compile=True, compile_config=named)
+    with pytest.raises(ValueError, match="leave it out"):  # before it is among others
+        TwoTowerEngine(small_model("M")).add_request(random_ids(1, 5), compile=True, compile_config=named)
 
 
 @pytest.mark.gpu
@@ -175,3 +193,89 @@ def test_two_engines_of_one_model_do_not_share_memory(graphs):
             engine.step()
     for handle, text in zip(handles, expected, strict=True):
         assert torch.equal(handle.result(0), text)
+
+
+def test_states_that_eager_passes_leave_behind_are_not_written_to(graphs):
+    model = small_model()
+    engine, texts = TwoTowerEngine(model, slots=2), []
+    for _ in range(2):
+        # The third takes the first one's place and ends with the second: the last passes are eager ones over all rows.
+        for compile, length in ((True, 4), (False, 12), (False, 8)):
+            handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=length, compile=compile)
+        while engine.step():
+            pass
+        texts.append(handle.result(0))
+    assert torch.equal(*texts)
+
+
+def test_a_plain_request_in_between_costs_no_recording(graphs):
+    engine, made = TwoTowerEngine(small_model(), slots=2), []
+    for compile in (True, False, True, False, True):
+        handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=5, compile=compile)
+        while engine.step():
+            pass
+        handle.result(0)
+        made.append(graphs.made)
+    assert made[0] > 0 and made[0] == made[-1]
+
+
+def test_an_engine_that_goes_on_does_not_share_what_another_has_taken(graphs):
+    model = small_model()
+    engines = [TwoTowerEngine(model, slots=2) for _ in range(2)]
+
+    def begin(engine):
+        handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=6, compile=True)
+        engine.step()
+        return handle
+
+    begin(engines[0])
+    while engines[0].step():
+        pass
+    begin(engines[1])
+    begin(engines[0])
+    first, second = (engine._engine.compiled.programs for engine in engines)
+    assert first is not second
+    begin(engines[0])
+    assert engines[0]._engine.compiled.programs is first
+
+
+class Failing(StoppingCriteria):
+    def __call__(self, *_, **__):
+        raise RuntimeError("mine")
+
+
+def test_an_error_that_somebody_keeps_keeps_no_recordings_from_later_calls(graphs):
+    model, made = small_model(), []
+    flags = {"mode": "ar", "max_new_tokens": 5, "compile": True}
+    with pytest.raises(RuntimeError, match="mine") as kept:
+        model.generate(IDS, stopping_criteria=[Failing()], **flags)
+    for _ in range(2):
+        model.generate(IDS, **flags)
+        made.append(graphs.made)
+    assert kept.traceback and made[0] == made[1]
+
+
+def test_weights_replaced_while_a_row_goes_on_are_seen(graphs):
+    texts = []
+    for compile in (True, False):
+        model = small_model()
+        engine = TwoTowerEngine(model, slots=1)
+        handle = engine.add_request(random_ids(1, 5), mode="ar", max_new_tokens=20, compile=compile)
+        for _ in range(6):
+            engine.step()
+        model.load_state_dict(small_model(seed=1).state_dict(), assign=True)
+        while engine.step():
+            pass
+        texts.append(handle.result(0))
+    assert torch.equal(*texts)
+
+
+def test_passes_recorded_under_autocast_are_not_those_without(graphs):
+    model = small_model()
+    flags = {"mode": "ar", "max_new_tokens": 5}
+    expected = model.generate(IDS, **flags)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(IDS, compile=True, **flags)
+        made = graphs.made
+    assert torch.equal(model.generate(IDS, compile=True, **flags), expected)
+    assert graphs.made > made

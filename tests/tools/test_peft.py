@@ -1,5 +1,6 @@
 """peft's LoRA on the denoiser: trained, saved, loaded and merged, with the context tower's text as it was."""
 
+import fake_graphs
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -67,3 +68,19 @@ def test_self_speculative_of_an_adapted_denoiser_still_equals_ar():
     diffused = model.generate(input_ids=prompt, max_new_tokens=20)
     plain = without_special_tokens(student_model("all kinds")).generate(prompt, max_new_tokens=20)
     assert not torch.equal(diffused, plain), "the adapter is used"
+
+
+def test_an_adapter_that_is_switched_off_is_not_in_recorded_passes(monkeypatch):
+    fake_graphs.put_in_place(monkeypatch)
+    config = LoraConfig(r=4, target_modules=["in_proj", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(without_special_tokens(student_model("all kinds")), config).eval().requires_grad_(False)
+
+    def texts():
+        flags = {"input_ids": random_ids(2, 8), "mode": "ar", "max_new_tokens": 8}
+        recorded, eager = model.generate(**flags, compile=True), model.generate(**flags)
+        assert torch.equal(recorded, eager)
+        return eager
+
+    adapted_text = texts()
+    with model.disable_adapter():
+        assert not torch.equal(texts(), adapted_text)
