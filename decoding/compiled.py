@@ -123,7 +123,9 @@ class Programs(Kept):
         self.weights_state: Any = None
         self.prepared: dict[Any, Any] = {}  # by module what recordings find prepared of its weights
         self.pool: Any = None  # of memory
-        self.spare: Sequence[LayerContent] = ()  # by layer buffers of a cache that nobody has any more
+        # By layer what a cache has left that nobody has any more: states, and by their columns keys and values.
+        self.spare: Sequence[LayerContent] = ()
+        self.rooms: dict[int, list[LayerContent]] = {}
         self.user: ref[CompiledPasses] | None = None  # whose passes these are now: they share memory
 
     def taken(self, user: "CompiledPasses") -> "Programs":
@@ -262,6 +264,7 @@ class CompiledPasses:
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
         self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
+        self.own: dict[int, KeyValues] = {}  # by layer's id, those made here, which nobody can want back
         self.first: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}  # by sizes, see `_first_rows`
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
         self.records = False
@@ -457,10 +460,12 @@ class CompiledPasses:
             elif isinstance(layer, KeyValueLayer) and columns is not None:
                 held = layer.buffers or self._template(idx)
                 if len(held.key) < rows or held.key.shape[2] != columns:
-                    grown = KeyValueLayer().reserve(held, max(rows, len(held.key)), columns)
+                    grown = self._grown(layer, idx, held, max(rows, len(held.key)), columns)
                     for old, new in zip(held, grown, strict=True):
                         new[: len(old), :, : old.shape[2]] = old
-                    layer.buffers = grown
+                    if self.records and self.own.get(id(layer)) is layer.buffers is not None:
+                        self._leave(idx, held, len(whole.layers))
+                    layer.buffers = self.own[id(layer)] = grown
 
     def _template(self, layer_idx: int) -> Any:
         """What a layer will hold, of no rows, as a pass over one token shows it."""
@@ -548,21 +553,34 @@ class CompiledPasses:
         spare, whole = self.programs.spare, cache if cache.whole is None else cache.whole
         if not spare or not self.records or whole.width > 0:
             return
-        self.programs.spare = []
         rows = padded_size(whole.batch_size)
         expected = max([layer.expected for layer in whole.layers if isinstance(layer, KeyValueLayer)], default=0)
-        columns = padded_size(max(expected, tokens), LEAST_COLUMNS)
-        held = [each for each in spare if each is not None]
-        too_wide = any(isinstance(each, KeyValues) and each.key.shape[2] > columns for each in held)
-        if too_wide or any(len(each[0]) < rows for each in held):
-            return
-        for layer, content in zip(whole.layers, spare, strict=True):
-            for part in content or ():
+        room = self.programs.rooms.pop(padded_size(max(expected, tokens), LEAST_COLUMNS), [])
+        self.programs.spare = ()
+        for contents in (spare, room):
+            if any(len(each[0]) < rows for each in contents if each is not None):
+                continue
+            for layer, content in zip(whole.layers, contents, strict=False):
+                if content is not None:
+                    for part in content:
+                        part.zero_()
+                    if isinstance(layer, KeyValueLayer):
+                        layer.buffers = self.own[id(layer)] = cast(KeyValues, content)
+                    else:
+                        layer.state, layer.shared = cast(MambaState, content), False
+
+    def _grown(self, layer: Any, layer_idx: int, held: KeyValues, rows: int, columns: int) -> KeyValues:
+        """Zeros for keys and values to grow into; where passes are recorded, in their place of the last time."""
+        known = self.programs.rooms.get(columns) if self.records else None
+        there = known[layer_idx] if known else None
+        if there is not None and len(there[0]) >= rows and there[0].shape[1::2] == held.key.shape[1::2]:
+            known[layer_idx] = None  # type: ignore[index]
+            for part in there:
                 part.zero_()
-            if isinstance(layer, KeyValueLayer):
-                layer.buffers = cast(KeyValues | None, content)
-            elif isinstance(layer, MambaLayer):
-                layer.state, layer.shared = cast(MambaState | None, content), False
+            grown = cast(KeyValues, there)
+        else:
+            grown = KeyValueLayer().reserve(held, rows, columns)
+        return grown
 
     def close(self, cache: TwoTowerCache) -> None:
         """Nothing is to be compiled, nor rows to be copied, soon; a cache that nobody keeps leaves its buffers."""
@@ -575,13 +593,20 @@ class CompiledPasses:
         # States that an eager pass has left may be of inference mode, and could not be written to.
         kept = any(getattr(each, "shared", False) or _is_inference(_content(each)) for each in cache.layers)
         if cache.batch_size == 0 and not kept:
-            self.programs.spare = [_content(layer) for layer in cache.layers]
-            for held in cache.layers:
+            self.programs.spare = [getattr(layer, "state", None) for layer in cache.layers]
+            for idx, held in enumerate(cache.layers):
                 if isinstance(held, KeyValueLayer):
+                    if held.buffers is not None:
+                        self._leave(idx, held.buffers, len(cache.layers))
                     held.buffers = None
                 elif isinstance(held, MambaLayer):
                     held.state = None
+        self.own = {}
         self._close_bar()
+
+    def _leave(self, layer_idx: int, held: KeyValues, layers: int) -> None:
+        """Nobody has these keys and values any more."""
+        self.programs.rooms.setdefault(held.key.shape[2], [None] * layers)[layer_idx] = held
 
     def _close_bar(self) -> None:
         if self.bar is not None:

@@ -162,7 +162,7 @@ class Documents:
         """Pieces of at most `max_tokens`; a rest shorter than a document may be is left with the piece before it."""
         size = self.recipe.max_tokens
         starts = [start for start in range(0, len(ids), size) if start == 0 or len(ids) - start >= self.min_tokens]
-        ends = [*starts[1:], min(len(ids), starts[-1] + size)]
+        ends = [*starts[1:], len(ids)]
         return [
             Document(ids[start:end], prompt if start == 0 else 0, end == len(ids))
             for start, end in zip(starts, ends, strict=True)

@@ -132,6 +132,16 @@ def test_every_document_comes_once_an_epoch(tokenizer, tmp_path):
     assert orders[0] != orders[1] and orders[0] != TEXTS
 
 
+def test_a_rest_too_short_to_be_a_document_stays_with_the_piece_before_it(tokenizer, tmp_path):
+    text = " ".join(TEXTS)
+    ids = tokenizer(text).input_ids
+    size = next(size for size in range(40, 80) if 0 < len(ids) % size < SIZE)
+    recipe = DataRecipe(files=[write(tmp_path, [{"text": text}])], max_tokens=size)
+    pieces = documents(tokenizer, recipe)
+    assert [token for piece in pieces for token in piece.ids] == ids
+    assert len(pieces[-1].ids) == size + len(ids) % size and pieces[-1].ends
+
+
 WRONG = {
     "no such column": ([{"body": "a"}], {}, "has no column 'text', but body; name one in data.text"),
     "no text": ([{"text": TEXTS[0]}, {"text": 3}], {"text": "text"}, "example [12] of .*data.jsonl .*(int|could not)"),
