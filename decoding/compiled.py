@@ -143,7 +143,7 @@ class Programs(Kept):
     @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, model: Any) -> None:
-        """Bring what recordings find prepared of weights up to date, in its place: these may have changed traceless."""
+        """Bring what recordings find prepared of weights, which may have changed without a trace, up to date."""
         for module in model.modules():
             now = vars(module).get("_prepared")
             kept = self.prepared.get(module)

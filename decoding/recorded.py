@@ -69,11 +69,11 @@ class Recording:
     def _record(self, program: Callable[..., Any], model: Any, pool: Any) -> None:
         self._run_once(program, model)
         self.graph = torch.cuda.CUDAGraph()
-        # A recording begins by a wait for the whole card, which ends that of another thread in an error. After one that
-        # has failed torch leaves its stream the current one.
-        with recording, torch.cuda.stream(torch.cuda.current_stream()):
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.outputs = program(model, self.static, *self.inputs)
+        # A recording begins by a wait for the whole card, which ends that of another thread in an error. After one
+        # that has failed torch leaves its stream the current one.
+        captured = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")
+        with recording, torch.cuda.stream(torch.cuda.current_stream()), captured:
+            self.outputs = program(model, self.static, *self.inputs)
 
     def _run_once(self, program: Callable[..., Any], model: Any) -> None:
         """Kernels are loaded, and libraries given memory, in a first pass, which must not count."""

@@ -24,7 +24,9 @@ class FakeGraph:
         FakeGraph.alive.add(self)
 
     def __del__(self):
-        if self.pool is not None and not any(other.pool is self.pool for other in FakeGraph.alive if other is not self):
+        if self.pool is not None and not any(
+            other.pool is self.pool for other in FakeGraph.alive if other is not self
+        ):
             FakeGraph.emptied.append(self.pool)
 
     def replay(self):

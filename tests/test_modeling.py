@@ -853,4 +853,6 @@ def test_a_fake_pass_leaves_nothing_behind():
 def test_all_experts_of_no_token_are_none():
     (experts, *_) = [each for each in tiny_model("all kinds").modules() if isinstance(each, TwoTowerExperts)]
     nothing = torch.zeros(0, experts.up_proj.shape[2])
-    assert _all_experts(experts, nothing, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)).shape == nothing.shape
+    assert (
+        _all_experts(experts, nothing, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)).shape == nothing.shape
+    )
