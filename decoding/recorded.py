@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..cache_twotower import MambaState
 from .kept import prepared
 
-version = attrgetter("_version")
+changes = attrgetter("_version")
 recording = Lock()
 
 
@@ -32,7 +32,7 @@ class Weights:
         tensors = [tensor for held in self.held for tensor in held.values() if tensor is not None]
         # Those made in inference mode do not count their changes, of which they allow none outside of it.
         counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        return list(map(torch.Tensor.data_ptr, tensors)), list(map(version, counted))
+        return list(map(torch.Tensor.data_ptr, tensors)), list(map(changes, counted))
 
 
 class Recording:
@@ -58,7 +58,7 @@ class Recording:
         pool: Any,
     ):
         self.static, self.places = static, _where_they_lie(static)
-        self.inputs = tree_map(_cloned, list(inputs))
+        self.inputs = tree_map(_own_input, list(inputs))
         self.prepared = list(found.values())
         prepared.by_module = found
         try:
@@ -102,7 +102,7 @@ class Recording:
         return self.outputs
 
 
-def _cloned(value: Any) -> Any:
+def _own_input(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
