@@ -3,7 +3,8 @@ What this model does on a GPU, for whoever gets one for ten minutes: written to 
 --json says.
 
     python benchmarks/gpu.py              everything, at the released geometry, with bfloat16 weights that are random
-    python benchmarks/gpu.py --compiled   instead, both towers with compiled passes; an hour, most of it compiling
+    python benchmarks/gpu.py --compiled   instead, both towers by a compiler's passes; an hour, most of it compiling
+    python benchmarks/gpu.py --only ...   these sections alone, such as: goldens kernels
     python benchmarks/gpu.py --dry-run    the same code at toy sizes, on a CPU in seconds; so without a GPU, too
 
 Predictions are in the file before anything is measured; each outcome comes beside its prediction, as soon as it is

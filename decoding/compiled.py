@@ -476,8 +476,8 @@ class CompiledPasses:
         return self.templates[layer_idx]
 
     def _static(self, held: Any) -> Any:
-        """For CUDA graphs, which would copy what they write to, or not be made."""
-        if self.device.type == "cuda":
+        """For a compiler's CUDA graphs, which would copy what they write to, or not be made."""
+        if self.device.type == "cuda" and not self.records:
             for part in held:
                 torch._dynamo.mark_static_address(part, guard=False)
         return held
@@ -538,6 +538,12 @@ class CompiledPasses:
             ):
                 raise
             reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
+            if self.records:
+                raise NotCompiled(
+                    f"the pass {name} could not be recorded as a CUDA graph: {reason}. Leave compile out, load the model "
+                    "in bfloat16 (of other dtypes the host may wait for the experts' choice), or have the pass compiled "
+                    "by compile_config=CompileConfig()"
+                ) from error
             raise NotCompiled(
                 f"the pass {name} could not be compiled: {reason}. Leave compile out, or choose how to compile by "
                 "compile_config=CompileConfig(...); on a CPU, inductor needs a C++ compiler (g++, or the one that the "

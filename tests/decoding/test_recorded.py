@@ -153,6 +153,15 @@ def test_what_waits_for_the_device_cannot_be_recorded(graphs, monkeypatch):
     assert torch.equal(text_of(model, "ar", compile=True).sequences, text_of(model, "ar").sequences)
 
 
+def test_what_cannot_be_recorded_is_an_error_that_says_what_to_do(graphs, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    with pytest.raises(ValueError, match=r"reading 4x16x256 could not be recorded .*not permitted.*bfloat16"):
+        text_of(small_model("M*"), "ar", compile=True)
+
+
 def test_warm_up_is_shown(graphs, capfd):
     logging.enable_progress_bar()
     small_model().generate(IDS, attention_mask=MASK, mode="ar", max_new_tokens=3, compile=True)
