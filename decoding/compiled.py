@@ -540,9 +540,9 @@ class CompiledPasses:
             reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
             if self.records:
                 raise NotCompiled(
-                    f"the pass {name} could not be recorded as a CUDA graph: {reason}. Leave compile out, load the model "
-                    "in bfloat16 (of other dtypes the host may wait for the experts' choice), or have the pass compiled "
-                    "by compile_config=CompileConfig()"
+                    f"the pass {name} could not be recorded as a CUDA graph: {reason}. Leave compile out, load the "
+                    "model in bfloat16 (of other dtypes the host may wait for the experts' choice), or have the pass "
+                    "compiled by compile_config=CompileConfig()"
                 ) from error
             raise NotCompiled(
                 f"the pass {name} could not be compiled: {reason}. Leave compile out, or choose how to compile by "
