@@ -121,7 +121,7 @@ def generate(
     ] = "both",
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Run compiled passes: worth it for much text, as compiling takes minutes."),
+        typer.Option("--compile", help="Run compiled passes: a GPU records them at once, a compiler takes minutes."),
     ] = False,
 ) -> None:
     """

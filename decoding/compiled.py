@@ -24,7 +24,7 @@ from transformers import CompileConfig
 from ..cache_twotower import KeyValueLayer, KeyValues, KeyValueSlot, MambaLayer, MambaState, TwoTowerCache, uploaded
 from ..compat_twotower import tqdm
 from .kept import Kept
-from .recorded import Recording, Weights
+from .recorded import Recording, Weights, with_own_memory
 
 # Longer chunks are read in pieces of so many tokens: the program of a scan grows with its length.
 MOST_TOKENS = 512
@@ -349,7 +349,7 @@ class CompiledPasses:
             hidden_states, updates = self._run(verifying, (rows, tokens, columns), held, *inputs)
             self.updates = tokens, updates
         else:
-            counted = None if lone else self._padded(torch.tensor(counts), rows)
+            counted = None if lone else self._numbers(counts, rows)
             hidden_states = self._run(reading, (rows, tokens, columns), held, *inputs, counted)
         # 3. Keep it.
         if copied:
@@ -363,7 +363,7 @@ class CompiledPasses:
         tokens, updates = self.updates
         rows = padded_size(len(counts))
         held, copied = self._held(cache, rows, None, writes=True)
-        self._run(accepting, (rows, tokens), (held, updates), self._padded(torch.tensor(counts), rows))
+        self._run(accepting, (rows, tokens), (held, updates), self._numbers(counts, rows))
         if copied:
             self._write_back(cache, held, 0)
         cache.accept(counts)
@@ -379,8 +379,11 @@ class CompiledPasses:
         return padded
 
     def _lengths(self, cache: TwoTowerCache, rows: int) -> torch.Tensor:
-        lengths = cache.host_lengths or []
-        return uploaded([*lengths, *[0] * (rows - len(lengths))], self.device)
+        return self._numbers(cache.host_lengths or [], rows)
+
+    def _numbers(self, numbers: Sequence[int], rows: int) -> torch.Tensor:
+        """One of each row -> (B,) on the device, without waiting for it."""
+        return uploaded([*numbers, *[0] * (rows - len(numbers))], self.device)
 
     def _columns(self, cache: TwoTowerCache, tokens: int) -> int:
         """As many as the cache has, or more if these are too few for `tokens` more, or no power of two."""
@@ -498,7 +501,7 @@ class CompiledPasses:
         else:
             outputs = compiled(self.model, static, *inputs)
         # What a CUDA graph returns, the next one overwrites.
-        return _cloned(outputs) if self.device.type == "cuda" else outputs
+        return with_own_memory(outputs) if self.device.type == "cuda" else outputs
 
     def _run_recorded(self, program: Callable[..., Any], name: str, key: Any, static: Any, inputs: Any) -> Any:
         programs = self.programs
@@ -520,7 +523,7 @@ class CompiledPasses:
             recordings.append(recording)
         outputs = recording(inputs)
         # The next pass of the kind overwrites them; the states' updates are used up before.
-        return (outputs[0].clone(), outputs[1]) if isinstance(outputs, tuple) else _cloned(outputs)
+        return (outputs[0].clone(), outputs[1]) if isinstance(outputs, tuple) else with_own_memory(outputs)
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[None]:
@@ -632,14 +635,6 @@ def _content(layer: Any) -> Any:
 
 def _is_inference(held: LayerContent) -> bool:
     return held is not None and any(part.is_inference() for part in held)
-
-
-def _cloned(outputs: Any) -> Any:
-    if isinstance(outputs, torch.Tensor):
-        return outputs.clone()
-    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
-        return type(outputs)(*map(_cloned, outputs))
-    return type(outputs)(map(_cloned, outputs)) if isinstance(outputs, tuple | list) else outputs
 
 
 __all__ = ["CompiledPasses", "NotCompiled", "check_can_compile", "compile_arguments", "padded_size", "programs_of"]

@@ -198,9 +198,11 @@ def costs_of(
     kept: dict[str, PassCosts] = vars(model).setdefault("_kept_pass_costs", Kept())
     description = _description(model)
     key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    costs = None if missing == "anew" else kept.get(key)
-    if missing != "anew" and (costs is None or costs.lacks(lengths, buckets)):
-        costs = _merged_costs(costs, _from_file(pass_costs_file(), key))
+    costs: PassCosts | None = None
+    if missing != "anew":
+        costs = kept.get(key)
+        if costs is None or costs.lacks(lengths, buckets):
+            costs = _merged_costs(costs, _from_file(pass_costs_file(), key))
     if costs is None or costs.lacks(lengths, buckets):
         if missing == "none":
             return None

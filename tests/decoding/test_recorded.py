@@ -1,40 +1,18 @@
 """`generate(..., compile=True)` on a GPU: the texts of eager passes, by passes recorded as CUDA graphs."""
 
 from itertools import pairwise
-from random import Random
 
 import fake_graphs
 import pytest
 import torch
-from mixed_requests import MODES, differences, mixed_model, mixed_request
+from mixed_requests import MODES, differences
+from programs import IDS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
 from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import CompileConfig, StoppingCriteria
 from transformers.utils import logging
 
 from twotower import TwoTowerEngine
 from twotower.decoding.compiled import records_passes
-
-SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 20, "seed": 5}
-# Prompts of 11, 6 and 2 tokens.
-IDS = random_ids(3, 11)
-MASK = torch.ones_like(IDS)
-MASK[1, :5] = MASK[2, :9] = 0
-KNOBS = {"mask_diffusion": {"confidence_threshold": 0.1}, "self_speculative": {"draft_length": 4, "draft_steps": 2}}
-
-
-def text_of(model, mode, **flags):
-    flags = {
-        "attention_mask": MASK,
-        "max_new_tokens": 14,
-        "return_dict_in_generate": True,
-        **KNOBS.get(mode, {}),
-        **flags,
-    }
-    return model.generate(flags.pop("input_ids", IDS), mode=mode, **flags)
-
-
-def small_model(pattern="M*E", **fields):
-    return without_special_tokens(tiny_model(hybrid_override_pattern=pattern, **fields))
 
 
 @pytest.fixture
@@ -94,16 +72,7 @@ def test_shorter_fewer_and_longer_texts_after_each_other(graphs):
 
 
 def test_mixed_requests_that_join_and_leave_get_what_they_get_alone(graphs):
-    model, rng = mixed_model(), Random(3)
-    requests = [mixed_request(rng) for _ in range(20)]
-    alone = [model.generate(request.ids, **request.arguments()) for request in requests]
-    with TwoTowerEngine(model, slots=5) as engine:
-        handles = [
-            engine.add_request(request.ids, **request.arguments(), compile=number % 3 > 0)
-            for number, request in enumerate(requests)
-        ]
-        for handle, request, expected in zip(handles, requests, alone, strict=True):
-            assert not differences(handle.result(timeout=600), expected), request.plain
+    assert_mixed_requests_get_what_they_get_alone(20, made=lambda: graphs.made)
     assert graphs.made > 5
 
 
