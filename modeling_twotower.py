@@ -1411,7 +1411,7 @@ def _all_experts(
     up_proj, down_proj = experts.up_proj, experts.down_proj
     shares = weights.new_zeros(len(weights), len(up_proj)).scatter(1, indices, weights)
     activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))  # (T, E * I)
-    by_expert = activated.view(len(weights), len(up_proj), -1).transpose(0, 1)
+    by_expert = activated.unflatten(-1, (len(up_proj), -1)).transpose(0, 1)  # (E, T, I); of no token, too
     outputs = torch.bmm(by_expert, down_proj.transpose(1, 2))  # (E, T, H)
     # What an expert that was not chosen makes of a token may be no number.
     weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)

@@ -3,7 +3,8 @@ What this model does on a GPU, for whoever gets one for ten minutes: written to 
 --json says.
 
     python benchmarks/gpu.py              everything, at the released geometry, with bfloat16 weights that are random
-    python benchmarks/gpu.py --compiled   instead, both towers with compiled passes; an hour, most of it compiling
+    python benchmarks/gpu.py --compiled   instead, both towers by a compiler's passes; an hour, most of it compiling
+    python benchmarks/gpu.py --only ...   these sections alone, such as: goldens kernels
     python benchmarks/gpu.py --dry-run    the same code at toy sizes, on a CPU in seconds; so without a GPU, too
 
 Predictions are in the file before anything is measured; each outcome comes beside its prediction, as soon as it is
@@ -67,8 +68,7 @@ KERNELS = {"ar step": 1065, "block pass": 1275, "block read": 1140}
 # Below these bytes of GPU memory the towers share their weights, or are not run at all.
 BOTH_TOWERS, ONE_TOWER = 135e9, 70e9
 
-FASTEST = {"ssd_step": "mamba-ssm", "ssd_scan": "triton", "ssd_state": "triton"}
-FASTEST |= {"gated_rms_norm": "mamba-ssm", "rms_norm": "mamba-ssm"}
+# On a GPU timed by eager passes, too.
 EAGER = ("ar", "mask_diffusion, 2.5 tokens per pass")
 
 # Seconds that a section's process may take to begin.
@@ -684,8 +684,7 @@ def measure_towers(bench: Bench) -> None:
         model.set_kernels("torch")
         found["passes, torch"] = time_passes(bench, model, rows)
         bench.record(outcome)
-        if bench.device.type == "cuda":
-            model.set_kernels(FASTEST)
+        model.set_kernels("auto")
         found["passes"] = time_passes(bench, model, rows)
         bench.record(outcome)
         speeds_by_way(bench, model, rows, found)

@@ -123,7 +123,7 @@ def generate(
     ] = "both",
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Run compiled passes: worth it for much text, as compiling takes minutes."),
+        typer.Option("--compile", help="Run compiled passes: a GPU records them at once, a compiler takes minutes."),
     ] = False,
 ) -> None:
     """
@@ -211,6 +211,9 @@ def info(
     costs: Annotated[
         bool, typer.Option("--costs", help="Load the model, too, and show what its passes cost on this machine.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --costs, measure them anew; those kept are dropped.")
+    ] = False,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Show instead who computes each operation here, and what else could.")
     ] = False,
@@ -220,6 +223,8 @@ def info(
     from ..configuration_twotower import TwoTowerConfig
     from .terminal import output_console, show_table
 
+    if measure and not costs:
+        raise ValueError("--measure is about costs of passes; give --costs, too, or leave it out")
     if kernels:
         _show_kernels(output_console())
         return
@@ -232,7 +237,7 @@ def info(
     show_table(console, "Parameters, and those active for one token", *inspection.parameter_table(size))
     show_table(console, f"Memory in {name}", *inspection.memory_table(config, size, memory_dtype))
     if costs:
-        _show_costs(model, console)
+        _show_costs(model, measure, console)
 
 
 @app.command()
@@ -548,7 +553,7 @@ def _generate_lines(
         raise typer.Exit(1)
 
 
-def _show_costs(model: str | None, console: Any) -> None:
+def _show_costs(model: str | None, anew: bool, console: Any) -> None:
     """Milliseconds per pass, by which drafts are chosen: those kept, measured now where there are none."""
     from ..decoding.pass_costs import costs_of, pass_costs_file
     from .terminal import show_table
@@ -556,7 +561,7 @@ def _show_costs(model: str | None, console: Any) -> None:
     if model is not None and Path(model).expanduser().is_file():
         raise ValueError(f"{model} is a config alone, whose passes can not be timed; give a folder with weights")
     two_towers, _ = _load(model)
-    known = costs_of(two_towers, two_towers.config.block_size, rows=16)
+    known = costs_of(two_towers, two_towers.config.block_size, rows=16, missing="anew" if anew else "measure")
     assert known is not None
     title = f"Milliseconds per pass in {str(two_towers.dtype).removeprefix('torch.')} (kept in {pass_costs_file()})"
     header, rows = known.table()

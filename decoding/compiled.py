@@ -24,7 +24,7 @@ from transformers import CompileConfig
 from ..cache_twotower import KeyValueLayer, KeyValues, KeyValueSlot, MambaLayer, MambaState, TwoTowerCache, uploaded
 from ..compat_twotower import tqdm
 from .kept import Kept
-from .recorded import Recording, Weights
+from .recorded import Recording, Weights, with_own_memory
 
 # Longer chunks are read in pieces of so many tokens: the program of a scan grows with its length.
 MOST_TOKENS = 512
@@ -123,7 +123,9 @@ class Programs(Kept):
         self.weights_state: Any = None
         self.prepared: dict[Any, Any] = {}  # by module what recordings find prepared of its weights
         self.pool: Any = None  # of memory
-        self.spare: Sequence[LayerContent] = ()  # by layer buffers of a cache that nobody has any more
+        # By layer what a cache has left that nobody has any more: states, and by their columns keys and values.
+        self.spare: Sequence[LayerContent] = ()
+        self.rooms: dict[int, list[LayerContent]] = {}
         self.user: ref[CompiledPasses] | None = None  # whose passes these are now: they share memory
 
     def taken(self, user: "CompiledPasses") -> "Programs":
@@ -262,6 +264,7 @@ class CompiledPasses:
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
         self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
+        self.own: dict[int, KeyValues] = {}  # by layer's id, those made here, which nobody can want back
         self.first: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}  # by sizes, see `_first_rows`
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
         self.records = False
@@ -346,7 +349,7 @@ class CompiledPasses:
             hidden_states, updates = self._run(verifying, (rows, tokens, columns), held, *inputs)
             self.updates = tokens, updates
         else:
-            counted = None if lone else self._padded(torch.tensor(counts), rows)
+            counted = None if lone else self._numbers(counts, rows)
             hidden_states = self._run(reading, (rows, tokens, columns), held, *inputs, counted)
         # 3. Keep it.
         if copied:
@@ -360,7 +363,7 @@ class CompiledPasses:
         tokens, updates = self.updates
         rows = padded_size(len(counts))
         held, copied = self._held(cache, rows, None, writes=True)
-        self._run(accepting, (rows, tokens), (held, updates), self._padded(torch.tensor(counts), rows))
+        self._run(accepting, (rows, tokens), (held, updates), self._numbers(counts, rows))
         if copied:
             self._write_back(cache, held, 0)
         cache.accept(counts)
@@ -376,8 +379,11 @@ class CompiledPasses:
         return padded
 
     def _lengths(self, cache: TwoTowerCache, rows: int) -> torch.Tensor:
-        lengths = cache.host_lengths or []
-        return uploaded([*lengths, *[0] * (rows - len(lengths))], self.device)
+        return self._numbers(cache.host_lengths or [], rows)
+
+    def _numbers(self, numbers: Sequence[int], rows: int) -> torch.Tensor:
+        """One of each row -> (B,) on the device, without waiting for it."""
+        return uploaded([*numbers, *[0] * (rows - len(numbers))], self.device)
 
     def _columns(self, cache: TwoTowerCache, tokens: int) -> int:
         """As many as the cache has, or more if these are too few for `tokens` more, or no power of two."""
@@ -457,10 +463,12 @@ class CompiledPasses:
             elif isinstance(layer, KeyValueLayer) and columns is not None:
                 held = layer.buffers or self._template(idx)
                 if len(held.key) < rows or held.key.shape[2] != columns:
-                    grown = KeyValueLayer().reserve(held, max(rows, len(held.key)), columns)
+                    grown = self._grown(layer, idx, held, max(rows, len(held.key)), columns)
                     for old, new in zip(held, grown, strict=True):
                         new[: len(old), :, : old.shape[2]] = old
-                    layer.buffers = grown
+                    if self.records and self.own.get(id(layer)) is layer.buffers is not None:
+                        self._leave(idx, held, len(whole.layers))
+                    layer.buffers = self.own[id(layer)] = grown
 
     def _template(self, layer_idx: int) -> Any:
         """What a layer will hold, of no rows, as a pass over one token shows it."""
@@ -471,8 +479,8 @@ class CompiledPasses:
         return self.templates[layer_idx]
 
     def _static(self, held: Any) -> Any:
-        """For CUDA graphs, which would copy what they write to, or not be made."""
-        if self.device.type == "cuda":
+        """For a compiler's CUDA graphs, which would copy what they write to, or not be made."""
+        if self.device.type == "cuda" and not self.records:
             for part in held:
                 torch._dynamo.mark_static_address(part, guard=False)
         return held
@@ -493,7 +501,7 @@ class CompiledPasses:
         else:
             outputs = compiled(self.model, static, *inputs)
         # What a CUDA graph returns, the next one overwrites.
-        return _cloned(outputs) if self.device.type == "cuda" else outputs
+        return with_own_memory(outputs) if self.device.type == "cuda" else outputs
 
     def _run_recorded(self, program: Callable[..., Any], name: str, key: Any, static: Any, inputs: Any) -> Any:
         programs = self.programs
@@ -515,7 +523,7 @@ class CompiledPasses:
             recordings.append(recording)
         outputs = recording(inputs)
         # The next pass of the kind overwrites them; the states' updates are used up before.
-        return (outputs[0].clone(), outputs[1]) if isinstance(outputs, tuple) else _cloned(outputs)
+        return (outputs[0].clone(), outputs[1]) if isinstance(outputs, tuple) else with_own_memory(outputs)
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[None]:
@@ -533,6 +541,12 @@ class CompiledPasses:
             ):
                 raise
             reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
+            if self.records:
+                raise NotCompiled(
+                    f"the pass {name} could not be recorded as a CUDA graph: {reason}. Leave compile out, load the "
+                    "model in bfloat16 (of other dtypes the host may wait for the experts' choice), or have the pass "
+                    "compiled by compile_config=CompileConfig()"
+                ) from error
             raise NotCompiled(
                 f"the pass {name} could not be compiled: {reason}. Leave compile out, or choose how to compile by "
                 "compile_config=CompileConfig(...); on a CPU, inductor needs a C++ compiler (g++, or the one that the "
@@ -548,21 +562,34 @@ class CompiledPasses:
         spare, whole = self.programs.spare, cache if cache.whole is None else cache.whole
         if not spare or not self.records or whole.width > 0:
             return
-        self.programs.spare = []
         rows = padded_size(whole.batch_size)
         expected = max([layer.expected for layer in whole.layers if isinstance(layer, KeyValueLayer)], default=0)
-        columns = padded_size(max(expected, tokens), LEAST_COLUMNS)
-        held = [each for each in spare if each is not None]
-        too_wide = any(isinstance(each, KeyValues) and each.key.shape[2] > columns for each in held)
-        if too_wide or any(len(each[0]) < rows for each in held):
-            return
-        for layer, content in zip(whole.layers, spare, strict=True):
-            for part in content or ():
+        room = self.programs.rooms.pop(padded_size(max(expected, tokens), LEAST_COLUMNS), [])
+        self.programs.spare = ()
+        for contents in (spare, room):
+            if any(len(each[0]) < rows for each in contents if each is not None):
+                continue
+            for layer, content in zip(whole.layers, contents, strict=False):
+                if content is not None:
+                    for part in content:
+                        part.zero_()
+                    if isinstance(layer, KeyValueLayer):
+                        layer.buffers = self.own[id(layer)] = cast(KeyValues, content)
+                    else:
+                        layer.state, layer.shared = cast(MambaState, content), False
+
+    def _grown(self, layer: Any, layer_idx: int, held: KeyValues, rows: int, columns: int) -> KeyValues:
+        """Zeros for keys and values to grow into; where passes are recorded, in their place of the last time."""
+        known = self.programs.rooms.get(columns) if self.records else None
+        there = known[layer_idx] if known else None
+        if there is not None and len(there[0]) >= rows and there[0].shape[1::2] == held.key.shape[1::2]:
+            known[layer_idx] = None  # type: ignore[index]
+            for part in there:
                 part.zero_()
-            if isinstance(layer, KeyValueLayer):
-                layer.buffers = cast(KeyValues | None, content)
-            elif isinstance(layer, MambaLayer):
-                layer.state, layer.shared = cast(MambaState | None, content), False
+            grown = cast(KeyValues, there)
+        else:
+            grown = KeyValueLayer().reserve(held, rows, columns)
+        return grown
 
     def close(self, cache: TwoTowerCache) -> None:
         """Nothing is to be compiled, nor rows to be copied, soon; a cache that nobody keeps leaves its buffers."""
@@ -575,13 +602,20 @@ class CompiledPasses:
         # States that an eager pass has left may be of inference mode, and could not be written to.
         kept = any(getattr(each, "shared", False) or _is_inference(_content(each)) for each in cache.layers)
         if cache.batch_size == 0 and not kept:
-            self.programs.spare = [_content(layer) for layer in cache.layers]
-            for held in cache.layers:
+            self.programs.spare = [getattr(layer, "state", None) for layer in cache.layers]
+            for idx, held in enumerate(cache.layers):
                 if isinstance(held, KeyValueLayer):
+                    if held.buffers is not None:
+                        self._leave(idx, held.buffers, len(cache.layers))
                     held.buffers = None
                 elif isinstance(held, MambaLayer):
                     held.state = None
+        self.own = {}
         self._close_bar()
+
+    def _leave(self, layer_idx: int, held: KeyValues, layers: int) -> None:
+        """Nobody has these keys and values any more."""
+        self.programs.rooms.setdefault(held.key.shape[2], [None] * layers)[layer_idx] = held
 
     def _close_bar(self) -> None:
         if self.bar is not None:
@@ -601,14 +635,6 @@ def _content(layer: Any) -> Any:
 
 def _is_inference(held: LayerContent) -> bool:
     return held is not None and any(part.is_inference() for part in held)
-
-
-def _cloned(outputs: Any) -> Any:
-    if isinstance(outputs, torch.Tensor):
-        return outputs.clone()
-    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
-        return type(outputs)(*map(_cloned, outputs))
-    return type(outputs)(map(_cloned, outputs)) if isinstance(outputs, tuple | list) else outputs
 
 
 __all__ = ["CompiledPasses", "NotCompiled", "check_can_compile", "compile_arguments", "padded_size", "programs_of"]

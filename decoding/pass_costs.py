@@ -174,7 +174,7 @@ class PassCosts:
 
 
 def costs_of(
-    model: Any, block_size: int, rows: int, missing: Literal["measure", "refuse", "none"] = "measure"
+    model: Any, block_size: int, rows: int, missing: Literal["measure", "anew", "refuse", "none"] = "measure"
 ) -> PassCosts | None:
     """
     What passes over up to `rows` rows cost: as set by the user, as kept with the model or in a file, or measured now.
@@ -187,7 +187,8 @@ def costs_of(
         block_size: the longest draft, its newest known token included.
         rows: the most rows that are decoded at once.
         missing: what to do about passes that were never measured: measure them, "refuse" with a ValueError, or return
-            None ("none"). Ranks that must take the same passes can not measure.
+            None ("none"). Ranks that must take the same passes can not measure. With "anew" all are measured, and
+            what was kept is dropped, for when that was measured beside other work.
     """
     lengths, buckets = draft_lengths(block_size), row_buckets(rows)
     chosen = getattr(model, "pass_costs", None)
@@ -197,9 +198,11 @@ def costs_of(
     kept: dict[str, PassCosts] = vars(model).setdefault("_kept_pass_costs", Kept())
     description = _description(model)
     key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    costs = kept.get(key)
-    if costs is None or costs.lacks(lengths, buckets):
-        costs = _merged_costs(costs, _from_file(pass_costs_file(), key))
+    costs: PassCosts | None = None
+    if missing != "anew":
+        costs = kept.get(key)
+        if costs is None or costs.lacks(lengths, buckets):
+            costs = _merged_costs(costs, _from_file(pass_costs_file(), key))
     if costs is None or costs.lacks(lengths, buckets):
         if missing == "none":
             return None

@@ -62,7 +62,7 @@ class Recording:
         pool: Any,
     ):
         self.static, self.places = static, _where_they_lie(static)
-        self.inputs = tree_map(_copied_input, list(inputs))
+        self.inputs = with_own_memory(list(inputs))
         self.prepared = list(found.values())
         prepared.by_module = found
         try:
@@ -81,7 +81,8 @@ class Recording:
 
     def _run_once(self, program: Callable[..., Any], model: Any) -> None:
         """Kernels are loaded, and libraries given memory, in a first pass, which must not count."""
-        states = [part for state in _states(self.static) for part in state]
+        leaves = tree_leaves(self.static, is_leaf=lambda each: isinstance(each, MambaState))
+        states = [part for leaf in leaves if isinstance(leaf, MambaState) for part in leaf]
         before = [state.clone() for state in states]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -106,8 +107,9 @@ class Recording:
         return self.outputs
 
 
-def _copied_input(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def with_own_memory(tensors: Any) -> Any:
+    """Copies of tensors, in lists and tuples as they are in."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tensors)
 
 
 def _where_they_lie(tensors: Any) -> list[Any]:
@@ -117,11 +119,4 @@ def _where_they_lie(tensors: Any) -> list[Any]:
     ]
 
 
-def _states(static: Any) -> list[MambaState]:
-    """Wherever they are in lists and tuples."""
-    if isinstance(static, MambaState):
-        return [static]
-    return [state for each in static for state in _states(each)] if isinstance(static, list | tuple) else []
-
-
-__all__ = ["Recording", "Weights"]
+__all__ = ["Recording", "Weights", "with_own_memory"]

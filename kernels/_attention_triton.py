@@ -35,7 +35,6 @@ if triton is not None:
         mask,
         starts,
         rows,
-        row_heads,
         row_mask,
         queries,
         means,
@@ -70,7 +69,7 @@ if triton is not None:
         length = limit
         if ENDED:
             length = tl.load(starts + row)
-        # The last column that a query sees, and one behind it.
+        # Behind the last column that each query sees.
         seen = length + tl.zeros((ROWS,), tl.int64)
         if CAUSAL:
             seen = length + queries + 1
@@ -160,7 +159,7 @@ if triton is not None:
             if WITHIN:
                 limit = context - tokens
             attend_to_columns(
-                query, context_key, context_value, context_mask, lengths, rows, GROUP, row_mask, queries,
+                query, context_key, context_value, context_mask, lengths, rows, row_mask, queries,
                 means, log_sums, part * span, tl.minimum((part + 1) * span, context), part, parts,
                 context_key_row, context_key_head, context_key_column,
                 context_value_row, context_value_head, context_value_column, context_mask_row, scale, limit,
@@ -171,7 +170,7 @@ if triton is not None:
             if CAUSAL:
                 limit = 0
             attend_to_columns(
-                query, key, value, block_mask, lengths, rows, GROUP, row_mask, queries,
+                query, key, value, block_mask, lengths, rows, row_mask, queries,
                 means, log_sums, 0, tokens, part, parts,
                 key_row, key_head, key_column, value_row, value_head, value_column, block_mask_row, scale, limit,
                 CAUSAL, False, BLOCK_MASKED, D, ROWS, D_TILE, COLUMN_TILE, PRECISION,
@@ -287,6 +286,17 @@ def triton_cannot_attend(
     """Why the kernels above cannot take these arguments of [`block_attention`]; None if they can."""
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes in float32, the queries are {query.dtype}"
+    return kernels_cannot_attend(query, key, value, context_key, context_value)
+
+
+def kernels_cannot_attend(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    context_key: torch.Tensor | None,
+    context_value: torch.Tensor | None,
+) -> str | None:
+    """Why neither the kernels above nor flash-attn's can take such tensors; None if they can."""
     if query.shape[3] > 256:
         return f"takes heads of at most 256 dimensions, these have {query.shape[3]}"
     if 0 in query.shape:
@@ -298,4 +308,4 @@ def triton_cannot_attend(
     return None
 
 
-__all__ = ["attention_with_triton", "triton_cannot_attend"]
+__all__ = ["attention_with_triton", "kernels_cannot_attend", "triton_cannot_attend"]

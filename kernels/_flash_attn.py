@@ -18,6 +18,8 @@ from importlib import import_module
 
 import torch
 
+from ._attention_triton import kernels_cannot_attend
+
 
 def attention_with_flash_attn(
     query: torch.Tensor,
@@ -107,18 +109,9 @@ def flash_attn_cannot(
     """Why it cannot take these arguments of [`block_attention`]; None if it can."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, the queries are {query.dtype}"
-    if query.shape[3] > 256:
-        return f"takes heads of at most 256 dimensions, these have {query.shape[3]}"
     if context_mask is not None or (causal and block_mask is not None):
         return "takes rows that differ in length by their lengths, not by a mask"
-    if 0 in query.shape:
-        return "needs at least one row and one token"
-    if context_key is not None and len(context_key) != len(query):
-        return f"has {len(query)} rows share {len(context_key)} of context, which is for training alone"
-    parts = (key, value, context_key, context_value)
-    if any(part is not None and part.stride(3) != 1 for part in parts):
-        return "wants each head's dimensions together in memory"
-    return None
+    return kernels_cannot_attend(query, key, value, context_key, context_value)
 
 
 __all__ = ["attention_with_flash_attn", "flash_attn_cannot"]

@@ -10,9 +10,12 @@ import glob
 import multiprocessing
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -204,7 +207,40 @@ class Workers:
 
     def submit(self, examples: list[tuple[int, dict[str, Any]]]) -> Iterator[list[Document]]:
         """Each example's documents, in their order; the work begins at once."""
-        return self.executor.map(_documents_of, examples, chunksize=self.AT_A_TIME)
+        with _workers_hold(), _without_interrupts():
+            return self._made(self.executor.map(_documents_of, examples, chunksize=self.AT_A_TIME))
+
+    def _made(self, coming: Iterator[list[Document]]) -> Iterator[list[Document]]:
+        with _workers_hold():
+            yield from coming
+
+    def close(self) -> None:
+        """Nothing more is wanted: what has not begun is left, which this process would wait for as it ends."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _workers_hold() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that makes documents has been ended, for example for memory; give fewer data.workers, or 0 (a "
+            'script of yours needs `if __name__ == "__main__":` around what trains)'
+        ) from error
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that begin within never see Ctrl-C, which a terminal sends to all: they end with this one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield  # on Windows
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(documents: Documents) -> None:
@@ -255,6 +291,11 @@ class Batches:
             self.documents.examples.load_state(self.start)
             self._start_pool()
         self.done = position["done"]
+
+    def close(self) -> None:
+        """No batch is wanted any more."""
+        if self.workers is not None:
+            self.workers.close()
 
     def __next__(self) -> dict[str, Any]:
         if self.done == len(self.batches):

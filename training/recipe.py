@@ -7,6 +7,7 @@ import difflib
 import re
 import types
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -312,6 +313,8 @@ def recipe_of(content: Any, origin: str = "the recipe") -> Recipe:
 
 def changed_key(before: dict[str, Any], recipe: Recipe) -> tuple[str, Any, Any] | None:
     """The first key that a recipe has otherwise than an earlier one, and both values; not one that changes nothing."""
+    with suppress(ValueError):  # of keys that there are no more
+        before = asdict(recipe_of(before))  # with what has come to recipes since
     old, new = _flat(before), _flat(asdict(recipe))
     for key in sorted(old.keys() | new.keys()):
         if FREE_KEYS.isdisjoint((key, key.split(".")[0])) and old.get(key) != new.get(key):

@@ -8,7 +8,7 @@ accumulation would.
 import hashlib
 import json
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,8 @@ def train(recipe: Recipe) -> Path:
             clean(folder)
         accelerator.wait_for_everyone()
         run = Run(recipe, folder, accelerator)
-        run.go()
+        with closing(run.batches):
+            run.go()
         accelerator.wait_for_everyone()
     return folder / run.finished
 
@@ -250,14 +251,15 @@ class Run:
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
         number, world = 0, self.accelerator.num_processes
         self.model.eval()
-        while True:
-            batch = next(batches)
-            if batches.epoch:
-                break
-            if number % world == self.accelerator.process_index:
-                batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
-                sums += self._evaluated(batch)
-            number += 1
+        with closing(batches):
+            while True:
+                batch = next(batches)
+                if batches.epoch:
+                    break
+                if number % world == self.accelerator.process_index:
+                    batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
+                    sums += self._evaluated(batch)
+                number += 1
         self.model.train()
         self.balancer.loads.clear()
         loss, items = self.accelerator.reduce(sums, "sum").tolist()

@@ -97,6 +97,8 @@ def test_the_dry_run_leaves_a_record_of_every_section(gpu, dry_run):
     assert len(outcomes["memory"]) == 3
     for rows in sizes.rows:
         found = outcomes["towers"][f"{rows} rows"]
+        passes = [found.pop(name) for name in ("passes, torch", "passes")]
+        assert all(list(each) == ["ar step", "block pass", "block read"] for each in passes)
         assert list(found) == list(gpu.tower_ways())
         for way, figures in found.items():
             passes, tokens = figures["denoiser_forwards"], rows * sizes.new_tokens

@@ -211,6 +211,8 @@ def test_info_shows_costs_of_passes_and_keeps_them(tmp_path, checkpoint, monkeyp
     assert kinds.count("verify") == kinds.count("denoise") > kinds.count("step") == 1
     assert (tmp_path / "twotower" / "pass_costs.json").is_file()
     assert run("info", checkpoint, "--costs").stdout == first
+    assert run("info", checkpoint, "--costs", "--measure").stdout != first
+    assert "give --costs, too" in run("info", checkpoint, "--measure", code=2).stderr
     alone = run("info", checkpoint / "config.json", "--costs", code=2).stderr
     assert "config alone" in alone and "give a folder with weights" in alone
 
@@ -219,7 +221,7 @@ def test_info_shows_who_computes_what():
     shown = run("info", "--kernels").stdout
     rows = [line.split() for line in shown.splitlines()]
     assert ["ssd_scan", "torch", "everywhere", "everywhere"] in rows
-    assert "never timed on a GPU" in next(line for line in shown.splitlines() if line.split()[:1] == ["triton"])
+    assert "never timed on a GPU" in next(line for line in shown.splitlines() if line.split()[:1] == ["flash-attn"])
     packages = shown.split("Packages")[1]
     assert all(name in packages for name in ("triton", "mamba-ssm", "causal-conv1d", "flash-attn"))
     assert "hidden size" not in shown

@@ -3,11 +3,11 @@
 import copy
 import json
 import pickle
-from random import Random
 
 import pytest
 import torch
-from mixed_requests import MODES, differences, mixed_model, mixed_request
+from mixed_requests import MODES, differences
+from programs import IDS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
 from safetensors.torch import load_file
 from tiny import random_block, random_ids, tiny_model, without_special_tokens
 from tolerances import assert_close
@@ -20,29 +20,6 @@ from twotower.cache_twotower import KeyValues, TwoTowerCache
 from twotower.decoding import compiled
 from twotower.decoding.compiled import CompiledPasses, compile_arguments, padded_size, programs_of
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
-
-SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 20, "seed": 5}
-# Prompts of 11, 6 and 2 tokens.
-IDS = random_ids(3, 11)
-MASK = torch.ones_like(IDS)
-MASK[1, :5] = MASK[2, :9] = 0
-# Of each mode, so that it denoises where it does.
-KNOBS = {
-    "ar": {},
-    "mock_ar": {},
-    "mask_diffusion": {"confidence_threshold": 0.1},
-    "self_speculative": {"draft_length": 4, "draft_steps": 2},
-}
-
-
-def text_of(model, mode, **flags):
-    flags = {"attention_mask": MASK, "max_new_tokens": 14, "return_dict_in_generate": True, **KNOBS[mode], **flags}
-    return model.generate(flags.pop("input_ids", IDS), mode=mode, **flags)
-
-
-def small_model(pattern="M*E", **fields):
-    """Of few layers, since every one is traced for every program."""
-    return without_special_tokens(tiny_model(hybrid_override_pattern=pattern, **fields))
 
 
 class Shapes:
@@ -166,19 +143,8 @@ def test_goldens_token_for_token_with_their_passes(goldens, shapes):
 
 
 def test_mixed_requests_that_join_and_leave_get_what_they_get_alone(shapes):
-    """Of every mode, with processors, criteria and callbacks of the user's; some of them do not ask for programs."""
-    model, rng = mixed_model(), Random(3)
-    requests = [mixed_request(rng) for _ in range(30)]
-    alone = [model.generate(request.ids, **request.arguments()) for request in requests]
-    assert not shapes.programs
-    with TwoTowerEngine(model, slots=5) as engine:
-        handles = [
-            engine.add_request(request.ids, **request.arguments(), compile=number % 3 > 0)
-            for number, request in enumerate(requests)
-        ]
-        for handle, request, expected in zip(handles, requests, alone, strict=True):
-            assert not differences(handle.result(timeout=600), expected), request.plain
-    assert len(shapes.programs) == len(set(shapes.programs)) and shapes.calls > len(requests)
+    assert_mixed_requests_get_what_they_get_alone(30, made=lambda: len(shapes.programs))
+    assert len(shapes.programs) == len(set(shapes.programs)) and shapes.calls > 30
 
 
 def test_code_of_the_users_is_asked_what_it_is_asked_beside_eager_passes(shapes):

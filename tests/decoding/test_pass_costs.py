@@ -127,6 +127,18 @@ def test_what_is_measured_is_kept_with_the_model_and_in_the_file(model, measured
     assert measured == [(1, 4), (1, 4, 16)]
 
 
+def test_anew_means_that_what_was_kept_is_dropped(model, measured):
+    costs_of(model, 4, 16)
+    costs_of(model, 4, 2, missing="anew")
+    assert measured == [row_buckets(16), row_buckets(2)]
+    assert costs_of(model, 4, 2) is costs_of(model, 4, 2) and len(measured) == 2
+    vars(model).pop("_kept_pass_costs")
+    costs_of(model, 4, 2)
+    assert len(measured) == 2  # those in the file
+    costs_of(model, 4, 16)
+    assert len(measured) == 3
+
+
 def test_another_geometry_dtype_or_number_of_threads_is_measured_anew(model, measured):
     costs_of(model, 4, rows=1)
     costs_of(tiny_model("only M"), 4, rows=1)

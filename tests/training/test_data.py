@@ -1,6 +1,8 @@
 """Documents from files: every kind, in an order that can be gone on with, and what is refused about them."""
 
 import json
+import os
+import signal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,16 @@ def test_every_document_comes_once_an_epoch(tokenizer, tmp_path):
     assert orders[0] != orders[1] and orders[0] != TEXTS
 
 
+def test_a_rest_too_short_to_be_a_document_stays_with_the_piece_before_it(tokenizer, tmp_path):
+    text = " ".join(TEXTS)
+    ids = tokenizer(text).input_ids
+    size = next(size for size in range(40, 80) if 0 < len(ids) % size < SIZE)
+    recipe = DataRecipe(files=[write(tmp_path, [{"text": text}])], max_tokens=size)
+    pieces = documents(tokenizer, recipe)
+    assert [token for piece in pieces for token in piece.ids] == ids
+    assert len(pieces[-1].ids) == size + len(ids) % size and pieces[-1].ends
+
+
 WRONG = {
     "no such column": ([{"body": "a"}], {}, "has no column 'text', but body; name one in data.text"),
     "no text": ([{"text": TEXTS[0]}, {"text": 3}], {"text": "text"}, "example [12] of .*data.jsonl .*(int|could not)"),
@@ -205,3 +217,30 @@ def test_a_broken_file_is_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"data.jsonl cannot be read") as caught:
         documents(tokenizer, DataRecipe(files=[str(file)]))
     assert "\n" not in str(caught.value)
+
+
+def helped(tokenizer, tmp_path, rows, **options):
+    recipe = DataRecipe(files=[write(tmp_path, rows)], workers=1, min_tokens=1, **options)
+    return Batches(Documents(recipe, tokenizer, SIZE, MASK, 0), BlockCollator(2, SIZE), 4, seed=0)
+
+
+def test_workers_never_see_ctrl_c_and_their_end_is_an_error_of_one_line(tokenizer, tmp_path):
+    batches = helped(tokenizer, tmp_path, [{"text": TEXTS[0]}] * 12, pool=4)
+    next(batches)
+    (worker,) = batches.workers.executor._processes
+    os.kill(worker, signal.SIGINT)
+    next(batches)
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(ValueError, match=r"has been ended.*give fewer data.workers, or 0"):
+        for _ in range(9):
+            next(batches)
+
+
+def test_what_workers_have_not_begun_when_a_run_ends_is_left(tokenizer, tmp_path):
+    batches = helped(tokenizer, tmp_path, [{"text": TEXTS[0]}] * 4000, pool=2000)
+    next(batches)
+    executor = batches.workers.executor
+    coming, manager = list(executor._pending_work_items.values()), executor._executor_manager_thread
+    batches.close()
+    manager.join()
+    assert coming[-1].future.cancelled()

@@ -158,3 +158,10 @@ def test_changed_keys_are_named_and_free_ones_are_not():
     lora = recipe_of(content(model={"checkpoint": "demo", "lora": {}}))
     key, old, new = changed_key(before, lora)
     assert (key.startswith("model.lora") and old is None) or new is None
+
+
+def test_a_run_begun_before_a_key_existed_is_the_same_run():
+    before = asdict(recipe_of(content()))
+    del before["objective"]["full_masks"], before["data"]["workers"]
+    assert changed_key(before, recipe_of(content())) is None
+    assert changed_key(before, recipe_of(content(objective={"full_masks": 0.5}))) == ("objective.full_masks", 0.0, 0.5)
