@@ -36,7 +36,7 @@ def test_the_blocks_run_in_order(capsys):
             exec(compiled, names)
             ran += 1
     without = sum(any(word in code for word in NEEDS) and not can_run(code) for code in BLOCKS)
-    assert (ran + without, len(BLOCKS)) == (10, 11), "one block alone loads the 60B checkpoint"
+    assert (ran + without, len(BLOCKS)) == (11, 12), "one block alone loads the 60B checkpoint"
     shown = capsys.readouterr().out
     assert shown.count("#### 138") >= 3, "also as tokens of a request, and of many"
     assert names["fast"].result().sequences[0, -1] == names["token"], "handed out to the end"
@@ -45,6 +45,7 @@ def test_the_blocks_run_in_order(capsys):
     assert names["output"].sequences.shape[1] > width, "the second turn wrote something"
     assert (names["output"].sequences[:, :width] == names["text"]).all()
     assert names["loss"].isfinite()
+    assert shown.count("def get_scores(scores):") >= 3, "written, with a gap, and with the gap filled"
 
 
 def test_the_blocks_that_begin_with_imports_run_alone():
@@ -52,7 +53,7 @@ def test_the_blocks_that_begin_with_imports_run_alone():
     continued = [
         code for code in BLOCKS if "import" not in code or "output.sequences, next_turn" in code or "Grammar" in code
     ]
-    assert len(continued) == 6
+    assert len(continued) == 7
     for code in BLOCKS:
         if code not in continued and can_run(code):
             exec(code, {})

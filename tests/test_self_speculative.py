@@ -121,9 +121,9 @@ def test_greedy_text_of_many_problems(model, prompts, ar):
     assert all(text[-1] == EOS for text in tokens(ar))
     speculative = answers(model, prompts, batch=40)
     assert tokens(speculative) == tokens(ar)
-    # It is what the mode is for: drafts are kept.
+    # It is what the mode is for: most drafts are kept.
     passes = sum(int(each.output["context_forwards"] + each.output["denoiser_forwards"]) for each in speculative)
-    assert passes < 0.5 * sum(int(each.output["context_forwards"]) for each in ar)
+    assert passes < 0.3 * sum(int(each.output["context_forwards"]) for each in ar)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
