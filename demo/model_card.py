@@ -68,15 +68,15 @@ training tasks.
 """
 TRAINING = """## Training
 
-`twotower train recipes/demo_context.yaml`, then `recipes/demo.yaml`: Muon on hidden matrices, each expert one, AdamW
+`twotower train` with the recipes `demo_context.yaml` and `demo*.yaml` of `recipes/`: Muon on hidden matrices, each expert one, AdamW
 on the rest, experts balanced by bias, warmup-stable-decay. Log: `benchmarks/demo_training.json`.
 
 1. **Context tower**: next-token cross-entropy on answers;
    {context}.
 2. **Denoiser**, a copy of the context tower at first, on the frozen context tower: masked diffusion on answers
    ({objective};
-   blocks of {blocks} tokens, begun where the prompt ends in {aligned:.0%} of the texts, else anywhere);
-   {denoiser}.
+   blocks of {blocks} tokens, begun where the prompt ends in {aligned:.0%} of the texts, else anywhere).
+{denoiser}
 3. **Confidence**: the denoiser's head is divided by {temperature:g} (temperature scaling, chosen on a validation
    seed), because so small a tower is surer than it is right. Predictions stay the same; the default threshold of 0.8
    asks for more certainty than it would without.
@@ -142,11 +142,11 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _training_text(training: dict[str, Any]) -> str:
-    recipe = training["denoiser"]["recipe"]
+    recipe = training["denoiser"][-1]["recipe"]
     sizes = recipe["data"]["block_sizes"] or [16]
     return TRAINING.format(
         context=_run_text(training["context"]),
-        denoiser=_run_text(training["denoiser"]),
+        denoiser="\n".join(f"   - {_run_text(run)}." for run in training["denoiser"]),
         objective=", ".join(f"{name} {value}" for name, value in _chosen(recipe["objective"]).items()),
         blocks=", ".join(map(str, sorted(set(sizes)))),
         aligned=recipe["data"]["aligned"],
@@ -165,13 +165,15 @@ def _wrapped(text: str) -> str:
 
 
 def _run_text(run: dict[str, Any]) -> str:
-    """Steps, tokens, time and loss of one stage."""
+    """Steps, tokens, time and loss of one run, which may have been stopped before its last step."""
     recipe, log = run["recipe"], [line for line in run["log"] if "loss" in line]
     tasks = recipe["batch_size"] * recipe["accumulation"] * run["processes"]
     tokens = mean([line["items"] for line in log]).value or 0.0
     last = mean([line["loss"] for line in log[-10:]])
+    steps = run["step"]
+    planned = "" if steps == recipe["steps"] else f" (of {recipe['steps']:,} planned)"
     return (
-        f"{recipe['steps']:,} steps of {tasks} tasks, about {recipe['steps'] * tokens / 1e6:.1f} M answer tokens, "
+        f"{steps:,} steps of {tasks} tasks{planned}, about {steps * tokens / 1e6:.1f} M answer tokens, "
         f"{log[-1]['seconds'] / 60:.0f} minutes ({run['machine']}); loss {log[0]['loss']:.2f} at first, "
         f"{last.value:.4f} at the end"
     )

@@ -2,11 +2,12 @@
 From finished training runs to the checkpoint that the package embeds, and its card.
 
     python -m twotower.demo.release temperatures DENOISER_RUN/model
-    python -m twotower.demo.release make CONTEXT_RUN DENOISER_RUN FOLDER --temperature T --machines "ONE" "OTHER"
+    python -m twotower.demo.release make FOLDER --temperature T --context RUN "MACHINE" --denoiser RUN "MACHINE"
     twotower eval --unseen --model FOLDER --json benchmarks/demo_eval.json
     python -m twotower.demo.release card FOLDER
 
-The first shows on the validation seed what mask diffusion keeps, and in how many passes, at several temperatures; the
+A denoiser that was trained in several runs, each from the one before, is given as several `--denoiser`, the last of
+which is finished. The first command shows on the validation seed what mask diffusion keeps, and in how many passes, at several temperatures; the
 second writes weights and tokenizer, and what the runs' logs say to benchmarks/demo_training.json; the last writes
 FOLDER/README.md from that, from the figures of `eval` and from benchmarks/demo_ablations.json, where there is one, and
 the table of results into the README.
@@ -102,16 +103,18 @@ def training_facts(run: Path, machine: str) -> dict[str, Any]:
     """Of a run's folder: the recipe it followed, its log, and where it ran."""
     state = json.loads((checkpoints(run)[-1] / STATE).read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {"machine": machine, "processes": state["processes"], "recipe": state["recipe"], "log": log}
+    told = {name: state[name] for name in ("step", "processes", "recipe")}
+    return {"machine": machine, **told, "log": log}
 
 
-def make(context: Path, denoiser: Path, folder: Path, temperature: float, machines: list[str], root: Path) -> None:
+def make(folder: Path, temperature: float, context: list[str], denoiser: list[list[str]], root: Path) -> None:
+    """Of runs, each with the machine it was on: the context tower's, and the denoiser's in order."""
     facts = {
-        "context": training_facts(context, machines[0]),
-        "denoiser": training_facts(denoiser, machines[1]),
+        "context": training_facts(Path(context[0]), context[1]),
+        "denoiser": [training_facts(Path(run), machine) for run, machine in denoiser],
         "temperature": temperature,
     }
-    release(denoiser / "model", folder, temperature)
+    release(Path(denoiser[-1][0]) / "model", folder, temperature)
     write_json(root / TRAINING, facts)
 
 
@@ -134,19 +137,19 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     comparing.add_argument("model", type=Path)
     comparing.add_argument("--values", type=float, nargs="+", default=[1.0, 1.25, 1.5, 1.75, 2.0])
     comparing.add_argument("--problems", type=int, default=400)
-    for name in ("context", "denoiser"):
-        making.add_argument(name, type=Path)
     for part in (making, describing):
         part.add_argument("folder", type=Path)
     making.add_argument("--temperature", type=float, required=True)
-    making.add_argument("--machines", nargs=2, required=True, help="where the two runs were, in words")
+    ran = {"nargs": 2, "metavar": ("RUN", "MACHINE"), "required": True}
+    making.add_argument("--context", **ran, help="the context tower's run, and where it was, in words")
+    making.add_argument("--denoiser", action="append", **ran, help="likewise; once for each of its runs, in order")
     given = parser.parse_args(arguments)
     if given.part == "temperatures":
         torch.set_num_threads(1)
         for skill, rows in compare_temperatures(given.model, given.values, given.problems).items():
             print(skill, *("  ".join(row) for row in rows), sep="\n")
     elif given.part == "make":
-        make(given.context, given.denoiser, given.folder, given.temperature, given.machines, root)
+        make(given.folder, given.temperature, given.context, given.denoiser, root)
     else:
         write_card(given.folder, root)
 

@@ -32,20 +32,24 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tokenizer):
-    """A repository with two runs in it, and what they became."""
+    """A repository with three runs in it, of which one was stopped, and what they became."""
     root = tmp_path_factory.mktemp("root")
     (root / "benchmarks").mkdir()
     (root / "README.md").write_text(f"Before.\n{release.BEGIN}old\n{release.END}\nBehind.\n")
-    for name in ("context", "denoiser"):
+    for name in ("context", "stopped", "denoiser"):
+        state = {"step": 105 if name == "stopped" else 200, "recipe": RECIPE, "processes": 1}
         (root / name / "checkpoint-00000200").mkdir(parents=True)
-        (root / name / "checkpoint-00000200" / "state.json").write_text(json.dumps({"recipe": RECIPE, "processes": 1}))
+        (root / name / "checkpoint-00000200" / "state.json").write_text(json.dumps(state))
         lines = [{"step": 1, "loss": 6.25, "items": 1000, "seconds": 1.0}, {"step": 100, "eval_loss": 9.0}]
         lines += [{"step": 10 * n, "loss": 0.5, "items": 1000, "seconds": 6.0 * n} for n in range(1, 21)]
-        (root / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        taken = lines[:12] if name == "stopped" else lines
+        (root / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in taken))
     tiny_model("all kinds", vocab_size=300, block_size=16).save_pretrained(root / "denoiser" / "model")
     tokenizer.save_pretrained(root / "denoiser" / "model")
-    arguments = ["--temperature", "1.75", "--machines", "a core", "a GPU"]
-    release.main(["make", *(str(root / name) for name in ("context", "denoiser", "made")), *arguments], root)
+    runs = ["--context", str(root / "context"), "a core"]
+    for name, machine in (("stopped", "a GPU"), ("denoiser", "two cores")):
+        runs += ["--denoiser", str(root / name), machine]
+    release.main(["make", str(root / "made"), "--temperature", "1.75", *runs], root)
     return root
 
 
@@ -94,7 +98,9 @@ def test_the_card_says_what_the_files_say(root, tokenizer):
     assert "| `mask_diffusion` | 75.0 ± 21.7 % | 75.0 ± 25.0 % |" in card
     assert "4.00 ± 0.00x" in card and "tokens/s |" not in card
     assert "200 steps of 8 tasks, about 0.2 M answer tokens, 2 minutes (a core); loss 6.25 at first, 0.5000 at" in card
-    assert "2 minutes (a GPU)" in card and "divided by 1.75" in card
+    assert "- 105 steps of 8 tasks (of 200 planned), about 0.1 M answer tokens, 1 minutes (a GPU); loss 6.25" in card
+    assert "- 200 steps of 8 tasks, about 0.2 M answer tokens, 2 minutes (two cores); loss" in card
+    assert "divided by 1.75" in card
     assert (
         "(weighting inverse_timestep, corruptions 2;\n   blocks of 8, 16 tokens" in card and "50% of the texts" in card
     )
