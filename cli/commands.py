@@ -254,7 +254,7 @@ def train(
     """
     Train as a recipe says; called again, it goes on where it was stopped, killed or not.
 
-    The embedded checkpoint is what recipes/demo_context.yaml and then recipes/demo.yaml make.
+    The embedded checkpoint is what recipes/demo_context.yaml, demo.yaml and demo_continued.yaml make.
     """
     from ..training.recipe import HubRecipe, read_recipe
 
@@ -273,7 +273,7 @@ def train(
 def evaluate(
     model: Model = None,
     problems: Annotated[int, typer.Option(help="Held-out tasks of each skill, shared out among the seeds.")] = 2000,
-    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Of the tasks, comma-separated.")] = "2,3,4",
+    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Of the tasks, comma-separated.")] = "101,102,103",
     skills: Annotated[
         str | None, typer.Option("--skills", "--skill", help="words (word problems), code, or both: words,code.")
     ] = None,

@@ -1,6 +1,7 @@
 """The embedded checkpoint on a few tasks that training has not shown, and its card, which is what the files say."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 import twotower
 from twotower.configuration_twotower import TwoTowerConfig
 from twotower.demo.evaluation import MAX_NEW_TOKENS, VALIDATION_SEED
+from twotower.demo.held_out import TRAINED_ON
 from twotower.demo.marking import Marks
 from twotower.demo.model_card import card, results
 from twotower.demo.release import ABLATIONS, BEGIN, END, FIGURES, TRAINING
@@ -53,11 +55,23 @@ def test_card_and_readme_say_what_the_files_say(folder):
     assert BEGIN + results(figures) + END in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_it_was_trained_by_the_recipes():
-    """So that what training has shown can be drawn again."""
+def runs_of_training():
     training = json.loads((ROOT / TRAINING).read_text())
-    for stage, name in (("context", "demo_context"), ("denoiser", "demo")):
-        followed, recipe = training[stage]["recipe"], read_recipe(ROOT / "recipes" / f"{name}.yaml")
-        for key in ("steps", "batch_size", "accumulation", "seed"):
-            assert followed[key] == getattr(recipe, key), (stage, key)
-        assert followed["data"]["generated"] == recipe.data.generated == "tasks"
+    return [training["context"], *training["denoiser"]]
+
+
+def test_it_was_trained_by_the_recipes():
+    runs = {run["recipe"]["seed"]: run["recipe"] for run in runs_of_training()}
+    for name in ("demo_context", "demo", "demo_continued"):
+        recipe = asdict(read_recipe(ROOT / "recipes" / f"{name}.yaml"))
+        for key in ("steps", "batch_size", "accumulation", "objective", "optimizer"):
+            assert runs[recipe["seed"]][key] == recipe[key], (name, key)
+        assert runs[recipe["seed"]]["data"]["generated"] == recipe["data"]["generated"] == "tasks"
+
+
+def test_what_training_has_shown_can_be_drawn_again():
+    drawn = {}
+    for run in runs_of_training():
+        recipe = run["recipe"]
+        drawn[recipe["seed"]] = run["step"] * recipe["batch_size"] * recipe["accumulation"] * run["processes"]
+    assert drawn == TRAINED_ON
