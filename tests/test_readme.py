@@ -48,6 +48,14 @@ def test_the_blocks_run_in_order(capsys):
     assert shown.count("def get_scores(scores):") >= 3, "written, with a gap, and with the gap filled"
 
 
+def test_files_that_are_named_exist():
+    text = README.read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.\w+)*(?:\.(?:py|md|yaml|json|png)|/))`", text))
+    named |= set(re.findall(r"\]\(([\w/.]+)\)", text))
+    missing = {name for name in named if not (README.parent / name).exists()}
+    assert len(named) > 50 and not missing, missing
+
+
 def test_the_blocks_that_begin_with_imports_run_alone():
     """All but the second turn, the grammar, a map of devices and what goes on with the first block's model."""
     continued = [
