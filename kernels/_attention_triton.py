@@ -59,7 +59,6 @@ if triton is not None:
         ROWS: tl.constexpr,
         D_TILE: tl.constexpr,
         COLUMN_TILE: tl.constexpr,
-        PRECISION: tl.constexpr,
     ):
         """Rows of one key/value head over the columns from `first` up to `end`; see `attend` for the rest."""
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -86,7 +85,7 @@ if triton is not None:
                 visible = visible & (tl.load(mask + row * mask_row + column, here, 0) != 0)[None, :]
             held = here[:, None] & here_d[None, :]
             k = tl.load(keys + column[:, None].to(tl.int64) * key_column + d[None, :], held, 0.0)
-            scores = tl.dot(own, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.dot(own, tl.trans(k), input_precision="ieee") * scale
             scores = tl.where(visible, scores, float("-inf"))
             before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
             # Of rows that have seen nothing yet, the largest score is no number to be subtracted.
@@ -95,7 +94,7 @@ if triton is not None:
             decay = tl.exp(before - base)
             total = total * decay + tl.sum(weights, 1)
             v = tl.load(values + column[:, None].to(tl.int64) * value_column + d[None, :], held, 0.0)
-            out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=PRECISION)
+            out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
         base = tl.where(largest == float("-inf"), 0.0, largest)
         mean = out / tl.where(total == 0.0, 1.0, total)[:, None]
         place = rows * parts + part
@@ -144,7 +143,6 @@ if triton is not None:
         ROWS: tl.constexpr,
         D_TILE: tl.constexpr,
         COLUMN_TILE: tl.constexpr,
-        PRECISION: tl.constexpr,
     ):
         """Each program: a row of the batch, a key/value head, a tile of its queries and a part of the columns."""
         tiles = tl.cdiv(GROUP * tokens, ROWS)
@@ -163,7 +161,7 @@ if triton is not None:
                 means, log_sums, part * span, tl.minimum((part + 1) * span, context), part, parts,
                 context_key_row, context_key_head, context_key_column,
                 context_value_row, context_value_head, context_value_column, context_mask_row, scale, limit,
-                WITHIN, ENDED, CONTEXT_MASKED, D, ROWS, D_TILE, COLUMN_TILE, PRECISION,
+                WITHIN, ENDED, CONTEXT_MASKED, D, ROWS, D_TILE, COLUMN_TILE,
             )  # fmt: skip
         else:
             limit = tokens
@@ -173,7 +171,7 @@ if triton is not None:
                 query, key, value, block_mask, lengths, rows, row_mask, queries,
                 means, log_sums, 0, tokens, part, parts,
                 key_row, key_head, key_column, value_row, value_head, value_column, block_mask_row, scale, limit,
-                CAUSAL, False, BLOCK_MASKED, D, ROWS, D_TILE, COLUMN_TILE, PRECISION,
+                CAUSAL, False, BLOCK_MASKED, D, ROWS, D_TILE, COLUMN_TILE,
             )  # fmt: skip
 
     @triton.jit(do_not_specialize=["parts"])
@@ -269,7 +267,6 @@ def attention_tiles(rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]
         "ROWS": row_tile,
         "D_TILE": max(16, triton.next_power_of_2(width)),
         "COLUMN_TILE": 16 if wide else 32 if row_tile == 64 else 64,
-        "PRECISION": "tf32x3",
         "num_warps": 8 if row_tile == 64 else 4,
         "num_stages": 1 if wide else 2,
     }

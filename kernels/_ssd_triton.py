@@ -6,8 +6,9 @@ goes over the state's columns N in parts, so that a large state does not spill r
     y[t] = exp(l[t]) h[0] C[t] + sum_{s <= t} (C[t] . B[s]) exp(l[t] - l[s]) dt[s] x[s] + D x[t],    l = cumsum(dt A)
     h[end] = exp(l[end]) h[0] + sum_{s < end} exp(l[end] - l[s]) dt[s] x[s] B[s]^T
 
-All arithmetic is float32. Products run as three TF32 products each, which is float32 to its last bits: emulated, y is
-within 2e-7 of the largest as with "ieee" products, which use no tensor cores; single TF32 products would lose 4e-4.
+All arithmetic is float32. Of inputs in 16 bits, products run as three TF32 products each, on tensor cores. Of float32
+they do not: emulated, that is float32 to its last bits, but an H200 gave errors of 6e-4 at 64 heads, as if of a single
+TF32 product, for a cause we do not know.
 
 Shapes: B batch, T tokens, H heads, P head dim, G groups, N state.
 """
@@ -182,7 +183,7 @@ def _launch(
     dt, A = dt if dt.stride(2) == 1 else dt.contiguous(), A.contiguous()
     after = x.new_empty(batch, heads, head_dim, states, dtype=torch.float32) if kept else None
     held = None if state is None else state.contiguous()
-    tiles = ssd_tiles(tokens, head_dim)
+    tiles = ssd_tiles(tokens, head_dim, x.dtype)
     grid = (batch, heads, -(-head_dim // tiles["P_TILE"]))
     if batch > 0:
         # Pointers that a flag leaves unread are still to be some tensor's. Triton launches on the current device.
@@ -198,12 +199,12 @@ def _launch(
     return after
 
 
-def ssd_tiles(tokens: int, head_dim: int) -> dict[str, Any]:
+def ssd_tiles(tokens: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """
-    Tile sizes and warps for so many tokens, powers of two of at least 16, as `tl.dot` wants them.
+    Tile sizes and warps for so many tokens of x's dtype, powers of two of at least 16, as `tl.dot` wants them.
 
-    None of these spills registers on sm_80 or sm_90 (`tests/kernels/test_ssd_triton.py` compiles them); they were
-    never timed on a GPU.
+    None of these spills registers on sm_80 or sm_90 (`tests/kernels/test_ssd_triton.py` compiles them);
+    benchmarks/gpu.json has what they take on an H200.
     """
     token_tile = max(16, triton.next_power_of_2(tokens))
     assert token_tile <= TRITON_TOKENS
@@ -211,7 +212,7 @@ def ssd_tiles(tokens: int, head_dim: int) -> dict[str, Any]:
         "T_TILE": token_tile,
         "P_TILE": 16 if head_dim <= 16 or token_tile == 64 else 32,
         "N_TILE": 16,
-        "PRECISION": "tf32x3",
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32x3",
         "num_warps": 4 if token_tile == 16 else 8,
         # Loads ahead of their use would take the registers that products need.
         "num_stages": 1,

@@ -169,7 +169,7 @@ COMPILED = [
 
 
 def ahead(architecture, dtype, tokens, flags):
-    tiles = _ssd_triton.ssd_tiles(tokens, 64)
+    tiles = _ssd_triton.ssd_tiles(tokens, 64, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     types = dict.fromkeys(["x", "B", "C", "D", "y"], "*" + dtype) | {"ends": "*i64"}
     types |= dict.fromkeys(["dt", "A", "state", "state_after"], "*fp32")
