@@ -258,6 +258,9 @@ class TwoTowerEngine:
         request.on_error = partial(self._on_error, handle)
         request.key = _key(request)
 
+    # Within a step, which may be in inference mode: of that mode, nobody could change a result, or train on it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _end(self, handle: RequestHandle, prompts: torch.Tensor | None, request: Request) -> None:
         """All rows of a request have left, as it ended, failed or was cancelled."""
         result, failure = None, None

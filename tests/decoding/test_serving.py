@@ -190,6 +190,33 @@ def test_a_handle_is_a_future(model, engine):
     assert handle.exception() is None and not engine.cancel_request(handle.request_id)
 
 
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative", "ar"])
+def test_a_result_can_be_changed_and_trained_on(model, engine, mode):
+    """Passes are run in inference mode, whose tensors could be neither."""
+    flags = {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2, "do_sample": True}
+    handle = engine.add_request(IDS, max_new_tokens=6, mode=mode, **flags)
+    modes_of_callbacks = []
+    handle.add_done_callback(lambda _: modes_of_callbacks.append(torch.is_inference_mode_enabled()))
+    run(engine)
+    result = handle.result(0)
+    tensors = [result.sequences, result.log_probs, result.denoiser_forwards, *result.scores]
+    assert not any(tensor.is_inference() for tensor in tensors) and modes_of_callbacks == [False]
+    model(result.sequences).logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative", "ar"])
+def test_what_is_recorded_of_a_token_keeps_nothing_of_its_pass(model, engine, mode):
+    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    for _ in range(2):
+        engine.add_request(IDS, max_new_tokens=9, mode=mode, **flags)
+    held = []
+    while engine.step():
+        for row in engine._engine.rows:
+            held += [each for name in ("scores", "logits") for each in row.records.get(name, ())]
+    assert held and all(each.untyped_storage().nbytes() == each.nbytes for each in held)
+
+
 def test_every_iteration_gives_all_tokens(model, engine):
     handle = engine.add_request(IDS, max_new_tokens=6, mode="ar")
     expected = model.generate(IDS, max_new_tokens=6, mode="ar")[0, 6:].tolist()
