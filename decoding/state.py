@@ -202,7 +202,9 @@ class Row:
             return
         self.tokens += canvas.ids[:kept]
         for name, values in canvas.records.items():
-            self.records.setdefault(name, []).extend(values[:kept])
+            # A view would keep what its pass computed of all rows and positions.
+            own = [value.clone() if isinstance(value, torch.Tensor) else value for value in values[:kept]]
+            self.records.setdefault(name, []).extend(own)
 
 
 @dataclass(eq=False)
