@@ -104,6 +104,8 @@ REFUSED_ARGUMENTS = (
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
     "inputs_embeds",
+    # It would be given processors, criteria and a cache that are made for rows at their own pace.
+    "custom_generate",
 )
 
 
