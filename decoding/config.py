@@ -1,5 +1,6 @@
 """The knobs of `generate`: transformers' flags, the strategy's own, and what is refused."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -168,7 +169,18 @@ class TwoTowerGenerationConfig(GenerationConfig):
             raise ValueError(
                 f"compile_config={self.compile_config!r} cannot be stored; set it to None, and give it to generate"
             )
+        if callable(self.unmasking_rule):
+            raise ValueError(
+                f"unmasking_rule={self.unmasking_rule!r} cannot be stored; set it to None, and give it to generate"
+            )
         super().save_pretrained(*args, **kwargs)
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        """By which configs are shown and compared, too; a rule that is a function is told by its repr."""
+        shown = copy.copy(self)
+        if callable(shown.unmasking_rule):
+            shown.unmasking_rule = repr(shown.unmasking_rule)
+        return super(TwoTowerGenerationConfig, shown).to_json_string(*args, **kwargs)
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
