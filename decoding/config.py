@@ -89,7 +89,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (),
     "cache_config": (),
     "max_cache_len": (),
-    "disable_compile": (),
     "continuous_batching_config": (),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
@@ -257,6 +256,8 @@ def check_supported(config: GenerationConfig) -> None:
             instead = "; compile=True runs compiled passes" if name == "cache_implementation" else ""
             raise ValueError(f"{name}={value!r} is not supported by TwoTower's generate; leave it unset{instead}")
     check_compile_config(config.compile_config, config.compile)
+    if config.disable_compile and config.compile:  # alone it asks for what is so anyway, as TRL's trainers do
+        raise ValueError("disable_compile=True and compile=True contradict each other; give one of them")
     temperature = 1.0 if config.temperature is None else config.temperature
     if config.do_sample and not (isinstance(temperature, int | float) and temperature > 0):
         raise ValueError(f"temperature is {temperature!r}; sampling needs it above 0 (or do_sample=False)")

@@ -70,7 +70,7 @@ REFUSED = {
     "constraints": ([object()], {}),
     "continuous_batching_config": (ContinuousBatchingConfig(), {}),
     "decoder_start_token_id": (5, {}),
-    "disable_compile": (True, {}),
+    "disable_compile": (True, {"compile": True}),
     "diversity_penalty": (0.5, {}),
     "dola_layers": ("low", {}),
     "early_stopping": (True, {}),
