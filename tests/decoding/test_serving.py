@@ -404,6 +404,21 @@ def test_when_its_thread_ends_nobody_waits_for_ever(model):
         assert engine.add_request(IDS, max_new_tokens=3).result(WAIT).shape == (1, 9)
 
 
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
+def test_an_engine_at_rest_goes_on_with_a_model_that_was_cast(mode):
+    model = mixed_model()
+    engine = TwoTowerEngine(model, slots=2)
+    for cast in (torch.float32, torch.bfloat16, torch.float64):
+        model.to(cast)
+        handle = engine.add_request(IDS, mode=mode, max_new_tokens=5)
+        run(engine)
+        assert torch.equal(handle.result(0), model.generate(IDS, mode=mode, max_new_tokens=5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        handle = engine.add_request(IDS, mode=mode, max_new_tokens=5)
+        run(engine)
+    assert handle.result(0).shape == (1, 11)
+
+
 # Callbacks that call back.
 
 
