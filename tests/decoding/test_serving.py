@@ -217,6 +217,14 @@ def test_what_is_recorded_of_a_token_keeps_nothing_of_its_pass(model, engine, mo
     assert held and all(each.untyped_storage().nbytes() == each.nbytes for each in held)
 
 
+def test_a_hook_that_comes_later_is_shown_ordinary_tensors(model, engine):
+    seen = []
+    with model.context_tower.layers[0].register_forward_hook(lambda _, __, output: seen.append(output[0])):
+        engine.add_request(IDS, mode="ar", max_new_tokens=2)
+        run(engine)
+    assert seen and not any(each.is_inference() for each in seen)
+
+
 def test_every_iteration_gives_all_tokens(model, engine):
     handle = engine.add_request(IDS, max_new_tokens=6, mode="ar")
     expected = model.generate(IDS, max_new_tokens=6, mode="ar")[0, 6:].tolist()
