@@ -131,7 +131,7 @@ class Engine:
             newest = uploaded([[row.newest] for row in rows], self.device)
             logits = run("predict_next", newest, part)[:, None]
         else:
-            times = torch.zeros(len(rows), device=self.device)
+            times = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
             for group, at in zip(groups, places, strict=True):
                 steps, request = [row.step for row in group.rows], group.request
                 times[at] = group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)

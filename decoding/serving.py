@@ -349,7 +349,7 @@ class TwoTowerEngine:
         return Engine(self.model, TwoTowerCache(self.model.config), self._device, most_rows=self.slots)
 
     def _fits_model(self) -> bool:
-        """Whether the room that rows have left is for what the model, which may have been moved or cast, computes now."""
+        """Whether the room that rows have left is of use to the model, which may have been moved or cast."""
         device = self.model.context_tower.embeddings.weight.device
         try:
             self._engine.cache.check_model(self.model.config, self.model.context_tower)
