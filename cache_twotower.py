@@ -315,6 +315,10 @@ class TwoTowerCache(Cache):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "reader": None, "undoing": None, "mirror": None}  # which are not what it is
 
+    def __copy__(self) -> "TwoTowerCache":
+        """Not a shallow one: two caches cannot go on with different texts in one place."""
+        return copy.deepcopy(self)
+
     def check_model(self, config: TwoTowerConfig, tower: Any) -> None:
         """
         Refuse a model that would not have read what is held: of another geometry, dtype, or with other weights.
@@ -668,7 +672,8 @@ class TwoTowerCache(Cache):
         if self.whole is not None:
             self._check()
             return self.whole.copy_rows([self.indices[row] for row in listed(rows)])
-        copied = copy.copy(self)
+        copied: TwoTowerCache = object.__new__(TwoTowerCache)
+        copied.__dict__ = self.__getstate__()
         copied.layers, copied.tokens = [copy.copy(layer) for layer in self.layers], copy.copy(self.tokens)
         copied.select_rows(rows)
         return copied

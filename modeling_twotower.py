@@ -783,7 +783,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             pasts = [_blocks_from(present, first, blocks, copies) for present in presents]
             part = None if mask is None else mask[::every]
             layout, tokens = _training_layout(part, first, blocks, size, len(ids) // every, ids.device)
-            timestep = masked.sum(-1) / tokens.clamp(min=1)
+            timestep = masked.sum(-1).float() / tokens.clamp(min=1)
             return self.denoiser_tower(block_ids, pasts, layout, self._modulations(timestep)), timestep
 
         # 4. Corrupt them: always at random, so that draws do not depend on what decoding would do.
@@ -1554,7 +1554,7 @@ class TimestepEmbedder(Preparing, nn.Module):
     def _frequencies(self, device: torch.device) -> torch.Tensor:
         wide = torch.promote_types(next(self.mlp.parameters()).dtype, torch.float32)
         half = torch.arange(self.features // 2, device=device, dtype=wide)
-        return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period)))
+        return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period, dtype=torch.float32)))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
@@ -1627,7 +1627,7 @@ def _masked_fraction(masked: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     """(R, S) -> (R,): masked share of a block's tokens."""
     if mask is None:
         return masked.float().mean(-1)
-    return (masked & mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return (masked & mask).sum(-1).float() / mask.sum(-1).clamp(min=1)
 
 
 register_checkpoint_layout()

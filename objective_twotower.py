@@ -8,6 +8,7 @@ Shapes: B batch, T tokens (a multiple of S), S block, R blocks, M masked positio
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -110,10 +111,12 @@ def sample_masked(
     """
     batch, length = trainable.shape
     device = trainable.device if generator is None else generator.device
-    draws = torch.rand(batch, length // block_size, 1 + block_size, generator=generator, device=device)
+    # Of float32, whatever the default dtype is: others would draw other masks, or hardly any t.
+    draw = partial(torch.rand, generator=generator, device=device, dtype=torch.float32)
+    draws = draw(batch, length // block_size, 1 + block_size)
     probability = MIN_TIMESTEP + (1 - MIN_TIMESTEP) * draws[..., :1]
     if full:
-        whole = torch.rand(probability.shape, generator=generator, device=device) < full
+        whole = draw(probability.shape) < full
         probability = probability.masked_fill(whole, 1.0)
     return (draws[..., 1:] < probability).flatten(1).to(trainable.device) & trainable
 
@@ -156,7 +159,7 @@ def expected_weight(
     """
     share = full + (1 - full) * (MIN_TIMESTEP + 1) / 2 if weighting == "mean" else 1.0
     # A Trainer on several devices of one process repeats the number for each.
-    return torch.as_tensor(items).flatten()[0].clamp(min=1) * corruptions * share
+    return torch.as_tensor(items).flatten()[0].clamp(min=1).float() * corruptions * share
 
 
 def decoded_corruption(
@@ -180,11 +183,14 @@ def decoded_corruption(
         objective: its `decoded_masks`, `decoded_tokens` and `confidence_threshold`.
         generator: of the choice of blocks; default torch's global one.
     """
-    probabilities = at_least_float32(logits).index_fill(-1, logits.new_tensor([mask_token_id]).long(), -torch.inf)
+    probabilities = at_least_float32(logits).index_fill(
+        -1, torch.tensor([mask_token_id], device=logits.device), -torch.inf
+    )
     confidence, tokens = probabilities.softmax(-1).max(-1)
     committed = commit_confident(confidence, trainable, trainable.shape[1], objective.confidence_threshold)
     left = trainable & ~committed
-    draws = torch.rand(len(left), generator=generator, device=None if generator is None else generator.device)
+    device = None if generator is None else generator.device
+    draws = torch.rand(len(left), generator=generator, device=device, dtype=torch.float32)
     # A share of 1 is all blocks: draws lie in [0, 1).
     chosen = ((draws.to(left.device) < objective.decoded_masks) & left.any(-1))[:, None]
     shown = tokens if objective.decoded_tokens == "own" else targets

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
-from ..compat_twotower import SAFE_WEIGHTS_INDEX_NAME, NemotronHConfig
+from ..compat_twotower import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, NemotronHConfig
 from ..configuration_twotower import TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .loading import check_complete, check_safetensors, config_of_backbone
@@ -59,7 +59,7 @@ def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> P
     config = config_of_backbone(NemotronHConfig.from_pretrained(origin), **fields)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
-    for shard in sorted(origin.glob("*.safetensors")):
+    for shard in _weight_files(origin):
         for tower, part in enumerate(("context", "denoiser")):
             written = _copy_renamed(shard, folder / f"{part}-{shard.name}", tower)
             files |= dict.fromkeys(written, f"{part}-{shard.name}")
@@ -75,6 +75,16 @@ def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> P
     config.architectures = [TwoTowerForBlockDiffusion.__name__]
     config.save_pretrained(folder)  # last: without it, what is there is no checkpoint
     return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers would load; there may be others, such as another division of the same weights."""
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file():
+        return [single]
+    return [
+        folder / shard for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    ]
 
 
 def _copy_renamed(source: Path, target: Path, tower: int) -> list[str]:

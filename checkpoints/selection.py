@@ -13,6 +13,7 @@ from ..compat_twotower import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
     add_variant,
     cached_file,
     extract_commit_hash,
@@ -42,8 +43,12 @@ def only_tensors_of(
         Path and arguments for `from_pretrained`.
     """
     where = where_of(kwargs)
-    index_name = add_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant"))
+    single_name, index_name = (
+        add_variant(name, kwargs.get("variant")) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
     index_file = None if renamed or path is None else _found(path, index_name, where)
+    if index_file is not None and Path(index_file).with_name(single_name).is_file():
+        index_file = None  # transformers goes by that file, whatever an index beside it says
     content = {} if index_file is None else json.loads(Path(index_file).read_text(encoding="utf-8"))
     weight_map = content.get("weight_map", {})
     wanted = {name: shard for name, shard in weight_map.items() if is_of(name, parts)}

@@ -522,7 +522,8 @@ def _generate_lines(
         return {"input_ids": ids, "return_dict_in_generate": True, **knobs, **needs}
 
     def answer(line: jsonl.Line, output: Any) -> dict[str, Any]:
-        tokens = output.sequences[0].tolist()[-output.commit_steps.shape[1] :]
+        text = output.sequences[0].tolist()
+        tokens = text[len(text) - output.commit_steps.shape[1] :]
         return {
             "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
             "tokens": len(tokens),

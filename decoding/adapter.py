@@ -365,7 +365,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if engine is not None:
             return request
         loop = Engine(self, cache, request.device, synced, len(request.rows))
-        with nullcontext() if synced else self.prepared(), cache.undone_on_error():
+        # A cache of this call alone is of no use after an error, and what rows leave behind need not be copied for it.
+        undone = cache.undone_on_error() if request.keep_cache else nullcontext()
+        with nullcontext() if synced else self.prepared(), undone:
             try:
                 loop.admit(request)
                 cache.expect(max(len(row.prompt) for row in request.rows))

@@ -1,5 +1,6 @@
 """The knobs of `generate`: transformers' flags, the strategy's own, and what is refused."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,7 +89,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (),
     "cache_config": (),
     "max_cache_len": (),
-    "disable_compile": (),
     "continuous_batching_config": (),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
@@ -104,6 +104,8 @@ REFUSED_ARGUMENTS = (
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
     "inputs_embeds",
+    # It would be given processors, criteria and a cache that are made for rows at their own pace.
+    "custom_generate",
 )
 
 
@@ -166,7 +168,18 @@ class TwoTowerGenerationConfig(GenerationConfig):
             raise ValueError(
                 f"compile_config={self.compile_config!r} cannot be stored; set it to None, and give it to generate"
             )
+        if callable(self.unmasking_rule):
+            raise ValueError(
+                f"unmasking_rule={self.unmasking_rule!r} cannot be stored; set it to None, and give it to generate"
+            )
         super().save_pretrained(*args, **kwargs)
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        """By which configs are shown and compared, too; a rule that is a function is told by its repr."""
+        shown = copy.copy(self)
+        if callable(shown.unmasking_rule):
+            shown.unmasking_rule = repr(shown.unmasking_rule)
+        return super(TwoTowerGenerationConfig, shown).to_json_string(*args, **kwargs)
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "TwoTowerGenerationConfig":
@@ -243,6 +256,8 @@ def check_supported(config: GenerationConfig) -> None:
             instead = "; compile=True runs compiled passes" if name == "cache_implementation" else ""
             raise ValueError(f"{name}={value!r} is not supported by TwoTower's generate; leave it unset{instead}")
     check_compile_config(config.compile_config, config.compile)
+    if config.disable_compile and config.compile:  # alone it asks for what is so anyway, as TRL's trainers do
+        raise ValueError("disable_compile=True and compile=True contradict each other; give one of them")
     temperature = 1.0 if config.temperature is None else config.temperature
     if config.do_sample and not (isinstance(temperature, int | float) and temperature > 0):
         raise ValueError(f"temperature is {temperature!r}; sampling needs it above 0 (or do_sample=False)")

@@ -43,8 +43,7 @@ class Engine:
         # A pass; with other ranks, once it is its turn.
         self.run = model._pass if synced else lambda part, *args: getattr(model, part)(*args)
         self.compiled: CompiledPasses | None = None  # which runs those of rows that ask for it
-        # Quantised and sharded weights are more than tensors and not made for inference mode. Hooks may be the user's.
-        self.special_modules = synced or any(map(_is_special, model.modules()))
+        self.special_modules = synced
         self.rows: list[Row] = []  # that go on, in the order of the cache's rows
         self.parked: list[Row] = []  # behind them, those that have ended and whose cache is kept
         self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
@@ -60,6 +59,9 @@ class Engine:
         """Let a request's rows begin: they are in the cache already, or are added to it."""
         if self.cache.batch_size != len(self.rows) + len(self.parked) + len(request.rows):
             self.cache.add_rows(len(request.rows))
+        # Quantised and sharded weights are more than tensors and not made for inference mode. Hooks may be the user's,
+        # and registered since the last request.
+        self.special_modules = self.synced or any(map(_is_special, self.model.modules()))
         self.rows += request.rows
         for row in request.rows:
             row.phase = request.strategy.begin(row)
@@ -129,7 +131,7 @@ class Engine:
             newest = uploaded([[row.newest] for row in rows], self.device)
             logits = run("predict_next", newest, part)[:, None]
         else:
-            times = torch.zeros(len(rows), device=self.device)
+            times = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
             for group, at in zip(groups, places, strict=True):
                 steps, request = [row.step for row in group.rows], group.request
                 times[at] = group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)

@@ -162,8 +162,6 @@ class TwoTowerEngine:
                 "generate, which keeps ranks in step"
             )
         self.model, self.slots, self.max_queue, self.generation_config = model, slots, max_queue, generation_config
-        device = model.context_tower.embeddings.weight.device
-        self._device = model.device if device.type == "meta" else device
         self._engine = self._new_engine()
         self._queue: deque[tuple[RequestHandle, Request]] = deque()
         self._running: dict[str, tuple[RequestHandle, Request]] = {}
@@ -258,6 +256,9 @@ class TwoTowerEngine:
         request.on_error = partial(self._on_error, handle)
         request.key = _key(request)
 
+    # Within a step, which may be in inference mode: of that mode, nobody could change a result, or train on it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _end(self, handle: RequestHandle, prompts: torch.Tensor | None, request: Request) -> None:
         """All rows of a request have left, as it ended, failed or was cancelled."""
         result, failure = None, None
@@ -330,6 +331,8 @@ class TwoTowerEngine:
                 row.phase = ENDED
 
     def _admit(self) -> None:
+        if self._queue and not self._engine.rows and not self._fits_model():
+            self._renew_engine()
         with self._work:
             while self._queue and len(self._engine.rows) + len(self._queue[0][1].rows) <= self.slots:
                 handle, request = self._queue.popleft()
@@ -341,7 +344,24 @@ class TwoTowerEngine:
                 self._work.notify_all()
 
     def _new_engine(self) -> Engine:
+        device = self.model.context_tower.embeddings.weight.device
+        self._device = self.model.device if device.type == "meta" else device
         return Engine(self.model, TwoTowerCache(self.model.config), self._device, most_rows=self.slots)
+
+    def _fits_model(self) -> bool:
+        """Whether the room that rows have left is of use to the model, which may have been moved or cast."""
+        device = self.model.context_tower.embeddings.weight.device
+        try:
+            self._engine.cache.check_model(self.model.config, self.model.context_tower)
+        except ValueError:
+            return False
+        return device.type == "meta" or device == self._device
+
+    def _renew_engine(self) -> None:
+        counters = {name: getattr(self._engine, name) for name in ("passes", "row_passes", "row_chances")}
+        self._engine.close()
+        self._engine = self._new_engine()
+        vars(self._engine).update(counters)
 
     def _fail_running(self, error: BaseException) -> None:
         """A step has ended anywhere in it, so nothing of what it was about can be relied on."""
@@ -352,10 +372,7 @@ class TwoTowerEngine:
             running = list(self._running.values())
             self._running.clear()
             self._work.notify_all()
-        counters = {name: getattr(self._engine, name) for name in ("passes", "row_passes", "row_chances")}
-        self._engine.close()
-        self._engine = self._new_engine()
-        vars(self._engine).update(counters)
+        self._renew_engine()
         self._failures.append(error)
         for handle, request in running:
             _break_cycles(request)

@@ -202,7 +202,9 @@ class Row:
             return
         self.tokens += canvas.ids[:kept]
         for name, values in canvas.records.items():
-            self.records.setdefault(name, []).extend(values[:kept])
+            # A view would keep what its pass computed of all rows and positions.
+            own = [value.clone() if isinstance(value, torch.Tensor) else value for value in values[:kept]]
+            self.records.setdefault(name, []).extend(own)
 
 
 @dataclass(eq=False)
@@ -314,7 +316,7 @@ class Request:
             dtype = torch.long if name == "commit_steps" else torch.float32
             values = [padded(row.records.get(name, []), width, fill) for row in self.rows]
             return torch.tensor(values, dtype=dtype, device=self.device)
-        nothing = torch.zeros(self.vocab_size, device=self.device)
+        nothing = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.device)
         columns = []
         for column in range(width):
             held = [_at(row.records.get(name, []), column) for row in self.rows]
@@ -333,7 +335,7 @@ def _at(values: list[Any], idx: int) -> Any:
 
 def per_pass(counts: torch.Tensor, passes: torch.Tensor) -> torch.Tensor:
     """Float32 ratio; NaN where there was no pass."""
-    return counts / torch.where(passes > 0, passes, torch.nan)
+    return counts.float() / passes.float().masked_fill(passes == 0, torch.nan)
 
 
 __all__ = [

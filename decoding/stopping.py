@@ -129,7 +129,7 @@ class Stopping:
         """(B, P + n) prompts and the first n columns of new tokens, and if recorded their n scores (B, V)."""
         request, stop = everyone[0].request, self.shown_to_all
         columns, all_scores = [], []
-        nothing = torch.full((request.vocab_size,), RECORDS["scores"], device=request.device)
+        nothing = torch.full((request.vocab_size,), RECORDS["scores"], dtype=torch.float32, device=request.device)
         for row in everyone:
             canvas, length = held.get(row), min(stop, lengths[row.number])
             tokens = (row.tokens + (canvas.ids if canvas else []))[:length]
@@ -192,7 +192,8 @@ def _scores_of(row: Row, canvas: Canvas) -> tuple[torch.Tensor, ...] | None:
     """Of the row's tokens and those of the canvas, as transformers gives them to stopping criteria, if recorded."""
     if "scores" not in row.request.recorded:
         return None
-    nothing = torch.full((1, row.request.vocab_size), RECORDS["scores"], device=row.request.device)
+    request = row.request
+    nothing = torch.full((1, request.vocab_size), RECORDS["scores"], dtype=torch.float32, device=request.device)
     scores = row.records.get("scores", []) + canvas.records["scores"]
     return tuple(one[None] if isinstance(one, torch.Tensor) else nothing for one in scores)
 

@@ -298,7 +298,7 @@ def _indexed(tokens: torch.Tensor | int, vocab_size: int) -> torch.Tensor:
 
 def _only(tokens: torch.Tensor | int, vocab_size: int) -> torch.Tensor:
     """(V,) scores that allow nothing else."""
-    return torch.zeros(vocab_size).masked_fill(~_indexed(tokens, vocab_size), -torch.inf)
+    return torch.zeros(vocab_size, dtype=torch.float32).masked_fill(~_indexed(tokens, vocab_size), -torch.inf)
 
 
 def _table(sequences: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -513,6 +513,15 @@ def test_a_copied_or_pickled_cache_goes_on(writer, carry):
     assert cache.lengths.tolist() == [6, 6]
 
 
+@pytest.mark.parametrize("carry", [copy.copy, copy.deepcopy])
+def test_a_copied_cache_and_what_it_is_of_go_on_with_texts_of_their_own(writer, carry):
+    text, other = random_ids(2, 9, seed=1), random_ids(2, 9, seed=2)
+    other[:, :6] = text[:, :6]
+    cache = generate(writer, text[:, :6], mode="ar", max_new_tokens=1).past_key_values
+    for own, its in ((text, carry(cache)), (other, cache)):
+        assert torch.equal(generate(writer, own, past_key_values=its).sequences, generate(writer, own).sequences)
+
+
 def test_a_cache_goes_between_an_offloaded_model_and_one_in_memory(writer):
     text = random_ids(2, 9, seed=1)
     offloaded = cpu_offload(copy.deepcopy(writer), torch.device("cpu"))

@@ -295,3 +295,34 @@ def test_the_base_model_gives_what_the_head_needs():
 def test_embeddings_of_another_kind_are_refused(embeds):
     with pytest.raises(ValueError, match=r"inputs_embeds are .*; give a tensor of floating-point numbers"):
         tiny_model()(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(dtype):
+    """Of the odd geometry, whose blocks of 5 have masked fractions that bfloat16 rounds."""
+    model = without_special_tokens(tiny_model("odd"))
+    ids, block = random_ids(2, 10, vocab_size=53), random_block(2, 5, vocab_size=53)
+    flags = {"max_new_tokens": 11, "return_dict_in_generate": True, "draft_length": 5}
+
+    def numbers():
+        cache = model(ids).cache
+        given = [model.denoise(block, cache), model.denoise(block, cache, attention_mask=torch.ones_like(block))]
+        for mode in MODES:
+            output = model.generate(ids, mode=mode, **flags)
+            given += [output.sequences, output.tokens_per_forward, output.log_probs]
+        for training in (False, True):
+            model.train(training)
+            draws = {"generator": torch.Generator().manual_seed(0)} if training else {}
+            given.append(model(ids, labels=ids, num_items_in_batch=20, loss_weighting="inverse_timestep", **draws).loss)
+        model.eval()
+        return given
+
+    with torch.no_grad():
+        expected = numbers()
+        torch.set_default_dtype(dtype)
+        try:
+            found = numbers()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for number, (own, other) in enumerate(zip(expected, found, strict=True)):
+        assert own.dtype == other.dtype and torch.equal(own.nan_to_num(), other.nan_to_num()), number

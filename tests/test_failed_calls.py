@@ -251,3 +251,18 @@ def test_a_text_after_a_failed_call_may_be_another_one(model, mode):
     other = text.clone()
     other[:, -1] = (text[:, -1] - 3) % 40 + 4
     assert_goes_on_as_fresh(model, other, cache, **flags)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_call_that_keeps_no_cache_copies_nothing_of_rows_that_leave(model, mode, monkeypatch):
+    """After an error nobody could want it back."""
+    dropped, noted = TwoTowerCache.drop_rows, []
+
+    def drop_rows(cache, count):
+        dropped(cache, count)
+        noted.append(len(cache.undoing or ()))
+
+    monkeypatch.setattr(TwoTowerCache, "drop_rows", drop_rows)
+    flags = {"eos_token_id": list(range(4, 16)), "pad_token_id": 0}
+    model.generate(random_ids(6, 9), mode=mode, max_new_tokens=30, **flags)
+    assert noted == [0] * 6

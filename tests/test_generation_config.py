@@ -1,5 +1,6 @@
 """The knobs' values: what counts is a whole number, and no number makes a call run away."""
 
+import copy
 import sys
 
 import numpy as np
@@ -158,3 +159,15 @@ def test_a_compile_config_is_not_lost_where_a_config_is_stored(tmp_path):
     config.compile_config = None
     config.save_pretrained(tmp_path)
     assert TwoTowerGenerationConfig.from_pretrained(tmp_path).compile is True
+
+
+def test_a_config_with_a_rule_of_ones_own_can_be_shown_and_compared_but_not_stored(tmp_path):
+    def rule(prediction, masked, step, steps):
+        return masked
+
+    config, other = (TwoTowerGenerationConfig(unmasking_rule=each) for each in (rule, lambda *_: None))
+    assert "function" in repr(config) and config == copy.deepcopy(config) != other and hash(config) != hash(other)
+    with pytest.raises(ValueError, match=r"unmasking_rule=<function .*rule.*> cannot be stored; set it to None"):
+        config.save_pretrained(tmp_path)
+    config.unmasking_rule = None
+    config.save_pretrained(tmp_path)

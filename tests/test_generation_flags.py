@@ -70,7 +70,7 @@ REFUSED = {
     "constraints": ([object()], {}),
     "continuous_batching_config": (ContinuousBatchingConfig(), {}),
     "decoder_start_token_id": (5, {}),
-    "disable_compile": (True, {}),
+    "disable_compile": (True, {"compile": True}),
     "diversity_penalty": (0.5, {}),
     "dola_layers": ("low", {}),
     "early_stopping": (True, {}),
@@ -179,6 +179,7 @@ def test_transformers_default_of_a_refused_flag_is_accepted(model, prompt, texts
         ("negative_prompt_attention_mask", torch.ones(2, 3)),
         ("inputs_embeds", torch.zeros(2, 3, 32)),
         ("cache_implementation", "paged"),
+        ("custom_generate", lambda model, input_ids, logits_processor, **kwargs: logits_processor(input_ids, None)),
     ],
 )
 def test_an_argument_without_meaning_is_refused_by_name(model, prompt, name, value):

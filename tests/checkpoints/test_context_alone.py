@@ -150,6 +150,15 @@ def test_files_of_the_denoiser_need_not_be_there(shards, whole, tmp_path):
         TwoTowerForBlockDiffusion.from_pretrained(folder)
 
 
+def test_an_index_beside_a_single_file_is_passed_over(shards, whole):
+    """As by transformers, which leaves the index there where it saves anew in one file."""
+    folder, *_ = shards
+    whole.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    model = TwoTowerForBlockDiffusion.from_pretrained(folder, towers="context")
+    assert torch.equal(model(IDS).logits, whole(IDS).logits)
+
+
 def test_a_missing_file_of_the_context_tower_is_named(shards):
     folder, needed, _ = shards
     (folder / min(needed)).unlink()

@@ -71,6 +71,20 @@ def test_prediction_layers_are_left_out(tmp_path):
     TwoTowerForBlockDiffusion.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("size", ["40KB", "50GB"])
+def test_files_that_transformers_would_not_load_are_left_out(size, tmp_path):
+    backbone().save_pretrained(tmp_path / "backbone", max_shard_size=size)
+    file = min((tmp_path / "backbone").glob("*.safetensors"))
+    others = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    for name in ("model-00001-of-99999.safetensors", "zz.safetensors"):
+        save_file(others, tmp_path / "backbone" / name, metadata={"format": "pt"})
+    folder = convert_backbone(tmp_path / "backbone", tmp_path / "both")
+    model = TwoTowerForBlockDiffusion.from_pretrained(folder)
+    expected = TwoTowerForBlockDiffusion.from_backbone(tmp_path / "backbone")
+    for name, tensor in expected.context_tower.state_dict().items():
+        assert torch.equal(model.context_tower.state_dict()[name], tensor), name
+
+
 def test_what_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")

@@ -98,6 +98,16 @@ def test_every_line_gets_what_it_gets_alone(checkpoint, files):
     assert result.stderr.startswith(f"6 lines, {total} tokens, ")
 
 
+def test_a_text_without_a_token_is_no_prompt(checkpoint, files):
+    """Time was up before the first position of the block was filled."""
+    source, target = files
+    line = {"input_ids": [5, 6, 7, 8], "mode": "mask_diffusion", "max_time": 1e-9, "confidence_threshold": 1.0}
+    source.write_text(json.dumps(line))
+    run(checkpoint, source, target)
+    (answer,) = written(target).values()
+    assert (answer["tokens"], answer["text"], answer["token_ids"]) == (0, "", [])
+
+
 def test_lines_are_written_as_they_finish(checkpoint, files):
     source, target = files
     run(checkpoint, source, target, "--slots", 6)

@@ -190,6 +190,41 @@ def test_a_handle_is_a_future(model, engine):
     assert handle.exception() is None and not engine.cancel_request(handle.request_id)
 
 
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative", "ar"])
+def test_a_result_can_be_changed_and_trained_on(model, engine, mode):
+    """Passes are run in inference mode, whose tensors could be neither."""
+    flags = {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2, "do_sample": True}
+    handle = engine.add_request(IDS, max_new_tokens=6, mode=mode, **flags)
+    modes_of_callbacks = []
+    handle.add_done_callback(lambda _: modes_of_callbacks.append(torch.is_inference_mode_enabled()))
+    run(engine)
+    result = handle.result(0)
+    tensors = [result.sequences, result.log_probs, result.denoiser_forwards, *result.scores]
+    assert not any(tensor.is_inference() for tensor in tensors) and modes_of_callbacks == [False]
+    model(result.sequences).logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative", "ar"])
+def test_what_is_recorded_of_a_token_keeps_nothing_of_its_pass(model, engine, mode):
+    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    for _ in range(2):
+        engine.add_request(IDS, max_new_tokens=9, mode=mode, **flags)
+    held = []
+    while engine.step():
+        for row in engine._engine.rows:
+            held += [each for name in ("scores", "logits") for each in row.records.get(name, ())]
+    assert held and all(each.untyped_storage().nbytes() == each.nbytes for each in held)
+
+
+def test_a_hook_that_comes_later_is_shown_ordinary_tensors(model, engine):
+    seen = []
+    with model.context_tower.layers[0].register_forward_hook(lambda _, __, output: seen.append(output[0])):
+        engine.add_request(IDS, mode="ar", max_new_tokens=2)
+        run(engine)
+    assert seen and not any(each.is_inference() for each in seen)
+
+
 def test_every_iteration_gives_all_tokens(model, engine):
     handle = engine.add_request(IDS, max_new_tokens=6, mode="ar")
     expected = model.generate(IDS, max_new_tokens=6, mode="ar")[0, 6:].tolist()
@@ -375,6 +410,21 @@ def test_when_its_thread_ends_nobody_waits_for_ever(model):
             handle.result(WAIT)
     with engine.start():
         assert engine.add_request(IDS, max_new_tokens=3).result(WAIT).shape == (1, 9)
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
+def test_an_engine_at_rest_goes_on_with_a_model_that_was_cast(mode):
+    model = mixed_model()
+    engine = TwoTowerEngine(model, slots=2)
+    for cast in (torch.float32, torch.bfloat16, torch.float64):
+        model.to(cast)
+        handle = engine.add_request(IDS, mode=mode, max_new_tokens=5)
+        run(engine)
+        assert torch.equal(handle.result(0), model.generate(IDS, mode=mode, max_new_tokens=5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        handle = engine.add_request(IDS, mode=mode, max_new_tokens=5)
+        run(engine)
+    assert handle.result(0).shape == (1, 11)
 
 
 # Callbacks that call back.

@@ -1,4 +1,6 @@
-"""TRL's SFTTrainer: with our loss it trains the denoiser, with its own next-token loss the context tower."""
+"""
+TRL's SFTTrainer: with our loss it trains the denoiser, with its own next-token loss the context tower. GRPOTrainer.
+"""
 
 from itertools import islice
 from pathlib import Path
@@ -8,7 +10,7 @@ import torch
 from datasets import Dataset
 from tiny import student_model
 from transformers import Trainer
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
@@ -71,3 +73,26 @@ def test_its_own_loss_does_not_train_a_frozen_context_tower(tokenizer, tmp_path)
     model = student_model("all kinds", vocab_size=len(tokenizer))
     with pytest.raises(RuntimeError, match="does not require grad"):
         train(SFTTrainer, model, tokenizer, tmp_path)
+
+
+def test_the_context_tower_learns_from_rewards_for_its_own_texts(tokenizer, tmp_path):
+    """GRPOTrainer says disable_compile=True, which is so anyway."""
+    model = student_model("all kinds", vocab_size=len(tokenizer))
+    model.set_trained_towers("context")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+    sizes = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
+    config = GRPOConfig(str(tmp_path), **quiet, **sizes, save_strategy="no", generation_kwargs={"mode": "ar"})
+    problems = Dataset.from_list([{"prompt": each.prompt} for each in islice(training_problems(1), 2)])
+    rewards = iter(range(100))
+    GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(next(rewards)) for _ in completions],
+        args=config,
+        train_dataset=problems,
+        processing_class=tokenizer,
+    ).train()
+    changed = {
+        name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"context_tower", "context_lm_head"}

@@ -13,7 +13,9 @@ from tolerances import GRADIENTS, assert_close
 from twotower.cache_twotower import TwoTowerCache
 from twotower.objective_twotower import (
     MIN_TIMESTEP,
+    Corruption,
     DiffusionObjective,
+    decoded_corruption,
     expected_weight,
     position_losses,
     sample_masked,
@@ -338,3 +340,16 @@ def test_a_block_size_below_1_is_refused():
     ids = random_ids(1, 6)
     with pytest.raises(ValueError, match="block_size is 0; it must be at least 1"):
         tiny_model()(ids, labels=ids, block_size=0)
+
+
+def test_the_mask_that_decoding_never_commits_is_exactly_its_id_also_in_bfloat16():
+    """Which has no 257."""
+    mask_token_id, shape = 257, (1, 4)
+    logits = torch.zeros(*shape, 260, dtype=torch.bfloat16)
+    logits[..., mask_token_id], logits[..., 9] = 30, 20
+    everywhere, targets = torch.ones(shape, dtype=torch.bool), torch.full(shape, 5)
+    objective = DiffusionObjective(decoded_masks=1.0, decoded_tokens="own", confidence_threshold=0.9)
+    at_random = Corruption(targets.masked_fill(everywhere, mask_token_id), everywhere)
+    logits[0, 3] = 0  # where nothing is sure, so that something is left open
+    decoded = decoded_corruption(at_random, logits, targets, everywhere, mask_token_id, objective)
+    assert decoded.block_ids.tolist() == [[9, 9, 9, mask_token_id]]
