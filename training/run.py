@@ -218,12 +218,12 @@ class Run:
         torch.manual_seed(seed)  # dropout
         batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
         if self._trains_context:
-            return self._next_token_loss(batch, items)
+            return self._next_token_loss(self.model, batch, items)
         generator = torch.Generator().manual_seed(seed)
         return self.model(**batch, generator=generator, num_items_in_batch=items).loss
 
-    def _next_token_loss(self, batch: dict[str, Any], items: int) -> torch.Tensor:
-        output = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    def _next_token_loss(self, model: Any, batch: dict[str, Any], items: int) -> torch.Tensor:
+        output = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         targets = batch["labels"][:, 1:]
         total = F.cross_entropy(
             output.logits[:, :-1][targets != IGNORED], targets[targets != IGNORED], reduction="sum"
@@ -250,7 +250,8 @@ class Run:
         batches = self._batches(evaluation.data, evaluation.batch_size, BlockCollator(**layout))
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
         number, world = 0, self.accelerator.num_processes
-        self.model.eval()
+        # Not the model of several processes: its passes wait for each other, and a process may have no batch.
+        model = self._inner().eval()
         with closing(batches):
             while True:
                 batch = next(batches)
@@ -258,19 +259,20 @@ class Run:
                     break
                 if number % world == self.accelerator.process_index:
                     batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
-                    sums += self._evaluated(batch)
+                    sums += self._evaluated(model, batch).to(sums.device)
                 number += 1
-        self.model.train()
+        model.train()
         self.balancer.loads.clear()
         loss, items = self.accelerator.reduce(sums, "sum").tolist()
         return loss / max(items, 1)
 
-    def _evaluated(self, batch: dict[str, Any]) -> torch.Tensor:
+    def _evaluated(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """A batch's summed loss, and over how many tokens."""
         if self._trains_context:
             items = self._items(batch)
-            return torch.tensor([float(self._next_token_loss(batch, items)) * items, items], dtype=torch.float64)
-        output = self.model(**batch)
+            loss = float(self._next_token_loss(model, batch, items))
+            return torch.tensor([loss * items, items], dtype=torch.float64)
+        output = model(**batch)
         return torch.tensor(
             [float(output.loss) * int(output.masked_tokens), int(output.masked_tokens)], dtype=torch.float64
         )

@@ -222,13 +222,15 @@ def test_accumulated_batches_are_those_of_a_larger_step(inputs, tmp_path):
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path):
+    """And evaluate on one document, of which one of them has none."""
     inputs = make_inputs(tmp_path)
-    train(recipe(inputs, tmp_path / "one", accumulation=2))
+    evaluation = {"data": {"files": [str(inputs / "data.jsonl")], "text": "text", "examples": 1}, "every": 2}
+    train(recipe(inputs, tmp_path / "one", accumulation=2, evaluation=evaluation))
     script = tmp_path / "two.py"
     script.write_text(
         "import os\nimport sys\nfrom pathlib import Path\nimport torch\nfrom training.runs import recipe\n"
         "from twotower.training.run import train\ntorch.set_num_threads(1)\n"
-        f"train(recipe(Path({str(inputs)!r}), Path({str(tmp_path / 'two')!r})))\n"
+        f"train(recipe(Path({str(inputs)!r}), Path({str(tmp_path / 'two')!r}), evaluation={evaluation}))\n"
         "os._exit(0)\n"  # as torch may wait for ever for a thread of gloo's while Python ends
     )
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
@@ -238,7 +240,9 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
     start, one, two = (weights(tmp_path / name) for name in ("model", "one/model", "two/model"))
     for name, tensor in one.items():
         assert_close(two[name] - start[name], tensor - start[name], slack=100 * GRADIENTS)
-    for first, second in zip(
-        lines(tmp_path / "one" / "log.jsonl"), lines(tmp_path / "two" / "log.jsonl"), strict=True
-    ):
-        assert abs(first["loss"] - second["loss"]) < 1e-4 and first["items"] == second["items"]
+    logged = [lines(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert [line["step"] for line in logged[1] if "eval_loss" in line] == [2, 4]
+    for first, second in zip(*logged, strict=True):
+        for name in ("loss", "eval_loss"):
+            assert abs(first.get(name, 0) - second.get(name, 0)) < 1e-4
+        assert first.get("items") == second.get("items")
