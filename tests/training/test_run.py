@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 from twotower.training import run as running
 from twotower.training.run import train
-from twotower.training.saving import FolderLock, checkpoints
+from twotower.training.saving import FolderLock, checkpoints, delete
 
 TESTS = Path(__file__).parents[1]
 
@@ -205,6 +205,25 @@ def test_an_evaluation_is_the_same_every_time_and_takes_no_draws(inputs, tmp_pat
     assert [line["step"] for line in logged] == [2, 4]
     run = running.Run(recipe(inputs, tmp_path / "with", **asked), tmp_path / "with", running.Accelerator(cpu=True))
     assert run.evaluate() == logged[-1]["eval_loss"]
+
+
+def test_generated_tasks_of_an_evaluation_are_not_those_of_training(inputs, tmp_path):
+    data = {"generated": "tasks", "examples": 8, "min_tokens": 1}
+    asked = recipe(inputs, tmp_path, data={**data, "pool": 8}, batch_size=8, evaluation={"data": data})
+    run, seen = running.Run(asked, tmp_path, running.Accelerator(cpu=True)), []
+    run._evaluated = lambda _, batch: seen.append(batch) or torch.ones(2)
+    run.evaluate()
+    trained = run.tokenizer.batch_decode(next(run.batches)["input_ids"], skip_special_tokens=True)
+    evaluated = run.tokenizer.batch_decode(seen[0]["input_ids"], skip_special_tokens=True)
+    assert len(trained) == len(evaluated) == 8 and not set(trained) & set(evaluated)
+
+
+def test_a_finished_model_without_checkpoints_is_not_trained_again_in_vain(inputs, tmp_path):
+    train(recipe(inputs, tmp_path, steps=1))
+    for place in checkpoints(tmp_path):
+        delete(place)
+    with pytest.raises(ValueError, match=r"model is there already, of a run without checkpoints .*; give another"):
+        train(recipe(inputs, tmp_path, steps=1, optimizer={"lr": 3e-2}))
 
 
 def test_accumulated_batches_are_those_of_a_larger_step(inputs, tmp_path):
