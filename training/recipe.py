@@ -147,8 +147,8 @@ class DataRecipe:
         _at_least(self, 1, "max_tokens", "min_tokens", "pool", "examples")
         if self.min_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}, to which documents are cut; "
-                "lower it, or raise max_tokens"
+                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}, to which documents are "
+                "cut; lower it, or raise max_tokens"
             )
         _shares(self, "aligned")
         if self.dataset is None and (self.subset is not None or self.split != "train"):
@@ -317,7 +317,8 @@ class Recipe:
             )
         if self.model.lora is not None and self.optimizer.balance_experts:
             raise ValueError(
-                "optimizer.balance_experts moves routers, which an adapter does not hold; leave it out under model.lora"
+                "optimizer.balance_experts moves routers, which an adapter does not hold; leave it out under "
+                "model.lora"
             )
         if self.hub is not None and self.model.lora is not None and not self.model.lora.merge:
             raise ValueError("hub uploads a whole model; leave it out, or set model.lora.merge: true")

@@ -35,10 +35,11 @@ def test_a_program_is_right_if_it_ends_without_an_error_within_its_limits(progra
 
 def test_what_a_program_has_begun_ends_with_it(tmp_path):
     begun = tmp_path / "begun"
-    assert passes_tests(
-        f"import os, time\nif os.fork() == 0:\n    open({str(begun)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
-        f"while not (os.path.exists({str(begun)!r}) and open({str(begun)!r}).read()):\n    time.sleep(0.01)"
+    program = (
+        "import os, time\nif os.fork() == 0:\n    open(BEGUN, 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
+        "while not (os.path.exists(BEGUN) and open(BEGUN).read()):\n    time.sleep(0.01)"
     )
+    assert passes_tests(program.replace("BEGUN", repr(str(begun))))
     stat = Path("/proc", begun.read_text(), "stat")
     until = time.monotonic() + 5
     while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < until:

@@ -135,7 +135,7 @@ WRONG = {
         content(evaluation={"data": {"generated": "tasks"}}),
         "evaluation.data.examples is missing; generated tasks have no end",
     ),
-    "no norm at all": (content(optimizer={"max_norm": float("nan")}), "optimizer.max_norm is nan; it must be positive"),
+    "no norm at all": (content(optimizer={"max_norm": float("nan")}), "optimizer.max_norm is nan; it must be"),
     "a rate of no optimiser": (
         content(optimizer={"other_lr": 1e-3}),
         "optimizer.other_lr is 0.001, which goes with name: muon; leave it out",
