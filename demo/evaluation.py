@@ -84,7 +84,7 @@ def evaluate(
         skills: "words", "code".
         batch_size: rows at a time; answers do not depend on it.
         unseen: also count the word problems with a step that no training problem has, which are drawn again for it.
-        only: of the modes those, beside "ar", and not transformers; default all.
+        only: of the modes those, beside "ar", and not transformers; default all. Gaps are filled by mask diffusion.
         track: wraps the batches and a description, to show progress; default shows none.
 
     Returns:
@@ -114,7 +114,7 @@ def evaluate(
         "batch_size": batch_size,
         "rows": rows,
     }
-    if "code" in asked:
+    if "code" in asked and (not only or "mask_diffusion" in only):
         report["infilling"] = infilling_figures(model, tokenizer, asked["code"], seeds[0], batch_size)
     return report | conditions(model)
 

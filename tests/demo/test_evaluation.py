@@ -123,6 +123,8 @@ def test_some_modes_are_asked_beside_ar(model, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 4)
     rows = evaluate(model, tokenizer, 1, (5,), ("words",), only=("mock_ar",))["rows"]
     assert [row["name"] for row in rows] == ["ar", "mock_ar"]
+    for only, fills in (("ar", False), ("mask_diffusion", True)):
+        assert ("infilling" in evaluate(model, tokenizer, 1, (5,), ("code",), only=(only,))) is fills
 
 
 def test_impossible_settings(model, tokenizer):
