@@ -13,7 +13,9 @@ from tolerances import GRADIENTS, assert_close
 from twotower.cache_twotower import TwoTowerCache
 from twotower.objective_twotower import (
     MIN_TIMESTEP,
+    Corruption,
     DiffusionObjective,
+    decoded_corruption,
     expected_weight,
     position_losses,
     sample_masked,
@@ -338,3 +340,19 @@ def test_a_block_size_below_1_is_refused():
     ids = random_ids(1, 6)
     with pytest.raises(ValueError, match="block_size is 0; it must be at least 1"):
         tiny_model()(ids, labels=ids, block_size=0)
+
+
+def test_a_mask_that_bfloat16_cannot_count_to_is_never_committed():
+    """257 would be 256 there."""
+    logits = torch.zeros(1, 2, 260, dtype=torch.bfloat16)
+    logits[..., 257], logits[..., 256] = 20.0, 10.0
+    targets, everywhere = torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool)
+    at_random = Corruption(torch.full((1, 2), 257), everywhere)
+    objective = DiffusionObjective(decoded_masks=1.0, decoded_tokens="own", confidence_threshold=0.9)
+    trainable = torch.tensor([[True, True]])
+    found = decoded_corruption(at_random, logits, targets, trainable, 257, objective)
+    # The whole block is committed, by 256, so that it stays masked at random.
+    assert found.block_ids.tolist() == [[257, 257]] and found.masked.all()
+    logits[:, 1, 256] = 0.0  # not sure of it
+    found = decoded_corruption(at_random, logits, targets, trainable, 257, objective)
+    assert found.block_ids.tolist() == [[256, 257]] and found.masked.tolist() == [[False, True]]
