@@ -167,7 +167,7 @@ class OptimizerRecipe:
     AdamW, or Muon for hidden matrices beside it, under warmup-stable-decay.
 
     Args:
-        name: "adamw" or "muon" (demo/optimizer.py).
+        name: "adamw" or "muon" (training/optimizer.py).
         lr: peak learning rate, of Muon's matrices in units of AdamW's.
         other_lr: with "muon", AdamW's for the rest; default half of `lr`.
         last_lr: what it falls to at the end.
