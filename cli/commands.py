@@ -537,7 +537,8 @@ def _generate_lines(
         return {"input_ids": ids, "return_dict_in_generate": True, **knobs, **needs}
 
     def answer(line: jsonl.Line, output: Any) -> dict[str, Any]:
-        tokens = output.sequences[0].tolist()[-output.commit_steps.shape[1] :]
+        sequence = output.sequences[0].tolist()
+        tokens = sequence[len(sequence) - output.commit_steps.shape[1] :]  # there may be none
         return {
             "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
             "tokens": len(tokens),

@@ -74,6 +74,15 @@ def written(target):
     return answers
 
 
+def test_a_line_without_time_for_a_token_gets_no_text(checkpoint, tmp_path):
+    """Not its prompt."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Tom has 3 apples.", "max_time": 1e-9}\n')
+    run(checkpoint, source, target)
+    (answer,) = written(target).values()
+    assert (answer["text"], answer["tokens"]) == ("", 0)
+
+
 def test_every_line_gets_what_it_gets_alone(checkpoint, files):
     source, target = files
     result = run(checkpoint, source, target, "--slots", 3)
