@@ -341,7 +341,7 @@ def evaluate(
     from . import evaluating
     from .terminal import output_console, show_table, track
 
-    names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
+    names = None if benchmarks is None else _words(benchmarks)
     asked_seeds = SEEDS if seeds is None else _seeds(seeds)
     asked_skills = _skills(skills or ("words" if rules or curve else "words,code"))
     if sum((rules, curve, card)) > 1:
@@ -374,7 +374,7 @@ def evaluate(
     elif rules:
         measure = partial(rules_evaluation.compare_rules, skill=asked_skills[0])
     else:
-        only = () if modes is None else tuple(modes.split(","))
+        only = () if modes is None else tuple(_words(modes))
         measure = partial(evaluation.evaluate, skills=asked_skills, unseen=unseen, only=only)
     count = PROBLEMS if problems is None else problems
     report = measure(two_towers, tokenizer, problems=count, seeds=asked_seeds, batch_size=rows, track=track)
@@ -475,11 +475,15 @@ def _seeds(text: str) -> list[int]:
         raise ValueError(f"--seeds is {text!r}; give whole numbers separated by commas, e.g. 2,3,4") from None
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
 def _skills(text: str) -> "list[Skill]":
     from ..demo.tasks import SKILLS
 
-    chosen = [skill for skill in SKILLS if skill in text.split(",")]
-    if len(chosen) != len(text.split(",")):
+    chosen = [skill for skill in SKILLS if skill in _words(text)]
+    if len(chosen) != len(_words(text)):
         raise ValueError(f"--skills is {text!r}; give words, code, or both: words,code")
     return chosen
 

@@ -314,6 +314,15 @@ def test_options_that_would_have_no_effect_are_refused(arguments, message):
     assert message in run(*arguments, code=2).stderr
 
 
+def test_lists_may_have_spaces(checkpoint, monkeypatch):
+    def asked(*_, skills, only, **__):
+        raise ValueError(f"{skills}, {only}")
+
+    monkeypatch.setattr(evaluation, "evaluate", asked)
+    result = run("eval", "--model", checkpoint, "--skills", "code, words", "--modes", "ar, mock_ar", code=2)
+    assert result.stderr == "error: ['words', 'code'], ('ar', 'mock_ar')\n"
+
+
 def test_eval_misses_matplotlib_before_the_work(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(rules_evaluation, "compare_rules", lambda *_, **__: pytest.fail("the work was begun"))
