@@ -814,7 +814,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if objective.distillation:
             teaching = self._teaching(hidden_states, mask, masked, first, blocks, corruptions)
         loss = weighted_mean(
-            position_losses(logits, targets[masked], objective, *teaching),
+            position_losses(logits, targets[masked].long(), objective, *teaching),
             timestep[:, None].expand_as(masked)[masked],
             objective.weighting,
             None

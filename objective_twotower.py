@@ -183,10 +183,8 @@ def decoded_corruption(
         objective: its `decoded_masks`, `decoded_tokens` and `confidence_threshold`.
         generator: of the choice of blocks; default torch's global one.
     """
-    probabilities = at_least_float32(logits).index_fill(
-        -1, torch.tensor([mask_token_id], device=logits.device), -torch.inf
-    )
-    confidence, tokens = probabilities.softmax(-1).max(-1)
+    mask = torch.tensor([mask_token_id], device=logits.device)
+    confidence, tokens = at_least_float32(logits).index_fill(-1, mask, -torch.inf).softmax(-1).max(-1)
     committed = commit_confident(confidence, trainable, trainable.shape[1], objective.confidence_threshold)
     left = trainable & ~committed
     device = None if generator is None else generator.device

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .reports import new_figure
+from .reports import new_figure, processor
 from .texts import KINDS
 
 TITLES = {"on": "held-out problems", "off": "text it knows nothing of"}
@@ -17,8 +17,7 @@ def draw_bench(report: dict[str, Any], file: Path) -> None:
         _draw_speeds(axes, kind, report)
     for section, axes in zip(("context", "prefill"), panels, strict=False):
         _draw_growth(axes, section, report)
-    machine = report["machine"]
-    figure.suptitle(f"{report['model']}, {report['dtype']}, {machine['gpu'] or machine['cpu']}", fontsize=10)
+    figure.suptitle(f"{report['model']}, {report['dtype']}, {processor(report)}", fontsize=10)
     figure.savefig(file, format="png")
 
 

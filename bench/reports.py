@@ -38,6 +38,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def processor(report: dict[str, Any]) -> str:
+    """What a report's figures were measured on, of a machine that may have both."""
+    return report["machine"]["gpu" if report["device"].startswith("cuda") else "cpu"]
+
+
 def git_commit(folder: Path) -> str | None:
     """The checkout's commit, "-dirty" with changes; None for an installed copy or without git."""
     if not (folder / ".git").exists():
@@ -103,4 +108,13 @@ def _sibling(file: Path) -> Path:
     return target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
 
 
-__all__ = ["check_writable", "environment", "git_commit", "machine", "new_figure", "write_json", "write_whole"]
+__all__ = [
+    "check_writable",
+    "environment",
+    "git_commit",
+    "machine",
+    "new_figure",
+    "processor",
+    "write_json",
+    "write_whole",
+]

@@ -117,7 +117,9 @@ def generate(
     output_file: Annotated[
         Path | None, typer.Option("--output", help="With --input: where a line goes for each; goes on where it ended.")
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="With --input: how many are answered at a time.")] = 16,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="With --input: how many are answered at a time; default 16.")
+    ] = None,
     towers: Annotated[
         str, typer.Option(help="Load both, or with --mode ar only the context tower, in half the memory: context.")
     ] = "both",
@@ -155,6 +157,8 @@ def generate(
     options = {name: value for name, value in options.items() if value is not None}
     if (prompt is None) == (input_file is None):
         raise ValueError("give either PROMPT or --input FILE")
+    if input_file is None and slots is not None:
+        raise ValueError("--slots is about the lines of --input; give that, too, or leave it out")
     if (input_file is None) != (output_file is None) or (input_file is not None and trace):
         raise ValueError("--input and --output go together, and without --trace")
     if towers not in ("both", "context"):
@@ -164,7 +168,7 @@ def generate(
     # Loading may take minutes; what is wrong with the options is known before.
     TwoTowerGenerationConfig(**options).validate()
     if input_file is not None and output_file is not None:
-        _generate_lines(input_file, output_file, model, options, raw, slots, towers)
+        _generate_lines(input_file, output_file, model, options, raw, slots or 16, towers)
         return
     assert prompt is not None
     prompt = _prompt(prompt)
@@ -272,8 +276,12 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Model = None,
-    problems: Annotated[int, typer.Option(help="Held-out tasks of each skill, shared out among the seeds.")] = 2000,
-    seeds: Annotated[str, typer.Option("--seeds", "--seed", help="Of the tasks, comma-separated.")] = "101,102,103",
+    problems: Annotated[
+        int | None, typer.Option(help="Held-out tasks of each skill, shared out among the seeds; default 2000.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", "--seed", help="Of the tasks, comma-separated; default 101,102,103.")
+    ] = None,
     skills: Annotated[
         str | None, typer.Option("--skills", "--skill", help="words (word problems), code, or both: words,code.")
     ] = None,
@@ -328,12 +336,14 @@ def evaluate(
 
     from ..bench.reports import write_json, write_whole
     from ..demo import evaluation, rules_evaluation
+    from ..demo.held_out import PROBLEMS, SEEDS
     from ..evaluation import curves
     from . import evaluating
     from .terminal import output_console, show_table, track
 
-    names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
-    asked_seeds, asked_skills = _seeds(seeds), _skills(skills or ("words" if rules or curve else "words,code"))
+    names = None if benchmarks is None else _words(benchmarks)
+    asked_seeds = SEEDS if seeds is None else _seeds(seeds)
+    asked_skills = _skills(skills or ("words" if rules or curve else "words,code"))
     if sum((rules, curve, card)) > 1:
         raise ValueError("give one of --rules, --curve and --card")
     if not card and (dry_run or run_code or limit is not None or benchmarks is not None):
@@ -342,6 +352,10 @@ def evaluate(
         raise ValueError("--png draws the unmasking rules or the curves of knobs; give --rules or --curve, too")
     if (rules or curve) and len(asked_skills) > 1:
         raise ValueError("--rules and --curve are about one skill; give --skill words or code")
+    if card and (problems, seeds, skills) != (None, None, None):
+        raise ValueError("--problems, --seeds and --skills are about held-out tasks; of --card give --limit")
+    if unseen and "words" not in asked_skills:
+        raise ValueError("--unseen is about word problems; give --skills words or words,code, or leave it out")
     if (unseen or modes is not None) and (rules or curve or card):
         raise ValueError("--unseen and --modes go without --rules, --curve and --card; leave them out")
     rows = batch_size or (16 if card else 64)
@@ -360,9 +374,10 @@ def evaluate(
     elif rules:
         measure = partial(rules_evaluation.compare_rules, skill=asked_skills[0])
     else:
-        only = () if modes is None else tuple(modes.split(","))
+        only = () if modes is None else tuple(_words(modes))
         measure = partial(evaluation.evaluate, skills=asked_skills, unseen=unseen, only=only)
-    report = measure(two_towers, tokenizer, problems=problems, seeds=asked_seeds, batch_size=rows, track=track)
+    count = PROBLEMS if problems is None else problems
+    report = measure(two_towers, tokenizer, problems=count, seeds=asked_seeds, batch_size=rows, track=track)
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
         write_json(json_file, report)
@@ -460,11 +475,15 @@ def _seeds(text: str) -> list[int]:
         raise ValueError(f"--seeds is {text!r}; give whole numbers separated by commas, e.g. 2,3,4") from None
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
 def _skills(text: str) -> "list[Skill]":
     from ..demo.tasks import SKILLS
 
-    chosen = [skill for skill in SKILLS if skill in text.split(",")]
-    if len(chosen) != len(text.split(",")):
+    chosen = [skill for skill in SKILLS if skill in _words(text)]
+    if len(chosen) != len(_words(text)):
         raise ValueError(f"--skills is {text!r}; give words, code, or both: words,code")
     return chosen
 
@@ -522,8 +541,8 @@ def _generate_lines(
         return {"input_ids": ids, "return_dict_in_generate": True, **knobs, **needs}
 
     def answer(line: jsonl.Line, output: Any) -> dict[str, Any]:
-        text = output.sequences[0].tolist()
-        tokens = text[len(text) - output.commit_steps.shape[1] :]
+        sequence = output.sequences[0].tolist()
+        tokens = sequence[len(sequence) - output.commit_steps.shape[1] :]  # there may be none
         return {
             "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
             "tokens": len(tokens),

@@ -6,17 +6,12 @@ small model, and is no sandbox for an adversary.
 """
 
 import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+
+from ..evaluation.running import run_limited
 
 SECONDS = 5.0  # of the clock; of CPU it has one
-MEMORY = 256 * 1024**2
+LIMITS = {"CPU": 1, "AS": 256 * 1024**2, "FSIZE": 0, "CORE": 0, "NOFILE": 16}
 # Reads [code, checks] and writes which results are right, as 0 and 1.
 _RUNNER = """
 import builtins, json, sys
@@ -47,39 +42,5 @@ def passed(code: str, checks: Sequence[tuple[str, str]], seconds: float = SECOND
         checks: expressions, and the `repr` of what each must give.
         seconds: of the clock, after which it has failed all of them.
     """
-    with tempfile.TemporaryDirectory() as nowhere:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _RUNNER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=nowhere,
-            env={},
-            start_new_session=True,
-            preexec_fn=_limit,
-        )
-        try:
-            said, _ = process.communicate(json.dumps([code, list(checks)]).encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            said = b""
-        finally:
-            _kill(process)
+    _, said = run_limited(_RUNNER, LIMITS, seconds, json.dumps([code, list(checks)]).encode())
     return [said[place : place + 1] == b"1" for place in range(len(checks))]
-
-
-def _limit() -> None:
-    limits = {
-        resource.RLIMIT_CPU: 1,
-        resource.RLIMIT_AS: MEMORY,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: 16,
-    }
-    for kind, most in limits.items():
-        resource.setrlimit(kind, (most, most))
-
-
-def _kill(process: subprocess.Popen) -> None:
-    with suppress(ProcessLookupError):  # it has ended by itself
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..bench.reports import environment
+from ..bench.reports import environment, processor
 from ..evaluation.answers import (
     Run,
     answer,
@@ -84,7 +84,7 @@ def evaluate(
         skills: "words", "code".
         batch_size: rows at a time; answers do not depend on it.
         unseen: also count the word problems with a step that no training problem has, which are drawn again for it.
-        only: of the modes those, beside "ar", and not transformers; default all.
+        only: of the modes those, beside "ar", and not transformers; default all. Gaps are filled by mask diffusion.
         track: wraps the batches and a description, to show progress; default shows none.
 
     Returns:
@@ -114,7 +114,8 @@ def evaluate(
         "batch_size": batch_size,
         "rows": rows,
     }
-    if "code" in asked:
+    # A gap has a token of its block on either side.
+    if "code" in asked and (not only or "mask_diffusion" in only) and model.config.block_size > 2:
         report["infilling"] = infilling_figures(model, tokenizer, asked["code"], seeds[0], batch_size)
     return report | conditions(model)
 
@@ -245,9 +246,9 @@ def footnote(report: dict[str, Any], speeds: bool = True) -> str:
 
 def where_text(report: dict[str, Any]) -> str:
     machine, versions = report["machine"], report["versions"]
-    processor = machine["gpu"] if report["device"].startswith("cuda") else machine["cpu"]
     return (
-        f"{report['dtype']} on {report['device']}, {processor}, {machine['threads']} of {machine['cores']} cores; "
+        f"{report['dtype']} on {report['device']}, {processor(report)}, "
+        f"{machine['threads']} of {machine['cores']} cores; "
         f"torch {versions['torch']}, transformers {versions['transformers']}; {report['date']}"
     )
 

@@ -12,8 +12,8 @@ from functools import cache
 
 from .tasks import Skill, Task, held_out_tasks, training_skill, training_task
 
-# By seed, how many tasks the runs of the context tower and of the denoiser drew: steps times batch_size times processes.
-TRAINED_ON = {0: 5000 * 128, 1: 2600 * 128, 2: 950 * 32, 3: 525 * 32, 4: 1400 * 64}
+# By seed, how many tasks the runs of the context tower and of the denoiser drew: steps x batch_size x processes.
+TRAINED_ON = {0: 5000 * 128, 1: 2600 * 128, 2: 950 * 32, 3: 525 * 32, 4: 625 * 64, 5: 520 * 64}
 # Of tasks nobody trained or chose anything on.
 SEEDS = (101, 102, 103)
 PROBLEMS = 2000

@@ -57,7 +57,7 @@ Seeded generators (`demo/tasks.py`) write both skills without end, side by side.
   needed. Names, things, places and numbers are drawn anew; every given number and every result lies in 2 to 999.
   Answers work the steps out and end in `#### result`. Held out are one in 16 sets of given numbers, in whatever
   order, and of chains one in 8 compositions of steps: no training problem has either, and every chain that is asked
-  in evaluation has both.
+  in evaluation has both. (A number that is not needed counts as none of them.)
 - **Functions** (`demo/functions.py`): from a first line and a docstring with an example, over numbers of a list or
   up to n, characters or words of a string, put together of what is kept, what each becomes and how they are
   gathered. Held out is one in 6 combinations of these, whatever their parameters. An answer is right if it passes
@@ -68,8 +68,9 @@ training tasks.
 """
 TRAINING = """## Training
 
-`twotower train` with the recipes `demo_context.yaml` and `demo*.yaml` of `recipes/`: Muon on hidden matrices, each expert one, AdamW
-on the rest, experts balanced by bias, warmup-stable-decay. Log: `benchmarks/demo_training.json`.
+`twotower train` with the recipes `demo_context.yaml`, `demo.yaml` and `demo_continued.yaml` of `recipes/`: Muon on
+hidden matrices, each expert one, AdamW on the rest, experts balanced by bias, warmup-stable-decay. Log:
+`benchmarks/demo_training.json`.
 
 1. **Context tower**: next-token cross-entropy on answers;
    {context}.

@@ -7,10 +7,10 @@ From finished training runs to the checkpoint that the package embeds, and its c
     python -m twotower.demo.release card FOLDER
 
 A denoiser that was trained in several runs, each from the one before, is given as several `--denoiser`, the last of
-which is finished. The first command shows on the validation seed what mask diffusion keeps, and in how many passes, at several temperatures; the
-second writes weights and tokenizer, and what the runs' logs say to benchmarks/demo_training.json; the last writes
-FOLDER/README.md from that, from the figures of `eval` and from benchmarks/demo_ablations.json, where there is one, and
-the table of results into the README.
+which is finished. The first command shows on the validation seed what mask diffusion keeps, and in how many passes, at
+several temperatures; the second writes weights and tokenizer, and what the runs' logs say to
+benchmarks/demo_training.json; the last writes FOLDER/README.md from that, from the figures of `eval` and from
+benchmarks/demo_ablations.json, where there is one, and the table of results into the README.
 
 Weights are stored in bfloat16; the config asks for float32, in which a CPU runs them faster. The denoiser's confidence
 is tempered (temperature scaling, Guo et al. 2017) by its head: what it predicts stays, but it must be surer of it to

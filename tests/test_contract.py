@@ -313,7 +313,8 @@ def test_torchs_default_dtype_changes_nothing(dtype):
         for training in (False, True):
             model.train(training)
             draws = {"generator": torch.Generator().manual_seed(0)} if training else {}
-            given.append(model(ids, labels=ids, num_items_in_batch=20, loss_weighting="inverse_timestep", **draws).loss)
+            weighted = {"num_items_in_batch": 20, "loss_weighting": "inverse_timestep"}
+            given.append(model(ids, labels=ids, **weighted, **draws).loss)
         model.eval()
         return given
 

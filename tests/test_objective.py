@@ -381,6 +381,12 @@ def test_without_a_label_the_loss_is_0():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_ids_of_32_bits_have_the_same_loss():
+    model, ids = tiny_model().eval(), random_ids(2, 9)
+    expected = model(ids, labels=ids).loss
+    assert torch.equal(model(ids.int(), labels=ids.int()).loss, expected)
+
+
 def test_targets_at_a_masked_position_are_its_own_tokens():
     """A head that always answers with one token has that token's loss everywhere."""
     model = tiny_model("only -")

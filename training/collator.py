@@ -150,7 +150,8 @@ def document_of(row: Mapping[str, Any]) -> Document:
             "a row's labels have a gap: the collator lays out a prompt without labels and a text with; give each turn "
             "a row of its own, or collate such rows yourself"
         )
-    return Document(ids, prompt)
+    # Of a prompt alone, as one cut off before its completion, it is not known that it ends.
+    return Document(ids, prompt, not ids or prompt < len(ids))
 
 
 def grouped(documents: Sequence[Document], batch_size: int, rng: random.Random) -> list[list[Document]]:

@@ -53,7 +53,8 @@ class Examples:
             options = {"sample_by": recipe.text_by} if kind == "text" else {}
             return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
         assert recipe.dataset is not None
-        return load_dataset(recipe.dataset, recipe.subset, split=recipe.split, streaming=True)
+        origin = os.path.expanduser(recipe.dataset)
+        return load_dataset(origin, recipe.subset, split=recipe.split, streaming=True)
 
     def state(self) -> Any:
         """Where the next example is."""

@@ -105,16 +105,16 @@ class MatrixOptimizer(PeakOptimizer):
     ):
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self.params = [param for _, param in named]
-        self.optimizers = [
-            StackedMuon([param for name, param in named if _is_hidden_matrix(name, param)], matrix_lr, weight_decay),
-            torch.optim.AdamW(
-                [param for name, param in named if not _is_hidden_matrix(name, param)],
-                lr=other_lr,
-                betas=(betas[0], betas[1]),
-                weight_decay=0.0,
-            ),
-        ]
-        self.peaks = [matrix_lr, other_lr]
+        matrices = [param for name, param in named if _is_hidden_matrix(name, param)]
+        rest = [param for name, param in named if not _is_hidden_matrix(name, param)]
+        # Of adapters there is no rest.
+        parts: list[tuple[torch.optim.Optimizer, float]] = []
+        if matrices:
+            parts.append((StackedMuon(matrices, matrix_lr, weight_decay), matrix_lr))
+        if rest:
+            betas = (betas[0], betas[1])
+            parts.append((torch.optim.AdamW(rest, lr=other_lr, betas=betas, weight_decay=0.0), other_lr))
+        self.optimizers, self.peaks = [each for each, _ in parts], [peak for _, peak in parts]
 
 
 class StackedMuon(torch.optim.Optimizer):

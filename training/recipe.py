@@ -6,7 +6,6 @@ Fields without a default are required. A key nobody knows is an error, not somet
 import difflib
 import re
 import types
-from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -90,6 +89,11 @@ class ModelRecipe:
             raise ValueError("tokenizer is missing; give a folder or Hub repository, since config has none")
         if self.trained_towers == "context" and (self.lora or self.reset_denoiser):
             raise ValueError("lora and reset_denoiser are of the denoiser; leave them out, or trained_towers: context")
+        if self.lora is not None and not self.lora.merge and (self.checkpoint is None or self.reset_denoiser):
+            raise ValueError(
+                "lora.merge is false, and what the adapter is of would be stored nowhere: a model that is new; set it "
+                "to true, or give a checkpoint without reset_denoiser"
+            )
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,16 @@ class DataRecipe:
         if self.text is not None and self.prompt is not None:
             raise ValueError("text and prompt are both given; give text, or prompt and completion")
         _at_least(self, 1, "max_tokens", "min_tokens", "pool", "examples")
+        if self.min_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}, to which documents are "
+                "cut; lower it, or raise max_tokens"
+            )
         _shares(self, "aligned")
+        if self.dataset is None and (self.subset is not None or self.split != "train"):
+            raise ValueError("subset and split go with dataset; leave them out")
+        if self.files is None and self.text_by != "line":
+            raise ValueError("text_by goes with files, of .txt; leave it out")
         if self.files is not None and not self.files:
             raise ValueError("files is empty; give at least one path")
         if self.block_sizes is not None and min(self.block_sizes, default=0) < 1:
@@ -154,7 +167,7 @@ class OptimizerRecipe:
     AdamW, or Muon for hidden matrices beside it, under warmup-stable-decay.
 
     Args:
-        name: "adamw" or "muon" (demo/optimizer.py).
+        name: "adamw" or "muon" (training/optimizer.py).
         lr: peak learning rate, of Muon's matrices in units of AdamW's.
         other_lr: with "muon", AdamW's for the rest; default half of `lr`.
         last_lr: what it falls to at the end.
@@ -182,11 +195,13 @@ class OptimizerRecipe:
             raise ValueError(f"lr is {self.lr}; it must be positive and finite")
         if not 0 <= self.last_lr <= self.lr:
             raise ValueError(f"last_lr is {self.last_lr}; it must lie between 0 and lr, {self.lr}")
+        if self.other_lr is not None and self.name != "muon":
+            raise ValueError(f"other_lr is {self.other_lr}, which goes with name: muon; leave it out")
         _at_least(self, 0, "warmup", "weight_decay", "balance_experts")
         _shares(self, "decay")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}; give two numbers in [0, 1)")
-        if self.max_norm <= 0:
+        if not self.max_norm > 0:
             raise ValueError(f"max_norm is {self.max_norm}; it must be positive")
 
 
@@ -202,6 +217,11 @@ class EvaluationRecipe:
         _at_least(self, 1, "every", "batch_size")
         if self.data.generated and not self.data.examples:
             raise ValueError("data.examples is missing; generated tasks have no end")
+        if self.data.block_sizes is not None or self.data.aligned != DataRecipe.aligned:
+            raise ValueError(
+                "data.block_sizes and data.aligned are of training; leave them out: an evaluation is of the model's "
+                "blocks, from where a prompt ends"
+            )
 
 
 @dataclass(frozen=True)
@@ -290,6 +310,16 @@ class Recipe:
         _at_least(self, 0, "seed")
         if self.model.trained_towers == "context" and self.objective != DiffusionObjective():
             raise ValueError("objective is the denoiser's; leave it out under trained_towers: context")
+        if self.model.trained_towers == "context" and self.samples is not None and self.samples.mode != "ar":
+            raise ValueError(
+                f"samples.mode is {self.samples.mode}, of a denoiser that is not trained; set it to ar under "
+                "trained_towers: context"
+            )
+        if self.model.lora is not None and self.optimizer.balance_experts:
+            raise ValueError(
+                "optimizer.balance_experts moves routers, which an adapter does not hold; leave it out under "
+                "model.lora"
+            )
         if self.hub is not None and self.model.lora is not None and not self.model.lora.merge:
             raise ValueError("hub uploads a whole model; leave it out, or set model.lora.merge: true")
 
@@ -332,12 +362,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 class _StrictLoader(yaml.SafeLoader):
     """A key given twice is an error, not the last one's value."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Before `<<` brings in another mapping's keys, which its own go before.
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+        return node
 
 
 def _built(kind: type, content: Any, where: str, origin: str) -> Any:
@@ -374,6 +406,8 @@ def _converted(value: Any, hint: Any, where: str, origin: str) -> Any:
     if is_dataclass(hint):
         return _built(hint, value, where + ".", origin)  # type: ignore[arg-type]
     if kind is Literal:
+        if value is False and "no" in get_args(hint):
+            return "no"  # as YAML 1.1 reads it
         if value not in get_args(hint) or isinstance(value, bool):
             raise ValueError(f"{where} is {_shown(value)}; use one of {', '.join(map(str, get_args(hint)))}")
         return value

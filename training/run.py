@@ -74,6 +74,11 @@ class Run:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         found = checkpoints(folder)
         # 1. What was begun earlier, if it is this run.
+        if not found and (folder / self.finished).exists():
+            raise ValueError(
+                f"{folder / self.finished} is there already, of a run without checkpoints to go on from; give another "
+                "folder, or delete it to train anew"
+            )
         self.last = found[-1] if found else None
         state = None if self.last is None else load_checkpoint(self.last)
         self.files = sizes_of(recipe.data)
@@ -85,7 +90,8 @@ class Run:
         torch.manual_seed(recipe.seed)  # of new weights
         self.plain, self.tokenizer = self._model()
         self.size = self.plain.config.block_size
-        self.batches = self._batches(recipe.data, recipe.batch_size, BlockCollator(**self._layout(recipe.data)))
+        collator = BlockCollator(**self._layout(recipe.data))
+        self.batches = self._batches(recipe.data, recipe.batch_size, collator, recipe.seed)
         # 3. Where all of them are.
         self.model = accelerator.prepare_model(self._adapted())
         inner = accelerator.unwrap_model(self.model)
@@ -153,10 +159,9 @@ class Run:
             "seed": self.recipe.seed,
         }
 
-    def _batches(self, data: DataRecipe, batch_size: int, collator: BlockCollator) -> Batches:
-        mask = self.plain.config.mask_token_id
-        documents = Documents(data, self.tokenizer, self.size, mask, self.recipe.seed)
-        return Batches(documents, collator, batch_size, self.recipe.seed)
+    def _batches(self, data: DataRecipe, batch_size: int, collator: BlockCollator, seed: int) -> Batches:
+        documents = Documents(data, self.tokenizer, self.size, self.plain.config.mask_token_id, seed)
+        return Batches(documents, collator, batch_size, seed)
 
     # Steps
 
@@ -218,12 +223,12 @@ class Run:
         torch.manual_seed(seed)  # dropout
         batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
         if self._trains_context:
-            return self._next_token_loss(batch, items)
+            return self._next_token_loss(self.model, batch, items)
         generator = torch.Generator().manual_seed(seed)
         return self.model(**batch, generator=generator, num_items_in_batch=items).loss
 
-    def _next_token_loss(self, batch: dict[str, Any], items: int) -> torch.Tensor:
-        output = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    def _next_token_loss(self, model: Any, batch: dict[str, Any], items: int) -> torch.Tensor:
+        output = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         targets = batch["labels"][:, 1:]
         total = F.cross_entropy(
             output.logits[:, :-1][targets != IGNORED], targets[targets != IGNORED], reduction="sum"
@@ -247,10 +252,13 @@ class Run:
         assert evaluation is not None
         # As the model is to be used: one block length, each first block where a prompt ends.
         layout = {**self._layout(evaluation.data), "block_size": self.size, "aligned": 1.0}
-        batches = self._batches(evaluation.data, evaluation.batch_size, BlockCollator(**layout))
+        # Generated tasks of the same seed would be those that are trained on.
+        seed = _seed(self.recipe.seed)
+        batches = self._batches(evaluation.data, evaluation.batch_size, BlockCollator(**layout), seed)
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
         number, world = 0, self.accelerator.num_processes
-        self.model.eval()
+        # Not the model of several processes: its passes wait for each other, and a process may have no batch.
+        model = self._inner().eval()
         with closing(batches):
             while True:
                 batch = next(batches)
@@ -258,19 +266,20 @@ class Run:
                     break
                 if number % world == self.accelerator.process_index:
                     batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
-                    sums += self._evaluated(batch)
+                    sums += self._evaluated(model, batch).to(sums.device)
                 number += 1
-        self.model.train()
+        model.train()
         self.balancer.loads.clear()
         loss, items = self.accelerator.reduce(sums, "sum").tolist()
         return loss / max(items, 1)
 
-    def _evaluated(self, batch: dict[str, Any]) -> torch.Tensor:
+    def _evaluated(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """A batch's summed loss, and over how many tokens."""
         if self._trains_context:
             items = self._items(batch)
-            return torch.tensor([float(self._next_token_loss(batch, items)) * items, items], dtype=torch.float64)
-        output = self.model(**batch)
+            loss = float(self._next_token_loss(model, batch, items))
+            return torch.tensor([loss * items, items], dtype=torch.float64)
+        output = model(**batch)
         return torch.tensor(
             [float(output.loss) * int(output.masked_tokens), int(output.masked_tokens)], dtype=torch.float64
         )

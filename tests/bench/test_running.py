@@ -108,6 +108,17 @@ def test_tables_and_chart_show_what_there_is(measured, tmp_path):
     assert "our mask_diffusion" not in footnote({**measured[0], "generation": {}})
 
 
+def test_a_drawing_names_what_computed(monkeypatch, tmp_path):
+    """The demonstration checkpoint runs on the CPU, beside a GPU, too."""
+    figure = charts.new_figure(11, 8, 20)
+    monkeypatch.setattr(charts, "new_figure", lambda *_: figure)
+    for device, name in (("cpu", "a CPU"), ("cuda:0", "a GPU")):
+        report = {"model": "tiny", "dtype": "float32", "device": device, "machine": {"cpu": "a CPU", "gpu": "a GPU"}}
+        charts.draw_bench(report, tmp_path / "bench.png")
+        assert figure.get_suptitle() == f"tiny, float32, {name}"
+        figure.clear()
+
+
 def test_the_clock_is_the_threads_own_where_it_does_all_the_work(measured, model, tokenizer, monkeypatch):
     assert measured[0]["clock"] == "cpu"
     monkeypatch.setattr(running, "_steps", lambda *_: [])

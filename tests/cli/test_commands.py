@@ -300,6 +300,29 @@ def test_eval_refuses_an_unknown_skill(checkpoint, skills):
     assert f"--skills is '{skills}'; give words, code, or both" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "--card", "--dry-run", "--problems", 9), "--problems, --seeds and --skills are about held-out"),
+        (("eval", "--card", "--dry-run", "--seed", 9), "--problems, --seeds and --skills are about held-out tasks"),
+        (("eval", "--card", "--dry-run", "--skill", "code"), "of --card give --limit"),
+        (("eval", "--unseen", "--skill", "code"), "--unseen is about word problems; give --skills words or"),
+        (("generate", "a", "--slots", 2), "--slots is about the lines of --input; give that, too, or leave it out"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(arguments, message):
+    assert message in run(*arguments, code=2).stderr
+
+
+def test_lists_may_have_spaces(checkpoint, monkeypatch):
+    def asked(*_, skills, only, **__):
+        raise ValueError(f"{skills}, {only}")
+
+    monkeypatch.setattr(evaluation, "evaluate", asked)
+    result = run("eval", "--model", checkpoint, "--skills", "code, words", "--modes", "ar, mock_ar", code=2)
+    assert result.stderr == "error: ['words', 'code'], ('ar', 'mock_ar')\n"
+
+
 def test_eval_misses_matplotlib_before_the_work(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(rules_evaluation, "compare_rules", lambda *_, **__: pytest.fail("the work was begun"))

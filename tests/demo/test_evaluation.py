@@ -123,6 +123,15 @@ def test_some_modes_are_asked_beside_ar(model, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 4)
     rows = evaluate(model, tokenizer, 1, (5,), ("words",), only=("mock_ar",))["rows"]
     assert [row["name"] for row in rows] == ["ar", "mock_ar"]
+    for only, fills in (("ar", False), ("mask_diffusion", True)):
+        assert ("infilling" in evaluate(model, tokenizer, 1, (5,), ("code",), only=(only,))) is fills
+
+
+def test_blocks_too_short_for_a_gap_lose_no_other_figures(tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 4)
+    model = tiny_model("only -", vocab_size=280, block_size=2)
+    report = evaluate(model, tokenizer, 1, (5,), ("code",), only=("mask_diffusion",))
+    assert report["rows"] and "infilling" not in report
 
 
 def test_impossible_settings(model, tokenizer):

@@ -201,7 +201,7 @@ def test_the_command_prints_the_table_and_resumes(tmp_path):
         (("--card", "--dry-run", "--benchmarks", "gsm8k,chess"), "'chess' is no benchmark of the card"),
         (("--dry-run",), "are about --card"),
         (("--card", "--curve"), "give one of --rules, --curve and --card"),
-        (("--curve", "--repeats", 2), "--repeats is 2, but --curve measures once"),
+        (("--curve", "--modes", "ar"), "--unseen and --modes go without --rules, --curve and --card"),
         (("--seeds", "1,x"), "--seeds is '1,x'"),
     ],
 )

@@ -83,7 +83,7 @@ def test_the_context_tower_learns_from_rewards_for_its_own_texts(tokenizer, tmp_
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     sizes = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
     config = GRPOConfig(str(tmp_path), **quiet, **sizes, save_strategy="no", generation_kwargs={"mode": "ar"})
-    problems = Dataset.from_list([{"prompt": each.prompt} for each in islice(training_problems(1), 2)])
+    problems = Dataset.from_list([{"prompt": each.prompt} for each in islice(training_tasks(1), 2)])
     rewards = iter(range(100))
     GRPOTrainer(
         model,

@@ -9,7 +9,7 @@ from tiny import random_ids, tiny_model
 
 from twotower.demo.tasks import training_tasks
 from twotower.demo.tokenizer import train_tokenizer
-from twotower.training.collator import BlockCollator, Document, document_of, grouped, padding_share
+from twotower.training.collator import IGNORED, BlockCollator, Document, document_of, grouped, padding_share
 
 EOS, SIZE = 2, 4
 
@@ -79,6 +79,12 @@ def test_rows_of_trainers():
     for extra in ({"labels": [-100, 11, 12]}, {"completion_mask": [0, 1, 1]}):
         assert document_of({"input_ids": torch.tensor([10, 11, 12]), **extra}) == Document([10, 11, 12], 1)
     assert document_of({"input_ids": [10, 11]}) == Document([10, 11])
+    # Cut off before its completion: to end there would be wrong.
+    prompts = [
+        {"input_ids": [10, 11, 12], "labels": [IGNORED] * 3},
+        {"input_ids": [10] * 4, "completion_mask": [0] * 4},
+    ]
+    assert (BlockCollator(EOS, 4)(prompts)["labels"] == IGNORED).all()
 
 
 @pytest.mark.parametrize(

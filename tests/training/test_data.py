@@ -39,7 +39,7 @@ def documents(tokenizer, recipe: DataRecipe) -> list[Document]:
 TEXTS = [f"Tom has {number} apples and buys 3 more at the fair." for number in range(30)]
 
 
-def test_every_kind_of_file_and_a_repository_give_the_same(tokenizer, tmp_path):
+def test_every_kind_of_file_and_a_repository_give_the_same(tokenizer, tmp_path, monkeypatch):
     write(tmp_path, [{"text": text} for text in TEXTS])
     (tmp_path / "data.txt").write_text("\n".join(TEXTS) + "\n")
     (tmp_path / "repository").mkdir()
@@ -50,6 +50,8 @@ def test_every_kind_of_file_and_a_repository_give_the_same(tokenizer, tmp_path):
         assert documents(tokenizer, DataRecipe(files=[str(tmp_path / f"data.{kind}")])) == expected, kind
     assert documents(tokenizer, DataRecipe(dataset=str(tmp_path / "repository"))) == expected
     assert len(documents(tokenizer, DataRecipe(dataset=str(tmp_path / "repository"), examples=7))) == 7
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert documents(tokenizer, DataRecipe(dataset="~/repository")) == expected
 
 
 def test_a_prompt_and_its_completion(tokenizer, tmp_path):

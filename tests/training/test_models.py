@@ -60,6 +60,7 @@ MODULES = ["attention", "mamba", "shared_experts", "mlp"]
 NAMES = {"q_proj", "in_proj", "shared_experts.up_proj", "mixer.up_proj"}
 LORA = {
     "everything": ({"rank": 2}, NAMES | {"experts.down_proj"}),
+    "by Muon": ({"rank": 2, "targets": ["attention"]}, {"q_proj"}),
     "with dropout": ({"rank": 2, "dropout": 0.1, "targets": MODULES}, NAMES),
 }
 
@@ -68,7 +69,7 @@ LORA = {
 def test_an_adapter_is_trained_resumed_and_merged(case, inputs, tmp_path):
     """With dropout, whose draws a resumed run repeats; the context tower's text stays what it was."""
     lora, kinds = LORA[case]
-    asked = {"model__lora": lora, "optimizer__lr": 0.1}
+    asked = {"model__lora": lora, "optimizer": {"lr": 0.1, "name": "muon" if case == "by Muon" else "adamw"}}
     train(recipe(inputs, tmp_path / "whole", **asked))
     interrupted_after_step(2, recipe(inputs, tmp_path / "parts", **asked))
     train(recipe(inputs, tmp_path / "parts", **asked))

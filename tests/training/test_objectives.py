@@ -342,14 +342,17 @@ def test_a_block_size_below_1_is_refused():
         tiny_model()(ids, labels=ids, block_size=0)
 
 
-def test_the_mask_that_decoding_never_commits_is_exactly_its_id_also_in_bfloat16():
-    """Which has no 257."""
-    mask_token_id, shape = 257, (1, 4)
-    logits = torch.zeros(*shape, 260, dtype=torch.bfloat16)
-    logits[..., mask_token_id], logits[..., 9] = 30, 20
-    everywhere, targets = torch.ones(shape, dtype=torch.bool), torch.full(shape, 5)
+def test_a_mask_that_bfloat16_cannot_count_to_is_never_committed():
+    """257 would be 256 there."""
+    logits = torch.zeros(1, 2, 260, dtype=torch.bfloat16)
+    logits[..., 257], logits[..., 256] = 20.0, 10.0
+    targets, everywhere = torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool)
+    at_random = Corruption(torch.full((1, 2), 257), everywhere)
     objective = DiffusionObjective(decoded_masks=1.0, decoded_tokens="own", confidence_threshold=0.9)
-    at_random = Corruption(targets.masked_fill(everywhere, mask_token_id), everywhere)
-    logits[0, 3] = 0  # where nothing is sure, so that something is left open
-    decoded = decoded_corruption(at_random, logits, targets, everywhere, mask_token_id, objective)
-    assert decoded.block_ids.tolist() == [[9, 9, 9, mask_token_id]]
+    trainable = torch.tensor([[True, True]])
+    found = decoded_corruption(at_random, logits, targets, trainable, 257, objective)
+    # The whole block is committed, by 256, so that it stays masked at random.
+    assert found.block_ids.tolist() == [[257, 257]] and found.masked.all()
+    logits[:, 1, 256] = 0.0  # not sure of it
+    found = decoded_corruption(at_random, logits, targets, trainable, 257, objective)
+    assert found.block_ids.tolist() == [[256, 257]] and found.masked.tolist() == [[False, True]]

@@ -30,6 +30,21 @@ def test_numbers_as_people_write_them(tmp_path):
     assert read_recipe(file).optimizer.lr == 1e-4
 
 
+def test_no_is_a_word_and_keys_may_be_shared(tmp_path):
+    """YAML 1.1 takes it for false; what is shared may be changed, but nothing be given twice."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "folder: run\nsteps: 3\nmodel: {checkpoint: demo}\nmixed_precision: no\n"
+        "data: &data {files: [a.txt], pool: 4}\nevaluation: {data: &other {<<: *data, pool: 7}}\n"
+    )
+    recipe = read_recipe(file)
+    assert recipe.mixed_precision == "no"
+    assert (recipe.data.pool, recipe.evaluation.data.pool, recipe.evaluation.data.files) == (4, 7, ["a.txt"])
+    file.write_text("folder: run\ndata: &data {files: [a.txt]}\nevaluation: {<<: *data, every: 1, every: 2}\n")
+    with pytest.raises(ValueError, match="is no YAML: every is given twice"):
+        read_recipe(file)
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
 def test_the_recipes_we_ship_are_read(file):
     recipe = read_recipe(file)
@@ -119,6 +134,40 @@ WRONG = {
     "endless evaluation": (
         content(evaluation={"data": {"generated": "tasks"}}),
         "evaluation.data.examples is missing; generated tasks have no end",
+    ),
+    "no norm at all": (content(optimizer={"max_norm": float("nan")}), "optimizer.max_norm is nan; it must be"),
+    "a rate of no optimiser": (
+        content(optimizer={"other_lr": 1e-3}),
+        "optimizer.other_lr is 0.001, which goes with name: muon; leave it out",
+    ),
+    "documents longer than they may be": (
+        content(data={"files": ["a"], "min_tokens": 4096}),
+        "data.min_tokens is 4096, more than max_tokens, 2048, to which documents are cut; lower it",
+    ),
+    "a split of files": (content(data={"files": ["a"], "split": "test"}), "data.subset and split go with dataset"),
+    "a subset of tasks": (
+        content(data={"generated": "tasks", "subset": "words"}),
+        "data.subset and split go with dataset; leave them out",
+    ),
+    "paragraphs of a dataset": (
+        content(data={"dataset": "a", "text_by": "paragraph"}),
+        "data.text_by goes with files, of .txt; leave it out",
+    ),
+    "an evaluation of other blocks": (
+        content(evaluation={"data": {"files": ["a"], "block_sizes": [4]}}),
+        "evaluation.data.block_sizes and data.aligned are of training; leave them out",
+    ),
+    "samples of a denoiser that is not trained": (
+        content(model={"checkpoint": "a", "trained_towers": "context"}, samples={"prompts": ["a"]}),
+        "samples.mode is mask_diffusion, of a denoiser that is not trained; set it to ar",
+    ),
+    "an adapter of what is not stored": (
+        content(model={"checkpoint": "a", "reset_denoiser": True, "lora": {"merge": False}}),
+        "model.lora.merge is false, and what the adapter is of would be stored nowhere.*; set it to true",
+    ),
+    "adapters and moved routers": (
+        content(model={"checkpoint": "a", "lora": {}}, optimizer={"balance_experts": 1e-3}),
+        "optimizer.balance_experts moves routers, which an adapter does not hold; leave it out",
     ),
     "no prompts": (content(samples={"prompts": [" "]}), "samples.prompts holds nothing, or an empty one"),
 }

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 from twotower.training import run as running
 from twotower.training.run import train
-from twotower.training.saving import FolderLock, checkpoints
+from twotower.training.saving import FolderLock, checkpoints, delete
 
 TESTS = Path(__file__).parents[1]
 
@@ -207,6 +207,25 @@ def test_an_evaluation_is_the_same_every_time_and_takes_no_draws(inputs, tmp_pat
     assert run.evaluate() == logged[-1]["eval_loss"]
 
 
+def test_generated_tasks_of_an_evaluation_are_not_those_of_training(inputs, tmp_path):
+    data = {"generated": "tasks", "examples": 8, "min_tokens": 1}
+    asked = recipe(inputs, tmp_path, data={**data, "pool": 8}, batch_size=8, evaluation={"data": data})
+    run, seen = running.Run(asked, tmp_path, running.Accelerator(cpu=True)), []
+    run._evaluated = lambda _, batch: seen.append(batch) or torch.ones(2)
+    run.evaluate()
+    trained = run.tokenizer.batch_decode(next(run.batches)["input_ids"], skip_special_tokens=True)
+    evaluated = run.tokenizer.batch_decode(seen[0]["input_ids"], skip_special_tokens=True)
+    assert len(trained) == len(evaluated) == 8 and not set(trained) & set(evaluated)
+
+
+def test_a_finished_model_without_checkpoints_is_not_trained_again_in_vain(inputs, tmp_path):
+    train(recipe(inputs, tmp_path, steps=1))
+    for place in checkpoints(tmp_path):
+        delete(place)
+    with pytest.raises(ValueError, match=r"model is there already, of a run without checkpoints .*; give another"):
+        train(recipe(inputs, tmp_path, steps=1, optimizer={"lr": 3e-2}))
+
+
 def test_accumulated_batches_are_those_of_a_larger_step(inputs, tmp_path):
     """Of the same two documents, from a pool of no others; of next tokens, which no draw masks."""
     same = {"model__trained_towers": "context", "data__pool": 2, "steps": 2}
@@ -222,13 +241,15 @@ def test_accumulated_batches_are_those_of_a_larger_step(inputs, tmp_path):
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path):
+    """And evaluate on one document, of which one of them has none."""
     inputs = make_inputs(tmp_path)
-    train(recipe(inputs, tmp_path / "one", accumulation=2))
+    evaluation = {"data": {"files": [str(inputs / "data.jsonl")], "text": "text", "examples": 1}, "every": 2}
+    train(recipe(inputs, tmp_path / "one", accumulation=2, evaluation=evaluation))
     script = tmp_path / "two.py"
     script.write_text(
         "import os\nimport sys\nfrom pathlib import Path\nimport torch\nfrom training.runs import recipe\n"
         "from twotower.training.run import train\ntorch.set_num_threads(1)\n"
-        f"train(recipe(Path({str(inputs)!r}), Path({str(tmp_path / 'two')!r})))\n"
+        f"train(recipe(Path({str(inputs)!r}), Path({str(tmp_path / 'two')!r}), evaluation={evaluation}))\n"
         "os._exit(0)\n"  # as torch may wait for ever for a thread of gloo's while Python ends
     )
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
@@ -238,7 +259,9 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
     start, one, two = (weights(tmp_path / name) for name in ("model", "one/model", "two/model"))
     for name, tensor in one.items():
         assert_close(two[name] - start[name], tensor - start[name], slack=100 * GRADIENTS)
-    for first, second in zip(
-        lines(tmp_path / "one" / "log.jsonl"), lines(tmp_path / "two" / "log.jsonl"), strict=True
-    ):
-        assert abs(first["loss"] - second["loss"]) < 1e-4 and first["items"] == second["items"]
+    logged = [lines(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert [line["step"] for line in logged[1] if "eval_loss" in line] == [2, 4]
+    for first, second in zip(*logged, strict=True):
+        for name in ("loss", "eval_loss"):
+            assert abs(first.get(name, 0) - second.get(name, 0)) < 1e-4
+        assert first.get("items") == second.get("items")
