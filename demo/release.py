@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     for part in (making, describing):
         part.add_argument("folder", type=Path)
     making.add_argument("--temperature", type=float, required=True)
-    ran = {"nargs": 2, "metavar": ("RUN", "MACHINE"), "required": True}
+    ran: dict[str, Any] = {"nargs": 2, "metavar": ("RUN", "MACHINE"), "required": True}
     making.add_argument("--context", **ran, help="the context tower's run, and where it was, in words")
     making.add_argument("--denoiser", action="append", **ran, help="likewise; once for each of its runs, in order")
     given = parser.parse_args(arguments)
