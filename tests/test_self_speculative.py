@@ -141,7 +141,7 @@ def test_greedy_text_whatever_the_draft_commits_first(model, prompts, ar, rule):
     assert tokens(found) == tokens(ar[:8])
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("temperature", [4.0, 6.0])
 def test_sampled_text(model, prompts, ar, temperature):
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "seed": list(range(16))}
     expected = tokens(answers(model, prompts[:16], mode="ar", **sampling))
@@ -185,7 +185,7 @@ class Shifting(LogitsProcessor):
 PROCESSORS: dict[str, Any] = {
     "no_repeat_ngram_size": 2,
     "encoder_no_repeat_ngram_size": 3,
-    "repetition_penalty": 1.5,
+    "repetition_penalty": 4.0,
     "encoder_repetition_penalty": 0.5,
     "bad_words_ids": None,  # of the text
     "sequence_bias": None,
