@@ -69,12 +69,13 @@ def test_copies_streams_and_later_turns_are_under_it(model, tokenizer, inputs):
 
 
 def test_it_drafts_under_the_grammar(model, tokenizer, inputs):
-    schema = {"type": "object", "properties": {"unit": {"const": "apples and pears and cards and shells"}}, "required": ["unit"]}
+    unit = "apples and pears and cards and shells"
+    schema = {"type": "object", "properties": {"unit": {"const": unit}}, "required": ["unit"]}
     grammar = Grammar.from_json_schema(schema | {"additionalProperties": False}, tokenizer)
     options = {"logits_processor": [grammar], "return_dict_in_generate": True, "max_new_tokens": 40}
     output = model.generate(**inputs[1], mode="self_speculative", draft_length=16, **options)
     new = output.sequences[0, inputs[1]["input_ids"].shape[1] :]
-    assert json.loads(tokenizer.decode(new, skip_special_tokens=True)) == {"unit": "apples and pears and cards and shells"}
+    assert json.loads(tokenizer.decode(new, skip_special_tokens=True)) == {"unit": unit}
     # What can be written one way only is drafted so.
     assert len(new) > 16
     assert output.context_forwards.item() <= 2 + len(new) // 16
