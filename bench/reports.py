@@ -43,6 +43,16 @@ def processor(report: dict[str, Any]) -> str:
     return report["machine"]["gpu" if report["device"].startswith("cuda") else "cpu"]
 
 
+def measured_on(report: dict[str, Any]) -> str:
+    """Where a report's figures were measured, as text."""
+    machine, versions = report["machine"], report["versions"]
+    return (
+        f"{report['dtype']} on {report['device']}, {processor(report)}, "
+        f"{machine['threads']} of {machine['cores']} cores; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}"
+    )
+
+
 def git_commit(folder: Path) -> str | None:
     """The checkout's commit, "-dirty" with changes; None for an installed copy or without git."""
     if not (folder / ".git").exists():
@@ -113,6 +123,7 @@ __all__ = [
     "environment",
     "git_commit",
     "machine",
+    "measured_on",
     "new_figure",
     "processor",
     "write_json",

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from .reports import environment, processor
+from .reports import environment, measured_on
 from .sections import GrowingContext, generation, prefill
 from .texts import KINDS
 
@@ -154,15 +154,11 @@ def _milliseconds(figures: dict[str, Any]) -> str:
 
 def footnote(report: dict[str, Any]) -> str:
     """What the figures of a report are of."""
-    machine, versions = report["machine"], report["versions"]
     return (
         f"Medians of {report['rounds']} rounds in which all ways take turns. transformers' NemotronH is the same "
         "context tower; the released loop, one text at a time, decodes as the released code does"
         f"{_beside_released(report)}.\n"
-        f"{report['dtype']} on {report['device']}, {processor(report)}, "
-        f"{machine['threads']} of {machine['cores']} cores; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; commit {report['commit']}; "
-        f"{report['date']}"
+        f"{measured_on(report)}; commit {report['commit']}; {report['date']}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..bench.reports import environment, processor
+from ..bench.reports import environment, measured_on
 from ..evaluation.answers import (
     Run,
     answer,
@@ -240,16 +240,7 @@ def footnote(report: dict[str, Any], speeds: bool = True) -> str:
         "has these numbers, in any order, no chain this composition of steps, no training function these parts. "
         f"{_unseen_text(report)}Passes are over both towers, the reading of prompt and blocks included; drafts are "
         f"whole blocks. transformers' NemotronH is the same context tower. {counted}{_infilling_text(report)}\n"
-        f"{where_text(report)}"
-    )
-
-
-def where_text(report: dict[str, Any]) -> str:
-    machine, versions = report["machine"], report["versions"]
-    return (
-        f"{report['dtype']} on {report['device']}, {processor(report)}, "
-        f"{machine['threads']} of {machine['cores']} cores; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; {report['date']}"
+        f"{measured_on(report)}; {report['date']}"
     )
 
 

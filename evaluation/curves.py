@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..bench.reports import new_figure
+from ..bench.reports import measured_on, new_figure
 from ..demo import evaluation
-from ..demo.evaluation import RIGHT, asked_text, conditions, figures_of, times, where_text
+from ..demo.evaluation import RIGHT, asked_text, conditions, figures_of, times
 from ..demo.held_out import PROBLEMS, SEEDS, asked_tasks
 from ..demo.tasks import Skill
 from ..modeling_twotower import TwoTowerForBlockDiffusion
@@ -94,7 +94,8 @@ def footnote(report: dict[str, Any]) -> str:
     return (
         "± is one standard error over problems, of speeds over batches; what is next to AR's is paired. Passes are "
         "over both towers. Thresholds, block sizes and steps are of mask_diffusion, which stays at threshold 0.8, "
-        f"the block size trained and 16 steps; acceptance is of self_speculative.\n{where_text(report)}"
+        "the block size trained and 16 steps; acceptance is of self_speculative.\n"
+        f"{measured_on(report)}; {report['date']}"
     )
 
 

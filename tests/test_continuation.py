@@ -1,12 +1,12 @@
 """Going on from what is there: a cache, a starting block, a callback, a streamer, and stops inside a block."""
 
-from itertools import islice, pairwise
+from itertools import pairwise
 from threading import Thread
 
 import pytest
 import torch
 from test_generation import padded
-from tiny import random_ids, tiny_model, without_special_tokens
+from tiny import random_ids, tiny_model, tiny_tokenizer, without_special_tokens
 from transformers import DynamicCache, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -14,8 +14,6 @@ from transformers.generation.streamers import BaseStreamer
 from twotower import Stateless
 from twotower.cache_twotower import TwoTowerCache
 from twotower.decoding.adapter import CALL_ARGUMENTS
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.generation_twotower import MODES, BlockStep
 
 MASK, SIZE = 3, 4
@@ -29,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
-"""Tiny TwoTower models of many geometries, with random weights that leave no part without an effect."""
+"""Tiny TwoTower models of many geometries, with random weights that leave no part without an effect; a tokenizer."""
 
+from itertools import islice
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from twotower.configuration_twotower import TwoTowerConfig
+from twotower.demo.tasks import training_tasks
+from twotower.demo.tokenizer import train_tokenizer
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 BASE = {
@@ -141,6 +145,11 @@ def use_config_step_limit(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, NemotronHMamba2Mixer):
             module.time_step_limit = module.config.time_step_limit
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Of 280 tokens, trained on 50 tasks of the embedded checkpoint's kinds."""
+    return train_tokenizer(islice(training_tasks(0), 50), 280)
 
 
 def random_ids(*shape: int, vocab_size: int = 48, seed: int = 0) -> torch.Tensor:

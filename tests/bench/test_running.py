@@ -2,18 +2,15 @@
 
 import json
 import sys
-from itertools import islice
 
 import pytest
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from twotower.bench import charts, running, sections
 from twotower.bench.charts import draw_bench
 from twotower.bench.running import Plan, bench, footnote, tables
 from twotower.bench.sections import BASELINE, RELEASED, GrowingContext
 from twotower.bench.texts import prompts
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 
 PLAN = Plan(batch_sizes=(1, 2), contexts=(20, 30), rounds=2, texts=2)
 MODES = ["ar", "self_speculative", "mask_diffusion", "mock_ar"]
@@ -21,7 +18,7 @@ MODES = ["ar", "self_speculative", "mask_diffusion", "mock_ar"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,11 @@ import io
 import json
 import re
 import sys
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -21,8 +20,6 @@ from twotower.cli.commands import app
 from twotower.decoding.rules import UNMASKING_RULES
 from twotower.demo import evaluation, rules_evaluation
 from twotower.demo.rules_evaluation import draw_rules
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.evaluation import curves
 from twotower.training import run as training_run
 
@@ -33,7 +30,7 @@ QUESTION = "Tom has 3 apples. How many apples does Tom have?"
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model("each kind once", vocab_size=280, block_size=8).save_pretrained(folder)
-    train_tokenizer(islice(training_tasks(0), 50), 280).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -2,11 +2,10 @@
 
 import json
 import time
-from itertools import islice
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from twotower import TwoTowerForBlockDiffusion
@@ -14,15 +13,13 @@ from twotower.cli import commands, jsonl
 from twotower.cli.commands import app
 from twotower.decoding.engine import Engine
 from twotower.decoding.serving import TwoTowerEngine
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model(vocab_size=280, block_size=8).save_pretrained(folder)
-    train_tokenizer(islice(training_tasks(0), 50), 280).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

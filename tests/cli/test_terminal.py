@@ -1,11 +1,11 @@
 """The draft on a terminal, scripted as `generate` would send it, and tables on a terminal and elsewhere."""
 
 import io
-from itertools import islice
 
 import pytest
 import torch
 from rich.console import Console
+from tiny import tiny_tokenizer
 
 from twotower.cli.terminal import (
     MASK_SYMBOL,
@@ -16,15 +16,13 @@ from twotower.cli.terminal import (
     show_table,
     track,
 )
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 
 MASK = 3
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -1,24 +1,22 @@
 """The figures of `eval` on both skills: of known answers, and of a tiny random model that is asked in every mode."""
 
 import json
-from itertools import islice
 
 import pytest
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from twotower.demo import evaluation, held_out
 from twotower.demo.evaluation import answer_figures, evaluate, figures_of, footnote, modes, table, title
 from twotower.demo.held_out import equations_in_training, equations_of
 from twotower.demo.marking import Marks
-from twotower.demo.tasks import SKILLS, held_out_tasks, training_tasks
-from twotower.demo.tokenizer import train_tokenizer
+from twotower.demo.tasks import SKILLS, held_out_tasks
 from twotower.evaluation.answers import Run
 from twotower.evaluation.baseline import BASELINE
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

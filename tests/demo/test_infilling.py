@@ -1,23 +1,21 @@
 """Gaps in functions: where they are, and what is made of what is written into them."""
 
 import random
-from itertools import islice
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from twotower.demo import infilling
 from twotower.demo.infilling import gap_in, infilling_figures
-from twotower.demo.tasks import held_out_tasks, training_tasks
-from twotower.demo.tokenizer import train_tokenizer
+from twotower.demo.tasks import held_out_tasks
 
 SIZE = 8
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

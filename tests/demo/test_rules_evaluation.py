@@ -1,20 +1,17 @@
 """The unmasking rules and verified drafts side by side, on a tiny random model."""
 
-from itertools import islice
-
 import pytest
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from twotower.demo import evaluation
 from twotower.demo.rules_evaluation import SAMPLED, compare_rules, rules_table, seeds_of_prompts
-from twotower.demo.tasks import held_out_tasks, training_tasks
-from twotower.demo.tokenizer import train_tokenizer
+from twotower.demo.tasks import held_out_tasks
 from twotower.evaluation.answers import tokenized
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,11 @@
 
 import json
 import sys
-from itertools import islice
 
 import pytest
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from twotower.demo import evaluation
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.evaluation.curves import (
     DIFFUSION,
     LINES,
@@ -33,7 +30,7 @@ def report():
     patch = pytest.MonkeyPatch()
     patch.setattr(evaluation, "MAX_NEW_TOKENS", 24)
     model = tiny_model(vocab_size=280, block_size=8)
-    tokenizer = train_tokenizer(islice(training_tasks(0), 50), 280)
+    tokenizer = tiny_tokenizer()
     found = measure_curves(model, tokenizer, "words", 6, (2, 3), batch_size=3, lines=FEW)
     patch.undo()
     return found | {"model": "tiny"}

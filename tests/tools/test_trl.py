@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import student_model
+from tiny import student_model, tiny_tokenizer
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.training.collator import BlockCollator
 
 
@@ -25,7 +24,7 @@ class DenoiserSFTTrainer(SFTTrainer):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 def train(kind: type[SFTTrainer], model, tokenizer, folder: Path, **arguments) -> set[str]:

@@ -15,10 +15,9 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny import student_model
+from tiny import student_model, tiny_tokenizer
 
 from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.training import run as running
 from twotower.training.recipe import Recipe, recipe_of
 
@@ -27,7 +26,7 @@ DOCUMENTS = 12
 
 def make_inputs(folder: Path, geometry: str = "all kinds") -> Path:
     """A checkpoint, `model`, and documents, `data.jsonl`."""
-    tokenizer = train_tokenizer(islice(training_tasks(0), 50), 280)
+    tokenizer = tiny_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
     student_model(geometry, vocab_size=280, block_size=8).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

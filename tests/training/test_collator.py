@@ -5,10 +5,9 @@ from itertools import islice
 
 import pytest
 import torch
-from tiny import random_ids, tiny_model
+from tiny import random_ids, tiny_model, tiny_tokenizer
 
 from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.training.collator import IGNORED, BlockCollator, Document, document_of, grouped, padding_share
 
 EOS, SIZE = 2, 4
@@ -143,7 +142,7 @@ def test_no_document_of_a_batch_sees_another():
 
 def test_alike_lengths_share_a_batch():
     """Measured on the word problems: 1,024 documents in batches of 8."""
-    tokenizer = train_tokenizer(islice(training_tasks(0), 50), 280)
+    tokenizer = tiny_tokenizer()
     documents = [Document(tokenizer(each.text).input_ids) for each in islice(training_tasks(1), 1024)]
     collate = BlockCollator(EOS, 16)
     rng = random.Random(0)

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from tiny import tiny_tokenizer
 
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.training.collator import BlockCollator, Document
 from twotower.training.data import Batches, Documents, found_files
 from twotower.training.recipe import DataRecipe
@@ -22,7 +20,7 @@ SIZE, MASK = 8, 3
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(islice(training_tasks(0), 50), 280)
+    return tiny_tokenizer()
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:

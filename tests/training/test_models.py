@@ -1,15 +1,11 @@
 """The model of a recipe: where it comes from, its special tokens, and adapters."""
 
-from itertools import islice
-
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from training.runs import interrupted_after_step, left_behind, lines, make_inputs, recipe
 from transformers import AutoTokenizer
 
-from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
 from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 from twotower.training.models import build_model
@@ -25,7 +21,7 @@ def inputs(tmp_path_factory):
 def test_a_new_denoiser_on_a_backbone(tmp_path):
     backbone = context_tower_in_transformers(tiny_model(vocab_size=280))
     backbone.save_pretrained(tmp_path)
-    train_tokenizer(islice(training_tasks(0), 50), 280).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     model, tokenizer = build_model(ModelRecipe(backbone=str(tmp_path), mask_token_id=3, block_size=4))
     assert (model.config.block_size, model.config.mask_token_id) == (4, 3)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
