@@ -1362,8 +1362,8 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
         return grouped.masked_fill(weak[..., None], 0.0).flatten(-2)
 
 
-# On a CPU, fewer needless products or copied weights than these cost less than to sort tokens by expert.
-FEW_PRODUCTS, FEW_WEIGHTS = 2**21, 2**17
+# On a CPU, fewer needless products, or fewer weights of all experts or copied ones, cost less than to sort tokens.
+FEW_PRODUCTS, FEW_WEIGHTS = 2**20, 2**17
 # On a GPU torch groups products in bfloat16; of other dtypes the host would wait to learn where each expert's tokens
 # end, which takes longer than so many products (unmeasured), and cannot be recorded.
 FEW_PRODUCTS_ON_A_GPU = 2**34
@@ -1384,7 +1384,8 @@ def grouped_mm_or_all(
     if hidden_states.device.type == "cpu":
         if tokens == 1 and chosen * size < FEW_WEIGHTS:
             return _copied_experts(experts, hidden_states, indices, weights)
-        if tokens > 1 and tokens * (experts.num_experts - chosen) * size < FEW_PRODUCTS:
+        needless = tokens * (experts.num_experts - chosen) * size
+        if tokens > 1 and experts.num_experts * size < FEW_WEIGHTS and needless < FEW_PRODUCTS:
             return _all_experts(experts, hidden_states, indices, weights)
     elif hidden_states.dtype != torch.bfloat16 and tokens * experts.num_experts * size < FEW_PRODUCTS_ON_A_GPU:
         return _all_experts(experts, hidden_states, indices, weights)
