@@ -109,13 +109,16 @@ class SelfSpeculative(Strategy):
     known = 1
 
     def begin(self, row: Row) -> str:
+        row.watched = True
         return READ
 
     def open(self, engine: Engine, rows: Sequence[Row]) -> None:
         """The newest token and open positions behind it; without any, it is a step of mode "ar"."""
         drafting = self._drafting(engine, rows[0].request)
         size = drafting.choose(rows) if isinstance(drafting, DraftController) else drafting
+        watched = isinstance(drafting, DraftController) and drafting.watches
         for row in rows:
+            row.watched = watched
             row.open_canvas([row.newest], size)
             row.phase = DENOISE if size > 1 else VERIFY
 
@@ -186,7 +189,8 @@ class SelfSpeculative(Strategy):
         engine.write(group.rows, canvases, stops)
         drafting = self._drafting(engine, group.request)
         if isinstance(drafting, DraftController):
-            drafting.learn(group.rows, len(canvases[0].ids), drafted, [reported[2] for reported in values])
+            confidences = [reported[2] for reported in values] if group.watched else None
+            drafting.learn(group.rows, len(canvases[0].ids), drafted, confidences)
             for row, (_, ended) in zip(group.rows, stops, strict=True):
                 if ended:
                     drafting.forget(row)

@@ -4,7 +4,7 @@ beside this file, or where the one argument says. Takes ten minutes on one core.
 
 Speeds are tokens per second of one thread's own time, as ratios to `ar` of the same run, in turn, medians
 of REPEATS. "on" are held-out problems, "off" questions this checkpoint knows nothing of, 48 tokens each whatever
-comes, "wrong" the latter with a denoiser whose every draft is another token.
+comes, "wrong" the latter, 96 tokens each, with a denoiser whose every draft is another token.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from twotower.evaluation.answers import cut_after_end, end_ids, tokenized
 from twotower.evaluation.figures import accuracy_figures
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
-REPEATS, OFF_TOKENS = 3, 48
+REPEATS, TOKENS = 3, {"off": 48, "wrong": 96}
 BATCHES = {1: 8, 16: 32, 64: 64}  # how many texts each batch size is timed on
 PROBLEMS, SEED = 400, 1
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def speeds(model: Any, tokenizer: Any, kind: str, size: int, count: int) -> dict
     """Tokens per second of each variant, as ratios to `ar`, with their spread."""
     limits: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
     if kind != "on":
-        limits = {"max_new_tokens": OFF_TOKENS, "eos_token_id": None, "pad_token_id": 0}
+        limits = {"max_new_tokens": TOKENS[kind], "eos_token_id": None, "pad_token_id": 0}
     asked = prompts("on" if kind == "on" else "off", count, seed=7)
     batches = tokenized(asked, size, tokenizer, model)
     variants = {name: VARIANTS[name] for name in list(VARIANTS)[: 3 if kind == "wrong" else None]}

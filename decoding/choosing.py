@@ -46,6 +46,10 @@ class Group:
         ids = uploaded([canvas.ids for canvas in canvases], self.device)
         return ids, uploaded([canvas.open for canvas in canvases], self.device, torch.bool)
 
+    @property
+    def watched(self) -> bool:
+        return any(row.watched for row in self.rows)
+
     def meet(self, logits: torch.Tensor) -> torch.Tensor:
         """
         Logits (R, S, V) where this group works. They are large, so it goes to them where it can, with its few ids; not
@@ -349,13 +353,12 @@ class Group:
         These are tokens and problems; of a denoiser pass where they are committed now, (R, S); then confidences, and
         log-probabilities, where something wants them.
         """
-        request, config = self.request, self.request.config
+        request = self.request
         assert prediction.problems is not None and prediction.scores is not None
         parts = [prediction.tokens, prediction.problems]
         if committed is not None:
             parts.append(committed)
-        drafts_learn = config.mode == "self_speculative" and config.draft_length == "auto" and committed is None
-        if request.recorded or drafts_learn:
+        if request.recorded or (committed is None and self.watched):
             parts.append(prediction.confidence)
         if request.recorded:
             parts.append(log_prob(prediction.scores, prediction.tokens))

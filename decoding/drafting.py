@@ -28,7 +28,10 @@ SURENESS_POWER = 4.5
 # Of the steps that mode "ar" would have taken so many may be lost to drafts;
 LOSS_RATE = 0.015
 # beyond that so many steps at first, but the shortest draft in any case; and where drafts gain, so many whole drafts.
-FIRST_STEPS, EARNED_DRAFTS = 3.5, 2.0
+FIRST_STEPS, EARNED_DRAFTS = 3.0, 2.0
+# Where no draft pays, whatever the context tower is sure of, none is drafted in so many cycles, and nothing is looked
+# at: to look takes 3 % of a step of a small model.
+REST = 8
 
 # Rates of acceptance are told apart by so much.
 RATES = 256
@@ -79,13 +82,17 @@ class DraftController:
     refusal there says little against the drafter. What is not known of a row is taken from the others.
 
     A draft is as long as promises most, but no longer than an allowance of steps covers its loss if nothing of it is
-    accepted. The allowance begins with `FIRST_STEPS`, or the shortest draft's loss, and grows by `LOSS_RATE` of the
-    steps that mode "ar" would have taken, and by what drafts gain; beyond its beginning up to the loss of
-    `EARNED_DRAFTS` whole drafts. What a draft loses is taken from it as far as the context tower was sure of what it
-    chose instead: so at any time, counted from any earlier one, no more is lost to a drafter that is wrong than
-    `LOSS_RATE` and an allowance. Where the skill that was seen promises nothing, a length that `BEST_SKILL` would
-    promise is tried while the allowance is what it was at first: at once, and again as seldom as `LOSS_RATE` pays for
-    what failed.
+    accepted; once drafts were accepted, that becomes unlikely, and the allowance covers as much more. It begins with
+    `FIRST_STEPS`, or the shortest draft's loss, and grows by `LOSS_RATE` of the steps that mode "ar" would have taken,
+    and by what drafts gain; beyond its beginning up to the loss of `EARNED_DRAFTS` whole drafts. What a draft loses is
+    taken from it as far as the context tower was sure of what it chose instead: so at any time, counted from any
+    earlier one, no more is lost to a drafter that is wrong than `LOSS_RATE`, an allowance, and one draft where it was
+    right before.
+
+    While the allowance is what it was at first, a drafter of `BEST_SKILL` is looked for: by the longest draft that is
+    covered, up to the one that would then pay. So where whole drafts are dear, as of many rows, short ones come first,
+    at once, and again as seldom as `LOSS_RATE` pays for what failed. Where no draft would pay even if the context
+    tower were sure, `REST` cycles go by unwatched.
 
     Deterministic: equal calls in equal order choose equally.
 
@@ -102,6 +109,7 @@ class DraftController:
         self.by_row: dict[Hashable, Evidence] = {}
         self.pool = Evidence()
         self.allowance: float | None = None
+        self.rest = 0  # cycles that are left of it
         self.costs_by_rows: dict[int, dict[int, float]] = {}
 
     def start(self, row: Hashable, confidence: float = 1.0) -> None:
@@ -122,17 +130,29 @@ class DraftController:
     def choose(self, rows: Sequence[Hashable]) -> int:
         """The draft length for the next cycle of these rows."""
         _check_rows(rows)
-        costs = self._costs(len(rows))
-        allowance = self._allowance(costs)
-        skill, sureness = self.pool.skill(SKILL), self.pool.sureness(SURENESS, POOL_SURENESS_WEIGHT)
-        evidence = [self.by_row.get(row, UNSEEN) for row in rows]
-        sure = [seen.sureness(sureness, SURENESS_WEIGHT) ** SURENESS_POWER for seen in evidence]
-        rates = [each * seen.skill(skill) for each, seen in zip(sure, evidence, strict=True)]
-        affordable = {length: cost for length, cost in costs.items() if cost - 1 <= allowance or length == 1}
-        length = self._most_promising(affordable, rates)
-        if length > 1 or allowance < self._first_allowance(costs):
+        if self.rest > 0:
+            self.rest -= 1
+            return 1
+        costs, seen = self._costs(len(rows)), [self.by_row.get(row, UNSEEN) for row in rows]
+        affordable = self._affordable(costs, seen)
+        skill, is_unspent = self.pool.skill(SKILL), self._allowance(costs) >= self._first_allowance(costs)
+        skills = [each.skill(skill) for each in seen]
+        hopes = [max(each, BEST_SKILL) for each in skills] if is_unspent else skills
+        if len(affordable) == 1 or self._most_promising(costs, hopes) == 1:
+            self.rest = REST - 1
+            return 1
+        sureness = self.pool.sureness(SURENESS, POOL_SURENESS_WEIGHT)
+        sure = [each.sureness(sureness, SURENESS_WEIGHT) ** SURENESS_POWER for each in seen]
+        length = self._most_promising(affordable, [each * own for each, own in zip(sure, skills, strict=True)])
+        if length > 1 or not is_unspent:
             return length
-        return self._most_promising(affordable, [each * BEST_SKILL for each in sure])
+        hoped = self._most_promising(costs, [each * own for each, own in zip(sure, hopes, strict=True)])
+        return max(each for each in affordable if each <= hoped)
+
+    @property
+    def watches(self) -> bool:
+        """Whether `learn` wants confidences of the cycle that was chosen last: the next choice is then weighed."""
+        return self.rest == 0
 
     def learn(
         self,
@@ -149,10 +169,13 @@ class DraftController:
             length: that was drafted.
             accepted: per row, how many of the `length` - 1 drafted tokens were accepted.
             confidences: per row, the context tower's probability of each token the row got, of which the last is its
-                own choice; what follows these 1 + accepted is not looked at. Default: it was sure of all.
+                own choice; what follows these 1 + accepted is not looked at. Default: nobody knows; a refusal then
+                counts as if it had been sure.
         """
         _check_rows(rows)
         self._check_outcome(rows, length, accepted, confidences)
+        if length == 1 and confidences is None:
+            return self._pay(len(rows), 1, 1, 0.0)
         count, refused, sure = len(rows), 0.0, 0.0
         for idx, (row, kept) in enumerate(zip(rows, accepted, strict=True)):
             seen = self.by_row.setdefault(row, Evidence())
@@ -191,6 +214,12 @@ class DraftController:
 
     def _first_allowance(self, costs: dict[int, float]) -> float:
         return max(FIRST_STEPS, min((cost - 1 for length, cost in costs.items() if length > 1), default=0.0))
+
+    def _affordable(self, costs: dict[int, float], seen: list[Evidence]) -> dict[int, float]:
+        """Costs of those lengths whose loss the allowance covers; what was accepted speaks against losing all."""
+        accepted = self.pool.accepted + sum(each.accepted for each in seen) / len(seen)
+        most = self._allowance(costs) * (accepted + SKILL_WEIGHT) / SKILL_WEIGHT
+        return {length: cost for length, cost in costs.items() if cost - 1 <= most or length == 1}
 
     def _most_promising(self, costs: dict[int, float], rates: list[float]) -> int:
         """The length of most tokens per step, of those whose costs are given."""

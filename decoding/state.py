@@ -154,6 +154,7 @@ class Row:
     newest: int = -1  # the token at the text's end that the context tower has not read, where a mode needs it
     starting_block: list[int] | None = None  # what the first block holds already
     waited: bool = False  # to be read with others
+    watched: bool = False  # how sure the context tower is of what it chooses next is wanted
     problem: int = 0  # why its last token is none
     denoiser_forwards: int = 0
     context_forwards: int = 0

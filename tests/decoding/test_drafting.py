@@ -14,17 +14,28 @@ from twotower.decoding.pass_costs import PassCosts, draft_lengths
 # probable the context tower found that token, in hundredths.
 TRACES = json.loads((Path(__file__).parent / "draft_traces.json").read_text())
 LENGTHS = draft_lengths(16)
-# Milliseconds of a cycle per length, per rows, of that checkpoint on two cores.
-CYCLES = {
-    1: {1: 2.60, 4: 4.18, 16: 5.73, 64: 11.58},
-    2: {1: 8.87, 4: 10.82, 16: 14.53, 64: 29.38},
-    4: {1: 9.92, 4: 11.55, 16: 16.60, 64: 35.54},
-    8: {1: 10.37, 4: 13.85, 16: 19.15, 64: 44.60},
-    16: {1: 11.03, 4: 15.68, 16: 25.08, 64: 66.71},
+# Milliseconds of passes of that checkpoint, per tokens, per rows, on one core.
+MILLISECONDS = {
+    "denoise": {
+        2: {1: 5.82, 4: 7.01, 16: 9.76, 64: 18.53},
+        4: {1: 6.25, 4: 7.91, 16: 11.65, 64: 24.13},
+        8: {1: 6.51, 4: 9.04, 16: 14.44, 64: 36.30},
+        16: {1: 7.43, 4: 11.10, 16: 20.63, 64: 63.06},
+    },
+    "verify": {
+        2: {1: 5.60, 4: 7.26, 16: 10.15, 64: 21.40},
+        4: {1: 6.13, 4: 8.06, 16: 12.27, 64: 28.99},
+        8: {1: 6.55, 4: 9.25, 16: 15.21, 64: 41.24},
+        16: {1: 7.48, 4: 12.16, 16: 22.03, 64: 70.41},
+    },
+    "step": {1: {1: 3.87, 4: 5.97, 16: 8.06, 64: 13.57}},
 }
-HALVES = {length: {rows: each / 2e3 for rows, each in by.items()} for length, by in CYCLES.items() if length > 1}
-STEP = {1: {rows: each / 1e3 for rows, each in CYCLES[1].items()}}
-COSTS = PassCosts({"denoise": HALVES, "verify": HALVES, "step": STEP})
+COSTS = PassCosts(
+    {
+        kind: {tokens: {rows: each / 1e3 for rows, each in by_rows.items()} for tokens, by_rows in of.items()}
+        for kind, of in MILLISECONDS.items()
+    }
+)
 
 Text = tuple[list[int], list[float]]
 
@@ -86,18 +97,18 @@ def batches_of(texts: list[Text], rows: int) -> list[list[Text]]:
     return [[text] for text in texts] if rows == 1 else [draw.choices(texts, k=rows) for _ in range(4)]
 
 
-@pytest.mark.parametrize("rows, least", [(1, 2.3), (4, 2.6), (16, 2.5), (64, 1.9)])
+@pytest.mark.parametrize("rows, least", [(1, 3.2), (4, 3.0), (16, 2.4), (64, 1.4)])
 def test_on_templates_nearly_all_of_what_whole_drafts_gain_is_kept(rows, least):
     batches = batches_of(recorded("on templates"), rows)
     whole = sum(seconds(batch, Always(16)) for batch in batches)
     ours = sum(seconds(batch, controller()) for batch in batches)
-    # One row rarely knows what to expect; of 64, whole drafts are too dear to begin with.
-    assert whole / ours > (0.9 if rows in (1, 64) else 0.97)
+    # Of many rows, whole drafts are too dear to begin with.
+    assert whole / ours > (0.99 if rows < 16 else 0.94)
     assert speed(batches) > least
 
 
-@pytest.mark.parametrize("rows, least", [(1, 0.97), (4, 0.97), (16, 0.93), (64, 0.95)])
-def test_off_templates_nothing_to_speak_of_is_lost(rows, least):
+@pytest.mark.parametrize("rows, least", [(1, 0.95), (4, 0.96), (16, 0.95), (64, 0.95)])
+def test_off_templates_one_draft_of_48_tokens_is_lost(rows, least):
     assert speed(batches_of(recorded("off templates"), rows)) > least
 
 
@@ -107,10 +118,16 @@ def test_a_drafter_that_is_always_wrong_costs_a_thirtieth_at_most(rows, tokens):
     assert speed([[made_up([0] * tokens)] * rows]) > 0.965
 
 
-@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_a_drafter_that_is_always_right_is_used_throughout(rows):
     text = made_up([15] * 96)
     assert seconds([text] * rows, controller()) == seconds([text] * rows, Always(16))
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_in_large_batches_a_drafter_that_is_always_right_is_soon_used_throughout(rows):
+    text = made_up([15] * 300)
+    assert seconds([text] * rows, controller()) < 1.2 * seconds([text] * rows, Always(16))
 
 
 def test_where_whole_drafts_are_dear_they_follow_on_short_ones_that_were_right():
@@ -132,7 +149,7 @@ def test_at_first_no_more_is_risked_than_the_allowance(rows):
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("accepted", [[15] * 200 + [0] * 200, [0] * 200 + [15] * 200])
+@pytest.mark.parametrize("accepted", [[15] * 200 + [0] * 200, [0] * 200 + [15] * 400])
 def test_a_change_is_noticed(rows, accepted):
     assert speed([[made_up(accepted)] * rows]) > 1.1
 
@@ -145,6 +162,25 @@ def test_no_acceptances_lose_more_than_the_allowance(seed):
         steps = seconds([(accepted, sure)], controller()) / COSTS.cycle(1, 1)
         # The last draft may reach beyond the end.
         assert steps < 1.015 * 1000 + 3.5 + 16
+
+
+def test_where_no_draft_pays_nothing_is_watched():
+    text, chooser = made_up([0] * 100), controller()
+    chooser.start("a")
+    watched = []
+    for _ in range(len(text[0])):
+        length = chooser.choose(["a"])
+        watched.append(chooser.watches)
+        chooser.learn(["a"], length, [0], [[1.0]] if chooser.watches else None)
+    assert sum(watched) <= 15
+
+
+def test_tokens_that_were_not_watched_teach_nothing():
+    chooser = controller()
+    chooser.start("a", confidence=0.4)
+    for _ in range(100):
+        chooser.learn(["a"], 1, [0])
+    assert chooser.choose(["a"]) == 1
 
 
 def test_without_confidences_an_always_wrong_drafter_costs_no_more():
