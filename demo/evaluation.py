@@ -53,7 +53,7 @@ def modes(model: TwoTowerForBlockDiffusion) -> dict[str, dict[str, Any]]:
     # Whole blocks: what "auto" would choose on this machine is not the question here.
     size = model.config.block_size
     draft = {"mode": "self_speculative", "draft_steps": 1, "draft_length": size}
-    # The embedded checkpoint was trained on such blocks, too; chosen on the validation seed.
+    # The embedded checkpoint was trained on such blocks, too. Passes and thresholds are chosen on the validation seed.
     two = {**draft, "block_size": 2 * size, "draft_length": 2 * size, "draft_steps": 2, "confidence_threshold": 0.6}
     return {
         "ar": {"mode": "ar"},
@@ -63,6 +63,11 @@ def modes(model: TwoTowerForBlockDiffusion) -> dict[str, dict[str, Any]]:
         "self_speculative, 2 blocks in 2 passes, acceptance 0.5": {**two, "acceptance_ratio": 0.5},
         "mask_diffusion, threshold 0.8": {"mode": "mask_diffusion", "confidence_threshold": 0.8},
         "mask_diffusion, threshold 0.95": {"mode": "mask_diffusion", "confidence_threshold": 0.95},
+        "mask_diffusion, left to right, threshold 0.75": {
+            "mode": "mask_diffusion",
+            "unmasking_rule": "left_to_right",
+            "confidence_threshold": 0.75,
+        },
         "mock_ar": {"mode": "mock_ar"},
     }
 
