@@ -27,6 +27,7 @@ class Plan:
         rounds: how often everything is timed, in turn.
         texts: how many to write at least; a batch is always full.
         seed: of problems and random tokens.
+        compiled: every mode also with compiled passes.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
@@ -34,6 +35,7 @@ class Plan:
     rounds: int = 5
     texts: int = 8
     seed: int = 7
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "contexts"):
@@ -90,7 +92,7 @@ def _steps(
     for kind in KINDS:
         for size in plan.batch_sizes:
             texts = -(-max(size, plan.texts) // size) * size
-            measure = partial(generation, model, tokenizer, kind, size, texts, plan.rounds, plan.seed)
+            measure = partial(generation, model, tokenizer, kind, size, texts, plan.rounds, plan.seed, plan.compiled)
             steps.append(("generation", f"{kind}, batch {size}", measure))
     growing = GrowingContext(model, plan.seed)
     for length in sorted(plan.contexts):

@@ -36,6 +36,7 @@ MODES: dict[str, dict[str, Any]] = {
     "mask_diffusion": {"mode": "mask_diffusion"},
     "mock_ar": {"mode": "mock_ar"},
 }
+COMPILED: dict[str, Any] = {"compile": True}
 # Of a text that does not end by itself.
 OFF_TOKENS = 48
 # How much of a prompt is read at once, where it is read in pieces.
@@ -53,6 +54,7 @@ def generation(
     texts: int,
     rounds: int,
     seed: int,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """
     Every mode, transformers and, one text at a time, the released code's loop on the same texts, in turn.
@@ -65,6 +67,7 @@ def generation(
         texts: how many, in batches.
         rounds: how often everything is timed; the first round is preceded by one that is not.
         seed: of the problems.
+        compiled: every mode also with compiled passes; compiling takes minutes before the first round.
 
     Returns:
         By way: tokens, passes, texts equal to those of "ar", and of both clocks tokens per second and their ratio to
@@ -75,7 +78,8 @@ def generation(
     limit = max(size, limit - limit % size)  # whole blocks, as the released loop wants them
     endless = {} if kind == "on" else {"eos_token_id": None, "pad_token_id": model.generation_config.pad_token_id or 0}
     ends = end_ids(model) if kind == "on" else set()
-    variants = [variant_of(model, name, {**options, **endless}) for name, options in MODES.items()]
+    modes = MODES | ({f"{name}, compiled": options | COMPILED for name, options in MODES.items()} if compiled else {})
+    variants = [variant_of(model, name, {**options, **endless}) for name, options in modes.items()]
     variants.append(baseline_variant(model, endless))
     if batch_size == 1:
         variants.append(_released_variant(model, ends))
@@ -211,4 +215,4 @@ def _random_ids(model: TwoTowerForBlockDiffusion, tokens: int, generator: torch.
     return torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
 
 
-__all__ = ["BASELINE", "CHUNK", "MODES", "RELEASED", "GrowingContext", "generation", "prefill"]
+__all__ = ["BASELINE", "CHUNK", "COMPILED", "MODES", "RELEASED", "GrowingContext", "generation", "prefill"]

@@ -410,6 +410,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Batches 1 and 16, contexts up to 4096, 2 rounds, where not given.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also every mode with compiled passes, which takes minutes to compile.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, after every step.")] = None,
     png_file: Annotated[Path | None, typer.Option("--png", help="Draw the figures here, after every step.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
@@ -430,6 +433,7 @@ def bench(
         "contexts": None if contexts is None else tuple(_whole_numbers(contexts, "--contexts")),
         "rounds": rounds,
         "seed": seed,
+        "compiled": compiled,
     }
     plan = replace(
         running.QUICK if quick else running.Plan(),

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
+from transformers import CompileConfig
 
 from twotower.bench import charts, running, sections
 from twotower.bench.charts import draw_bench
@@ -51,6 +52,19 @@ def test_every_mode_is_timed_beside_transformers_and_the_released_loop(measured)
         assert step["ways"]["ar"]["cpu"]["of_ar"]["samples"] == [1.0, 1.0]
         # Greedy text of the same weights.
         assert [step["ways"][way]["same_texts_as_ar"] for way in ("self_speculative", BASELINE)] == [2, 2]
+
+
+def test_compiled_passes_are_timed_beside_the_others(model, tokenizer, monkeypatch):
+    programs = CompileConfig(backend="eager", mode=None)
+    monkeypatch.setattr(sections, "COMPILED", {"compile": True, "compile_config": programs})
+    monkeypatch.setattr(sections, "OFF_TOKENS", 8)
+    assert Plan(compiled=True).compiled and not Plan().compiled
+    ways = sections.generation(model, tokenizer, "off", 1, texts=1, rounds=1, seed=7, compiled=True)["ways"]
+    assert list(ways) == [*MODES, *(f"{mode}, compiled" for mode in MODES), BASELINE, RELEASED]
+    for mode in MODES:
+        passes = [ways[name]["denoiser_passes"] for name in (mode, f"{mode}, compiled")]
+        assert passes[0] == passes[1]
+        assert ways[f"{mode}, compiled"]["same_texts_as_ar"] == ways[mode]["same_texts_as_ar"]
 
 
 def test_texts_off_the_training_have_one_length_whatever_comes(measured):
