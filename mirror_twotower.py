@@ -145,18 +145,16 @@ class _News:
             ours[self.on(ours.device)[0]] = theirs[self.on(theirs.device)[0]].to(ours.device)
 
 
-def views_on(
-    cache: TwoTowerCache, devices: Sequence[torch.device | None] | None
-) -> list[KeyValues | MambaState | None]:
+def views_on(cache: TwoTowerCache, devices: Sequence[torch.device | None]) -> list[KeyValues | MambaState | None]:
     """
     A cache's `views`, each layer's on its device.
 
     Args:
-        devices: by layer; None, also for all, where the cache's own will do. In a pass with gradients it does always:
+        devices: by layer; None where the cache's own will do. In a pass with gradients it does always:
             these go through a tensor that is moved, but not through one that is written to.
     """
     whole = cache if cache.whole is None else cache.whole
-    if devices is None or torch.is_grad_enabled() or whole.host_lengths is None:
+    if torch.is_grad_enabled() or whole.host_lengths is None:
         return cache.views()
     cache._check(settled=False)
     places = [

@@ -692,7 +692,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         elif not (isinstance(timestep, torch.Tensor) and timestep.shape == block_ids.shape[:1]):
             timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
         timestep = timestep.to(block_ids.device, torch.float32)
-        pasts = views_on(cache, self._denoiser_devices())
+        pasts = self._pasts(cache)
         logits = self.denoiser_pass(packed.ids, pasts, cache.context_lengths(), timestep, mask)
         return logits if mask is None else packed.unpack(logits)
 
@@ -710,8 +710,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         """
         self.check_denoiser("predict_next")
         self._check_ids("input_ids", input_ids, cache)
-        pasts = views_on(cache, self._denoiser_devices())
-        return self.denoiser_pass(input_ids, pasts, cache.context_lengths(), None)[:, -1]
+        return self.denoiser_pass(input_ids, self._pasts(cache), cache.context_lengths(), None)[:, -1]
 
     def denoiser_pass(
         self,
@@ -739,12 +738,12 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         logits = self.lm_head(self.denoiser_tower(block_ids, pasts, layout, modulations))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _denoiser_devices(self) -> list[torch.device | None] | None:
-        """Where each layer of the denoiser computes; None where all of the model does in one place."""
+    def _pasts(self, cache: TwoTowerCache) -> Sequence[Past]:
+        """What each layer of the denoiser finds in the cache; beside the layer, where a model is in several places."""
         places = getattr(self, "hf_device_map", None)
         if places is None or len(set(places.values())) < 2:
-            return None
-        return [execution_device(layer.get_submodule("norm")) for layer in self.denoiser_tower.layers]
+            return cache.views()
+        return views_on(cache, [execution_device(layer.get_submodule("norm")) for layer in self.denoiser_tower.layers])
 
     @force_accelerate_hooks("scale_shift_tables")  # which are no module to call
     def _modulations(self, timestep: torch.Tensor) -> list[Modulation]:
