@@ -31,12 +31,19 @@ from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 REPEATS, TOKENS = 3, {"off": 48, "wrong": 96}
 BATCHES = {1: 8, 16: 32, 64: 64}  # how many texts each batch size is timed on
 PROBLEMS, SEED = 400, 1
+TWO_BLOCKS = {"mode": "self_speculative", "block_size": 32, "draft_steps": 2, "confidence_threshold": 0.6}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     "self_speculative": {"mode": "self_speculative"},
     "self_speculative, whole blocks": {"mode": "self_speculative", "draft_length": 16},
     "self_speculative, acceptance_ratio 0.5": {"mode": "self_speculative", "acceptance_ratio": 0.5},
+    "self_speculative, 2 blocks in 2 passes": {**TWO_BLOCKS, "draft_length": 32},
     "mask_diffusion": {"mode": "mask_diffusion"},
+    "mask_diffusion, left to right": {
+        "mode": "mask_diffusion",
+        "unmasking_rule": "left_to_right",
+        "confidence_threshold": 0.75,
+    },
 }
 RELAXED: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
@@ -46,7 +53,10 @@ RELAXED: dict[str, dict[str, Any]] = {
     "ratio 0.5, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.5, "draft_steps": 16},
     "ratio 0.1, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.1, "draft_steps": 16},
     "ratio 0.02, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.02},
+    "ratio 1.0, 32 tokens in 2 draft passes": {**TWO_BLOCKS, "draft_length": 32},
+    "ratio 0.5, 32 tokens in 2 draft passes": {**TWO_BLOCKS, "acceptance_ratio": 0.5},
     "mask_diffusion, 0.8": {"mode": "mask_diffusion"},
+    "mask_diffusion, left to right, 0.75": VARIANTS["mask_diffusion, left to right"],
 }
 
 
