@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import BASE, tiny_model, tiny_tokenizer
 from training.runs import interrupted_after_step, left_behind, lines, make_inputs, recipe
 from transformers import AutoTokenizer
 
@@ -34,6 +34,16 @@ def test_new_weights_are_those_of_the_seed(inputs, tmp_path):
     models = [train(recipe(inputs, tmp_path / str(at), seed=seed, **asked)) for at, seed in enumerate((5, 5, 6))]
     first, again, other = ((folder / "model.safetensors").read_bytes() for folder in models)
     assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"), [("hidden_sise", r"did you mean hidden_size\?"), ("rope_theta", "leave it out")]
+)
+def test_a_field_that_no_config_has_is_refused(field, remedy, inputs):
+    """Before a model of the size that is then the default."""
+    new = ModelRecipe(config={**BASE, field: 24}, tokenizer=str(inputs / "model"))
+    with pytest.raises(ValueError, match=f"model.config.{field} is no field of a TwoTowerConfig; {remedy}"):
+        build_model(new)
 
 
 def test_special_tokens_that_do_not_go_together_are_refused(inputs, tmp_path):
