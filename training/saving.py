@@ -5,12 +5,12 @@ whatever is called checkpoint-N is whole, wherever the process was killed. It is
 with its tokenizer (or an adapter that peft loads), and beside it `optimizer.safetensors` and `state.json`.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ class FolderLock:
         self.file = folder / "lock"
 
     def __enter__(self) -> "FolderLock":
+        if find_spec("fcntl") is None:
+            raise ValueError(
+                "this system cannot lock and sync a run's folder, as Windows cannot; train on Linux, on macOS, or in "
+                "the Windows Subsystem for Linux"
+            )
+        import fcntl
+
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.opened = open(self.file, "a+")
         try:
