@@ -3,7 +3,7 @@ From finished training runs to the checkpoint that the package embeds, and its c
 
     python -m twotower.demo.release temperatures DENOISER_RUN/model
     python -m twotower.demo.release make FOLDER --temperature T --context RUN "MACHINE" --denoiser RUN "MACHINE"
-    twotower eval --unseen --model FOLDER --json benchmarks/demo_eval.json
+    twotower eval --run-code --unseen --model FOLDER --json benchmarks/demo_eval.json
     python -m twotower.demo.release card FOLDER
 
 A denoiser that was trained in several runs, each from the one before, is given as several `--denoiser`, the last of
