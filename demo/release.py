@@ -29,11 +29,11 @@ from transformers import AutoTokenizer
 from ..bench.reports import write_json
 from ..configuration_twotower import TwoTowerConfig
 from ..evaluation.answers import answer, end_ids, tokenized, variant_of
-from ..evaluation.figures import percent
+from ..evaluation.figures import cells
 from ..generation_twotower import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from ..training.saving import STATE, checkpoints
-from .evaluation import MAX_NEW_TOKENS, VALIDATION_SEED, figures_of, times
+from .evaluation import MAX_NEW_TOKENS, VALIDATION_SEED, figures_of
 from .held_out import asked_tasks
 from .model_card import card, results
 from .tasks import SKILLS
@@ -87,15 +87,7 @@ def compare_temperatures(trained: Path, temperatures: Sequence[float], problems:
             way = variant_of(model, name, options)
             runs |= answer([way], batches[0], batches, end_ids(model), MAX_NEW_TOKENS)
         figures = figures_of(runs, tasks, tokenizer, (VALIDATION_SEED,))
-        found[skill] = [
-            [
-                name,
-                percent(row["accuracy"], row["accuracy_stderr"]),
-                percent(row["retention"], row["retention_stderr"]),
-                times(row["fewer_passes"], row["fewer_passes_stderr"]),
-            ]
-            for name, row in figures.items()
-        ]
+        found[skill] = [[name, *cells(row, "accuracy", "retention", "fewer_passes")] for name, row in figures.items()]
     return found
 
 
