@@ -95,8 +95,17 @@ def training_facts(run: Path, machine: str) -> dict[str, Any]:
     """Of a run's folder: the recipe it followed, its log, and where it ran."""
     state = json.loads((checkpoints(run)[-1] / STATE).read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    told = {name: state[name] for name in ("step", "processes", "recipe")}
+    told = {"step": state["step"], "processes": state["processes"], "recipe": _without_places(state["recipe"])}
     return {"machine": machine, **told, "log": log}
+
+
+def _without_places(value: Any) -> Any:
+    """A recipe's values; of paths of the machine it ran on their last part, as the rest tells nobody anything."""
+    if isinstance(value, dict):
+        return {name: _without_places(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def make(folder: Path, temperature: float, context: list[str], denoiser: list[list[str]], root: Path) -> None:
