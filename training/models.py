@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_twotower import TwoTowerConfig
@@ -48,7 +49,10 @@ def build_model(
 
 
 def _new_config(given: dict[str, Any]) -> TwoTowerConfig:
-    config, plain = TwoTowerConfig(**copy.deepcopy(given)), TwoTowerConfig()
+    try:
+        config, plain = TwoTowerConfig(**copy.deepcopy(given)), TwoTowerConfig()
+    except (StrictDataclassError, TypeError) as error:  # of a value of another kind
+        raise ValueError(f"model.config: {' '.join(str(error).split())}; see TwoTowerConfig") from error
     for name in given:
         # What is no field of a config becomes an attribute of it, without an effect.
         if hasattr(config, name) and not hasattr(plain, name):

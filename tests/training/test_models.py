@@ -37,13 +37,20 @@ def test_new_weights_are_those_of_the_seed(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "remedy"), [("hidden_sise", r"did you mean hidden_size\?"), ("rope_theta", "leave it out")]
+    ("fields", "message"),
+    [
+        ({"hidden_sise": 24}, r".hidden_sise is no field of a TwoTowerConfig; did you mean hidden_size\?"),
+        ({"rope_theta": 1e4}, ".rope_theta is no field of a TwoTowerConfig; leave it out"),
+        ({"hidden_size": "a"}, ": .*'hidden_size' expected int, got str .*; see TwoTowerConfig"),
+        ({"hybrid_override_pattern": 5}, ": .*; see TwoTowerConfig"),
+    ],
 )
-def test_a_field_that_no_config_has_is_refused(field, remedy, inputs):
+def test_what_no_config_has_is_refused(fields, message, inputs):
     """Before a model of the size that is then the default."""
-    new = ModelRecipe(config={**BASE, field: 24}, tokenizer=str(inputs / "model"))
-    with pytest.raises(ValueError, match=f"model.config.{field} is no field of a TwoTowerConfig; {remedy}"):
+    new = ModelRecipe(config={**BASE, **fields}, tokenizer=str(inputs / "model"))
+    with pytest.raises(ValueError, match=f"model.config{message}") as caught:
         build_model(new)
+    assert "\n" not in str(caught.value)
 
 
 def test_special_tokens_that_do_not_go_together_are_refused(inputs, tmp_path):
