@@ -37,6 +37,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 MODEL_TYPES = (TwoTowerConfig.model_type, NemotronHConfig.model_type)
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 EXPERT_MATRIX = re.compile(r"(.+\.mixer\.experts\.)(\d+)(\..+)")
+TOWERS = ("context_tower", "denoiser_tower")
 BACKBONE_ONLY_FIELDS = (
     "model_type architectures auto_map transformers_version num_nextn_predict_layers mtp_layers_block_type"
 )
@@ -240,7 +241,11 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
         return path_or_model
     if isinstance(path_or_model, PreTrainedModel):
         raise ValueError(f"the backbone is a {type(path_or_model).__name__}; give a NemotronHForCausalLM, or its path")
-    check_safetensors(path_or_model, kwargs)
+    if any(is_of(name, TOWERS) for name in check_safetensors(path_or_model, kwargs) or ()):
+        raise ValueError(
+            f"{path_or_model} is a TwoTower, not a backbone; load it with from_pretrained, or name it as a recipe's "
+            "model.checkpoint"
+        )
     kwargs["use_safetensors"] = True
     backbone, info = NemotronHForCausalLM.from_pretrained(path_or_model, output_loading_info=True, **kwargs)
     check_complete(info["missing_keys"], path_or_model)
