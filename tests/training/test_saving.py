@@ -41,6 +41,12 @@ BROKEN = {
     "cut off state": ("state.json", lambda data: data[: len(data) // 2], "state.json cannot be read"),
     "no object": ("state.json", lambda _: b"[1]", "state.json cannot be read"),
     "empty object": ("state.json", lambda _: b"{}", r"state.json cannot be read \(KeyError"),
+    "a changed value": (
+        "state.json",
+        lambda data: data.replace(b'"seconds": ', b'"seconds": 9'),
+        "its checksum is another",
+    ),
+    "a lost key": ("state.json", lambda data: data.replace(b'"processes"', b'"porcesses"'), "its checksum is another"),
     "cut off moments": (
         "optimizer.safetensors",
         lambda data: data[:-5],
