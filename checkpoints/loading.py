@@ -37,7 +37,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 MODEL_TYPES = (TwoTowerConfig.model_type, NemotronHConfig.model_type)
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 EXPERT_MATRIX = re.compile(r"(.+\.mixer\.experts\.)(\d+)(\..+)")
-TOWERS = ("context_tower", "denoiser_tower")
 BACKBONE_ONLY_FIELDS = (
     "model_type architectures auto_map transformers_version num_nextn_predict_layers mtp_layers_block_type"
 )
@@ -241,7 +240,8 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
         return path_or_model
     if isinstance(path_or_model, PreTrainedModel):
         raise ValueError(f"the backbone is a {type(path_or_model).__name__}; give a NemotronHForCausalLM, or its path")
-    if any(is_of(name, TOWERS) for name in check_safetensors(path_or_model, kwargs) or ()):
+    names = check_safetensors(path_or_model, kwargs)
+    if any(is_of(name, ["context_tower", "denoiser_tower"]) for name in names or ()):
         raise ValueError(
             f"{path_or_model} is a TwoTower, not a backbone; load it with from_pretrained, or name it as a recipe's "
             "model.checkpoint"

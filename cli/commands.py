@@ -229,6 +229,8 @@ def info(
 
     if measure and not costs:
         raise ValueError("--measure is about costs of passes; give --costs, too, or leave it out")
+    if kernels and (model, dtype, costs) != (None, None, False):
+        raise ValueError("--kernels is about this machine; leave out MODEL, --dtype and --costs")
     if kernels:
         _show_kernels(output_console())
         return
