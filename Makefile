@@ -36,7 +36,7 @@ lint: .venv/.stamp-dev
 	$(BIN)/pre-commit validate-config
 
 eval: .venv/.stamp-base
-	$(BIN)/twotower eval
+	$(BIN)/twotower eval --run-code
 
 # Whose Triton kernels tests/tools/test_mamba_ssm.py runs in Triton's interpreter, and einops, which they import. Without
 # its CUDA extension, which needs nvcc, and built here, since its setup.py would download one; without the rest of what it

@@ -569,8 +569,8 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             cache: also as `past_key_values`; to continue from and extend in place.
             use_cache: return a cache; default `config.use_cache`. Not with `labels`.
             logits_to_keep: logits of so many last columns only; 0 for all. Not with `labels`.
-            labels: (B, T); the masked-diffusion loss over positions that are not -100, of which `input_ids` are
-                the targets. Blocks are counted from the first column, padding included.
+            labels: (B, T); `input_ids`, the targets of the masked-diffusion loss, with -100 where there is to be none.
+                Blocks are counted from the first column, padding included.
             generator: of the masking, with `labels`. Default: in `train()` mode torch's global one. In `eval()` mode
                 none: a row's masks are a hash of its own tokens, so that an evaluation's loss is the same every time,
                 whatever else is in the batch, in whatever order (see [`content_masked`]).
@@ -1585,6 +1585,11 @@ def _whole_blocks(
         )
     mask = check_attention_mask(input_ids, attention_mask)
     trainable = labels != -100 if mask is None else (labels != -100) & mask
+    if (trainable & (labels != input_ids)).any():
+        raise ValueError(
+            "labels differ from input_ids elsewhere than at -100; give unmasked input_ids, which are the targets: the "
+            "objective masks tokens itself (of DataCollatorForLanguageModeling, mlm=False)"
+        )
     padding = -input_ids.shape[1] % size
     if padding:
         mask = torch.ones_like(trainable) if mask is None else mask

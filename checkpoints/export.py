@@ -66,6 +66,8 @@ def export(
     _check_target(folder, overwrite)
     if push_to_hub is not None:
         validate_repo_id(push_to_hub)
+    elif private is not None:
+        raise ValueError(f"private is {private}, which is about a repository; give push_to_hub, too, or leave it out")
     origin = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
     _check_source(source, origin)
     # 2. Load.

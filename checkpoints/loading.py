@@ -240,7 +240,12 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
         return path_or_model
     if isinstance(path_or_model, PreTrainedModel):
         raise ValueError(f"the backbone is a {type(path_or_model).__name__}; give a NemotronHForCausalLM, or its path")
-    check_safetensors(path_or_model, kwargs)
+    names = check_safetensors(path_or_model, kwargs)
+    if any(is_of(name, ["context_tower", "denoiser_tower"]) for name in names or ()):
+        raise ValueError(
+            f"{path_or_model} is a TwoTower, not a backbone; load it with from_pretrained, or name it as a recipe's "
+            "model.checkpoint"
+        )
     kwargs["use_safetensors"] = True
     backbone, info = NemotronHForCausalLM.from_pretrained(path_or_model, output_loading_info=True, **kwargs)
     check_complete(info["missing_keys"], path_or_model)

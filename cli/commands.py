@@ -229,6 +229,8 @@ def info(
 
     if measure and not costs:
         raise ValueError("--measure is about costs of passes; give --costs, too, or leave it out")
+    if kernels and (model, dtype, costs) != (None, None, False):
+        raise ValueError("--kernels is about this machine; leave out MODEL, --dtype and --costs")
     if kernels:
         _show_kernels(output_console())
         return
@@ -283,7 +285,10 @@ def evaluate(
         str | None, typer.Option("--seeds", "--seed", help="Of the tasks, comma-separated; default 101,102,103.")
     ] = None,
     skills: Annotated[
-        str | None, typer.Option("--skills", "--skill", help="words (word problems), code, or both: words,code.")
+        str | None,
+        typer.Option(
+            "--skills", "--skill", help="words (word problems), code, or both: words,code; code needs --run-code."
+        ),
     ] = None,
     modes: Annotated[
         str | None, typer.Option(help="Only these, comma-separated, beside ar, and not transformers.")
@@ -318,7 +323,10 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --card: so many questions of a task.")] = None,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="With --card: run programs that the model writes, as two of them need.")
+        bool,
+        typer.Option(
+            "--run-code", help="Run what the model writes, under limits, as functions and some of --card need."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --card: a few questions of our own, without network.")
@@ -326,10 +334,10 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """
-    Measure accuracy, passes and speed of every mode on held-out word problems and functions to write, next to
-    transformers' own NemotronH; with --rules accuracy against passes of every unmasking rule, and of drafts verified
-    exactly or not; with --curve against the knobs of the modes; with --card the benchmarks of the model card. Every
-    figure with its error.
+    Measure accuracy, passes and speed of every mode on held-out word problems, with --run-code also on functions to
+    write, next to transformers' own NemotronH; with --rules accuracy against passes of every unmasking rule, and of
+    drafts verified exactly or not; with --curve against the knobs of the modes; with --card the benchmarks of the
+    model card. Every figure with its error.
     """
     import torch
     from transformers.utils import logging
@@ -343,11 +351,11 @@ def evaluate(
 
     names = None if benchmarks is None else _words(benchmarks)
     asked_seeds = SEEDS if seeds is None else _seeds(seeds)
-    asked_skills = _skills(skills or ("words" if rules or curve else "words,code"))
+    asked_skills = _skills(skills or ("words" if rules or curve or not run_code else "words,code"))
     if sum((rules, curve, card)) > 1:
         raise ValueError("give one of --rules, --curve and --card")
-    if not card and (dry_run or run_code or limit is not None or benchmarks is not None):
-        raise ValueError("--benchmarks, --limit, --run-code and --dry-run are about --card; give it, too")
+    if not card and (dry_run or limit is not None or benchmarks is not None):
+        raise ValueError("--benchmarks, --limit and --dry-run are about --card; give it, too")
     if png_file is not None and not (rules or curve):
         raise ValueError("--png draws the unmasking rules or the curves of knobs; give --rules or --curve, too")
     if (rules or curve) and len(asked_skills) > 1:
@@ -358,6 +366,10 @@ def evaluate(
         raise ValueError("--unseen is about word problems; give --skills words or words,code, or leave it out")
     if (unseen or modes is not None) and (rules or curve or card):
         raise ValueError("--unseen and --modes go without --rules, --curve and --card; leave them out")
+    if not card and ("code" in asked_skills) != run_code:
+        raise ValueError(
+            "functions that the model writes are run, under limits; give --skills code and --run-code both"
+        )
     rows = batch_size or (16 if card else 64)
     if card:
         evaluating.check_card(json_file, names, dry_run)
@@ -393,6 +405,8 @@ def evaluate(
         for skill in asked_skills:
             show_table(console, evaluation.title(report, skill), *evaluation.table(report, skill))
         console.print(evaluation.footnote(report), soft_wrap=True)
+    if skills is None and not (run_code or rules or curve):
+        typer.echo("functions to write were left out: the model's are run; allow it with --run-code", err=True)
     if png_file is not None:
         draw = rules_evaluation.draw_rules if rules else curves.draw
         write_whole(png_file, lambda file: draw(report, file))

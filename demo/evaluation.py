@@ -23,7 +23,7 @@ from ..evaluation.answers import (
     variant_of,
 )
 from ..evaluation.baseline import baseline_variant
-from ..evaluation.figures import accuracy_figures, mean, percent, plus_minus, quotient
+from ..evaluation.figures import accuracy_figures, cells, mean, percent, quotient
 from ..generation_twotower import MODES
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .held_out import (
@@ -219,27 +219,19 @@ def table(report: dict[str, Any], skill: Skill) -> tuple[list[str], list[list[st
     tests = skill == "code"
     header = ["mode", RIGHT[skill], "of AR's", *["tests"] * tests, "whole text", "passes/problem", "fewer than AR's"]
     header += ["same text as AR", "tokens/s", "of AR's"]
+    quality = ["accuracy", "retention", *["tests_passed.share"] * tests, "whole_text.accuracy"]
+    quality += ["passes_per_problem", "fewer_passes"]
     rows = [
         [
             row["name"],
-            percent(row["accuracy"], row["accuracy_stderr"]),
-            percent(row["retention"], row["retention_stderr"]),
-            *[percent(row["tests_passed"]["share"], row["tests_passed"]["share_stderr"]) for _ in range(tests)],
-            percent(row["whole_text"]["accuracy"], row["whole_text"]["accuracy_stderr"]),
-            plus_minus(row["passes_per_problem"], row["passes_per_problem_stderr"], digits=1),
-            times(row["fewer_passes"], row["fewer_passes_stderr"]),
+            *cells(row, *quality),
             str(row["same_answers_as_ar"]),
-            plus_minus(row["tokens_per_second"], row["tokens_per_second_stderr"], digits=0),
-            times(row["speedup"], row["speedup_stderr"]),
+            *cells(row, "tokens_per_second", "speedup"),
         ]
         for row in report["rows"]
         if row["skill"] == skill
     ]
     return header, rows
-
-
-def times(value: float | None, stderr: float | None) -> str:
-    return plus_minus(value, stderr) + "x" * (value is not None)
 
 
 def footnote(report: dict[str, Any], speeds: bool = True) -> str:

@@ -60,8 +60,9 @@ Seeded generators (`demo/tasks.py`) write both skills without end, side by side.
   in evaluation has both. (A number that is not needed counts as none of them.)
 - **Functions** (`demo/functions.py`): from a first line and a docstring with an example, over numbers of a list or
   up to n, characters or words of a string, put together of what is kept, what each becomes and how they are
-  gathered. Held out is one in 6 combinations of these, whatever their parameters. An answer is right if it passes
-  five tests in a process of its own (`demo/checking.py`).
+  gathered. Held out is one in 6 combinations of these, whatever their parameters; but some parts are the same for
+  some parameters, as even numbers and multiples of 2, so that a few functions asked were trained in other words. An
+  answer is right if it passes five tests in a process of its own (`demo/checking.py`).
 
 The tokenizer is a byte-level BPE of {vocabulary:,} tokens, every digit a token of its own, trained on 20,000
 training tasks.

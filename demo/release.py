@@ -3,7 +3,7 @@ From finished training runs to the checkpoint that the package embeds, and its c
 
     python -m twotower.demo.release temperatures DENOISER_RUN/model
     python -m twotower.demo.release make FOLDER --temperature T --context RUN "MACHINE" --denoiser RUN "MACHINE"
-    twotower eval --unseen --model FOLDER --json benchmarks/demo_eval.json
+    twotower eval --run-code --unseen --model FOLDER --json benchmarks/demo_eval.json
     python -m twotower.demo.release card FOLDER
 
 A denoiser that was trained in several runs, each from the one before, is given as several `--denoiser`, the last of
@@ -29,11 +29,11 @@ from transformers import AutoTokenizer
 from ..bench.reports import write_json
 from ..configuration_twotower import TwoTowerConfig
 from ..evaluation.answers import answer, end_ids, tokenized, variant_of
-from ..evaluation.figures import percent
+from ..evaluation.figures import cells
 from ..generation_twotower import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from ..training.saving import STATE, checkpoints
-from .evaluation import MAX_NEW_TOKENS, VALIDATION_SEED, figures_of, times
+from .evaluation import MAX_NEW_TOKENS, VALIDATION_SEED, figures_of
 from .held_out import asked_tasks
 from .model_card import card, results
 from .tasks import SKILLS
@@ -87,15 +87,7 @@ def compare_temperatures(trained: Path, temperatures: Sequence[float], problems:
             way = variant_of(model, name, options)
             runs |= answer([way], batches[0], batches, end_ids(model), MAX_NEW_TOKENS)
         figures = figures_of(runs, tasks, tokenizer, (VALIDATION_SEED,))
-        found[skill] = [
-            [
-                name,
-                percent(row["accuracy"], row["accuracy_stderr"]),
-                percent(row["retention"], row["retention_stderr"]),
-                times(row["fewer_passes"], row["fewer_passes_stderr"]),
-            ]
-            for name, row in figures.items()
-        ]
+        found[skill] = [[name, *cells(row, "accuracy", "retention", "fewer_passes")] for name, row in figures.items()]
     return found
 
 
@@ -103,8 +95,17 @@ def training_facts(run: Path, machine: str) -> dict[str, Any]:
     """Of a run's folder: the recipe it followed, its log, and where it ran."""
     state = json.loads((checkpoints(run)[-1] / STATE).read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    told = {name: state[name] for name in ("step", "processes", "recipe")}
+    told = {"step": state["step"], "processes": state["processes"], "recipe": _without_places(state["recipe"])}
     return {"machine": machine, **told, "log": log}
+
+
+def _without_places(value: Any) -> Any:
+    """A recipe's values; of paths of the machine it ran on their last part, as the rest tells nobody anything."""
+    if isinstance(value, dict):
+        return {name: _without_places(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def make(folder: Path, temperature: float, context: list[str], denoiser: list[list[str]], root: Path) -> None:

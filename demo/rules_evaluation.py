@@ -14,7 +14,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from ..bench.reports import new_figure
 from ..decoding.rules import NOISE_SCHEDULES, UNMASKING_DEFAULTS
 from ..evaluation.answers import Variant, answer, end_ids, tokenized, variant_of
-from ..evaluation.figures import percent, plus_minus
+from ..evaluation.figures import cells
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from . import evaluation
 from .evaluation import RIGHT, asked_text, conditions, figures_of
@@ -146,12 +146,9 @@ def rules_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         [
             row["line"],
             ", ".join(f"{name}={value}" for name, value in row.items() if name in parameters),
-            percent(row["accuracy"], row["accuracy_stderr"]),
-            percent(row["retention"], row["retention_stderr"]),
-            percent(row["whole_text"]["accuracy"], row["whole_text"]["accuracy_stderr"]),
+            *cells(row, "accuracy", "retention", "whole_text.accuracy"),
             str(row["same_answers_as_ar"]),
-            plus_minus(row["tokens_per_denoiser_pass"], row["tokens_per_denoiser_pass_stderr"]),
-            plus_minus(row["tokens_per_pass"], row["tokens_per_pass_stderr"]),
+            *cells(row, "tokens_per_denoiser_pass", "tokens_per_pass"),
         ]
         for row in [*report["rows"], *report["verified_rows"]]
     ]

@@ -4,7 +4,7 @@ A small byte-level BPE tokenizer for both skills: every digit is a token, and so
     python -m twotower.demo.tokenizer FOLDER    writes that of the embedded checkpoint
 """
 
-import sys
+import argparse
 from collections.abc import Iterable
 from itertools import islice
 
@@ -95,7 +95,10 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    train_tokenizer(islice(training_tasks(0), TASKS)).save_pretrained(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Write the tokenizer of the embedded checkpoint.")
+    parser.add_argument("folder")
+    folder = parser.parse_args().folder
+    train_tokenizer(islice(training_tasks(0), TASKS)).save_pretrained(folder)
 
 
 if __name__ == "__main__":

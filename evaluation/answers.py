@@ -125,7 +125,8 @@ def answer(
         max_new_tokens: of each row.
     """
     for variant in variants:
-        variant.generate(warm_up, 8)
+        # Blocks much larger than trained are refused where a text is shorter than they are.
+        variant.generate(warm_up, max(8, variant.options.get("block_size") or 0))
     runs = {variant.name: Run() for variant in variants}
     for batch in batches:
         for variant in variants:

@@ -140,7 +140,8 @@ def measure_cell(
     shots = min(benchmark.shots, DRY_SHOTS) if settings["dry_run"] else benchmark.shots
     try:
         manager, tasks = load_tasks(benchmark, settings["dry_run"])
-    except (ImportError, AssertionError, OSError) as error:  # what lm-eval's tasks and datasets raise on loading
+    except (ImportError, AssertionError, OSError, RuntimeError, ValueError) as error:
+        # What lm-eval's tasks and datasets raise on loading; RuntimeError where a data set is a script.
         return {"empty": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     started = time.perf_counter()
     try:

@@ -14,12 +14,12 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..bench.reports import measured_on, new_figure
 from ..demo import evaluation
-from ..demo.evaluation import RIGHT, asked_text, conditions, figures_of, times
+from ..demo.evaluation import RIGHT, asked_text, conditions, figures_of
 from ..demo.held_out import PROBLEMS, SEEDS, asked_tasks
 from ..demo.tasks import Skill
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .answers import answer, end_ids, tokenized, variant_of
-from .figures import percent, plus_minus
+from .figures import cells
 
 
 class Line(NamedTuple):
@@ -103,17 +103,12 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a report."""
     header = ["", "", RIGHT[report["skill"]], "of AR's", "whole text", "passes/problem", "fewer than AR's"]
     header += ["tokens/s", "of AR's"]
+    figures = ("accuracy", "retention", "whole_text.accuracy", "passes_per_problem", "fewer_passes")
     rows = [
         [
             row["line"],
             "" if row["value"] is None else str(row["value"]),
-            percent(row["accuracy"], row["accuracy_stderr"]),
-            percent(row["retention"], row["retention_stderr"]),
-            percent(row["whole_text"]["accuracy"], row["whole_text"]["accuracy_stderr"]),
-            plus_minus(row["passes_per_problem"], row["passes_per_problem_stderr"], digits=1),
-            times(row["fewer_passes"], row["fewer_passes_stderr"]),
-            plus_minus(row["tokens_per_second"], row["tokens_per_second_stderr"], digits=0),
-            times(row["speedup"], row["speedup_stderr"]),
+            *cells(row, *figures, "tokens_per_second", "speedup"),
         ]
         for row in report["rows"]
     ]

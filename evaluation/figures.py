@@ -6,7 +6,8 @@ Errors are one standard error over problems; None where there is but one of them
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 Numbers = Sequence[float]
@@ -94,3 +95,30 @@ def plus_minus(value: float | None, stderr: float | None, digits: int = 2) -> st
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def times(value: float | None, stderr: float | None) -> str:
+    return plus_minus(value, stderr) + "x" * (value is not None)
+
+
+# How each figure of a report is shown in its tables.
+SHOWN: dict[str, Callable[[float | None, float | None], str]] = {
+    "accuracy": percent,
+    "retention": percent,
+    "share": percent,
+    "passes_per_problem": partial(plus_minus, digits=1),
+    "fewer_passes": times,
+    "tokens_per_pass": plus_minus,
+    "tokens_per_denoiser_pass": plus_minus,
+    "tokens_per_second": partial(plus_minus, digits=0),
+    "speedup": times,
+}
+
+
+def cells(row: dict[str, Any], *names: str) -> list[str]:
+    """Of a table: a row's figures with their errors; "part.name" is a figure of a part of them."""
+    found = []
+    for part, _, name in (each.rpartition(".") for each in names):
+        figures = row[part] if part else row
+        found.append(SHOWN[name](figures[name], figures[f"{name}_stderr"]))
+    return found

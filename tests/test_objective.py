@@ -483,6 +483,10 @@ def test_masked_cross_entropy_of_bfloat16_logits_is_float32():
 REFUSED = {
     "an unknown weighting": ({"loss_weighting": "sum"}, "loss_weighting is 'sum'; use one of mean, inverse_timestep"),
     "no corruption": ({"corruptions": 0}, "corruptions is 0; it must be at least 1"),
+    "labels that are no targets, as mlm=True makes them": (
+        {"labels": torch.tensor([[-100, 0, -100, -100, -100, -100]])},
+        r"labels differ from input_ids elsewhere than at -100; .*mlm=False",
+    ),
     "labels of another shape": (
         {"labels": torch.zeros(1, 5, dtype=torch.long)},
         r"labels have shape \(1, 5\), input_ids \(1, 6\)",

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 IGNORED = -100
+# What a row of a Trainer's may say of each of its tokens.
+MARKS = ("attention_mask", "labels", "completion_mask", "assistant_masks")
 
 
 class Document(NamedTuple):
@@ -72,7 +74,8 @@ class BlockCollator:
         """
         Args:
             rows: documents, or mappings with "input_ids" and, where a prompt is not to be trained on, "labels" (-100
-                on it) or TRL's "completion_mask" (0 on it).
+                on it) or TRL's "completion_mask" or "assistant_masks" (0 on it). What an "attention_mask" of theirs
+                says is padding is left out.
             salt: another one lays the same documents out otherwise, in another epoch say.
 
         Returns:
@@ -136,14 +139,24 @@ def document_of(row: Mapping[str, Any]) -> Document:
         raise ValueError(
             f"a row has {', '.join(map(str, row)) or 'nothing'}, but no input_ids; tokenize the texts first"
         )
+    lengths = row.get("seq_lengths")
+    if lengths is not None and len(lengths) > 1:
+        raise ValueError("a row holds several texts, packed (seq_lengths); give each a row of its own: packing=False")
     ids = [int(token) for token in row["input_ids"]]
-    wanted = [True] * len(ids)
-    if row.get("completion_mask") is not None:
-        wanted = [bool(flag) for flag in row["completion_mask"]]
-    elif row.get("labels") is not None:
-        wanted = [int(label) != IGNORED for label in row["labels"]]
-    if len(wanted) != len(ids):
-        raise ValueError(f"a row has {len(ids)} input_ids and {len(wanted)} labels; make them equally many")
+    marks = {name: list(map(int, row[name])) for name in MARKS if row.get(name) is not None}
+    for name, values in marks.items():
+        if len(values) != len(ids):
+            raise ValueError(f"a row has {len(ids)} input_ids and {len(values)} {name}; make them equally many")
+    kept = [at for at, real in enumerate(marks.pop("attention_mask", [1] * len(ids))) if real]
+    if kept and len(kept) <= kept[-1] - kept[0]:
+        raise ValueError("a row's attention_mask has a hole; mask padding at the ends of a row only")
+    ids, marks = [ids[at] for at in kept], {name: [values[at] for at in kept] for name, values in marks.items()}
+    labels = marks.pop("labels", ids)
+    if any(label not in (token, IGNORED) for token, label in zip(ids, labels, strict=True)):
+        raise ValueError(
+            f"a row has labels that are neither its input_ids nor {IGNORED}; give these: what is masked is drawn later"
+        )
+    wanted = [label != IGNORED and all(flags) for label, *flags in zip(labels, *marks.values(), strict=True)]
     prompt = wanted.index(True) if True in wanted else len(ids)
     if not all(wanted[prompt:]):
         raise ValueError(

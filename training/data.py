@@ -46,15 +46,22 @@ class Examples:
         except ImportError as error:
             raise ValueError('reading data needs datasets; pip install "twotower[train]"') from error
         recipe = self.recipe
+        options: dict[str, Any] = {"name": recipe.subset}
         if recipe.files is not None:
             files = found_files(recipe.files)
             self.origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
             kind = BUILDERS[Path(files[0]).suffix]
-            options = {"sample_by": recipe.text_by} if kind == "text" else {}
-            return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
-        assert recipe.dataset is not None
-        origin = os.path.expanduser(recipe.dataset)
-        return load_dataset(origin, recipe.subset, split=recipe.split, streaming=True)
+            options = {"data_files": files}
+            if kind == "text":
+                options["sample_by"] = recipe.text_by
+        else:
+            assert recipe.dataset is not None
+            kind = os.path.expanduser(recipe.dataset)
+        try:
+            return load_dataset(kind, split=recipe.split, streaming=True, **options)
+        except (RuntimeError, StopIteration, ValueError) as error:  # as of a script, an empty file, a broken one
+            problem = " ".join(str(error).split()) or "it is empty"
+            raise ValueError(f"{self.origin} cannot be read: {problem}") from error
 
     def state(self) -> Any:
         """Where the next example is."""
@@ -137,7 +144,7 @@ class Documents:
         prompt = 0
         if len(texts) == 2:
             prompt, ids = len(ids), ids + self._ids(texts[1], special=False)
-        problem = self._problem(texts, ids)
+        problem = self._problem(texts, ids, prompt)
         if problem is not None:
             if self.recipe.unusable == "skip":
                 return []
@@ -146,11 +153,6 @@ class Documents:
             raise ValueError(
                 f"{where} has token {self.mask_token_id}, which is to be [MASK]; choose as mask_token_id one "
                 "that no text has"
-            )
-        if prompt >= self.recipe.max_tokens:
-            raise ValueError(
-                f"{where} has a prompt of {prompt} tokens, of at most {self.recipe.max_tokens} in all; raise "
-                "data.max_tokens, or leave it out"
             )
         return self._cut(ids, prompt)
 
@@ -170,7 +172,7 @@ class Documents:
                 f"{self.examples.origin} has no column {column!r}, but {', '.join(map(str, example))}; name one in "
                 "data.text, or two in data.prompt and data.completion"
             )
-        text = example[column]
+        text = "" if example[column] is None else example[column]
         if not isinstance(text, str):
             raise ValueError(f"{where} has a {type(text).__name__} as {column!r}; give text")
         return text
@@ -178,7 +180,7 @@ class Documents:
     def _ids(self, text: str, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
-    def _problem(self, texts: list[str], ids: list[int]) -> str | None:
+    def _problem(self, texts: list[str], ids: list[int], prompt: int) -> str | None:
         for column, text in zip(self.columns, texts, strict=True):
             if not text.strip():
                 return f"is empty in {column!r}: give it text"
@@ -186,6 +188,10 @@ class Documents:
             return (
                 f"has {len(ids)} tokens, and a document must have {self.min_tokens}: fill it up with end-of-text by a "
                 "smaller data.min_tokens"
+            )
+        if prompt >= self.recipe.max_tokens:
+            return (
+                f"has a prompt of {prompt} tokens, of at most {self.recipe.max_tokens} in all; raise data.max_tokens"
             )
         return None
 
@@ -346,9 +352,15 @@ def found_files(patterns: list[str]) -> list[str]:
     """The files that paths and patterns name, of one kind."""
     files: list[str] = []
     for pattern in patterns:
-        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        path = str(Path(pattern).expanduser())
+        # A path that is there names itself, also with the brackets of a pattern.
+        found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
             raise ValueError(f"data.files has {pattern!r}, which names no file; give a path that exists")
+        if folders := [each for each in found if os.path.isdir(each)]:
+            raise ValueError(
+                f"data.files has {pattern!r}, and {folders[0]} is a folder; give files, as by .../*.jsonl"
+            )
         files += found
     kinds = {Path(file).suffix for file in files}
     if unknown := sorted(kinds - BUILDERS.keys()):

@@ -1,10 +1,12 @@
 """The model and tokenizer of a recipe: loaded or new, frozen and adapted as it says, stored whole or as an adapter."""
 
 import copy
+import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_twotower import TwoTowerConfig
@@ -22,24 +24,42 @@ LORA_MODULES = {
 LORA_EXPERTS = ("experts.up_proj", "experts.down_proj")
 
 
-def build_model(recipe: ModelRecipe) -> tuple[TwoTowerForBlockDiffusion, PreTrainedTokenizerBase]:
-    """A recipe's model, as it is before the first step (without adapters), and its tokenizer."""
+def build_model(
+    recipe: ModelRecipe, stored: Path | None = None
+) -> tuple[TwoTowerForBlockDiffusion, PreTrainedTokenizerBase]:
+    """A recipe's model (without adapters), as it is before the first step or as `stored`, and its tokenizer."""
     dtype = getattr(torch, recipe.dtype)
     origin = _folder(recipe.checkpoint or recipe.backbone or "")
     tokenizer = AutoTokenizer.from_pretrained(_folder(recipe.tokenizer or origin))
-    if recipe.checkpoint is not None:
+    if stored is not None:
+        model = TwoTowerForBlockDiffusion.from_pretrained(stored, dtype=dtype)
+    elif recipe.checkpoint is not None:
         model = TwoTowerForBlockDiffusion.from_pretrained(origin, dtype=dtype)
     elif recipe.backbone is not None:
         added = {"mask_token_id": recipe.mask_token_id, "block_size": recipe.block_size}
         given: dict[str, Any] = {name: value for name, value in added.items() if value is not None}
         model = TwoTowerForBlockDiffusion.from_backbone(origin, dtype=dtype, **given)
     else:
-        model = TwoTowerForBlockDiffusion(TwoTowerConfig(**copy.deepcopy(recipe.config or {}))).to(dtype)
-    if recipe.reset_denoiser:
+        model = TwoTowerForBlockDiffusion(_new_config(recipe.config or {})).to(dtype)
+    if recipe.reset_denoiser and stored is None:
         model.reset_denoiser()
     model.set_trained_towers(recipe.trained_towers)
     check_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def _new_config(given: dict[str, Any]) -> TwoTowerConfig:
+    try:
+        config, plain = TwoTowerConfig(**copy.deepcopy(given)), TwoTowerConfig()
+    except (StrictDataclassError, TypeError) as error:  # of a value of another kind
+        raise ValueError(f"model.config: {' '.join(str(error).split())}; see TwoTowerConfig") from error
+    for name in given:
+        # What is no field of a config becomes an attribute of it, without an effect.
+        if hasattr(config, name) and not hasattr(plain, name):
+            close = difflib.get_close_matches(str(name), vars(plain), 1)
+            remedy = f"did you mean {close[0]}?" if close else "leave it out"
+            raise ValueError(f"model.config.{name} is no field of a TwoTowerConfig; {remedy}")
+    return config
 
 
 def check_tokens(model: TwoTowerForBlockDiffusion, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -110,7 +110,7 @@ class DataRecipe:
         text_by: what of a .txt file is a document.
         max_tokens: longer documents are cut into several.
         min_tokens: what a document must have; default a block, a smaller number fills blocks with end-of-text.
-        unusable: what happens at an empty or too short document.
+        unusable: what happens at an empty or too short document, and at too long a prompt.
         aligned: see [`BlockCollator`].
         block_sizes: tokens per block, one drawn per batch; default the model's.
         pool: documents read at a time, shuffled and put together by length.
@@ -307,7 +307,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch_size", "accumulation", "threads")
-        _at_least(self, 0, "seed")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**64")
         if self.model.trained_towers == "context" and self.objective != DiffusionObjective():
             raise ValueError("objective is the denoiser's; leave it out under trained_towers: context")
         if self.model.trained_towers == "context" and self.samples is not None and self.samples.mode != "ar":

@@ -24,7 +24,7 @@ from .collator import IGNORED, BlockCollator
 from .data import Batches, Documents, sizes_of
 from .models import build_model, with_adapter
 from .optimizer import ExpertBalancer, build_optimizer, lr_factor
-from .recipe import DataRecipe, Recipe, changed_key
+from .recipe import DataRecipe, EvaluationRecipe, Recipe, changed_key
 from .saving import FolderLock, checkpoints, clean, cut_lines, load_checkpoint, prune, save_checkpoint, write_whole
 
 LOG, SAMPLES = "log.jsonl", "samples.jsonl"
@@ -92,6 +92,13 @@ class Run:
         self.size = self.plain.config.block_size
         collator = BlockCollator(**self._layout(recipe.data))
         self.batches = self._batches(recipe.data, recipe.batch_size, collator, recipe.seed)
+        if recipe.evaluation is not None:
+            # What is wrong with its data is known now, not steps later.
+            try:
+                with closing(self._evaluation_batches(recipe.evaluation)) as batches:
+                    next(batches)
+            except ValueError as error:
+                raise ValueError(f"evaluation: {error}") from error
         # 3. Where all of them are.
         self.model = accelerator.prepare_model(self._adapted())
         inner = accelerator.unwrap_model(self.model)
@@ -118,11 +125,12 @@ class Run:
             raise ValueError(
                 f"{key} is {new!r}, but {self.folder} was begun with {old!r}; put it back, or give another folder"
             )
-        for file, size in state["files"].items():
-            if self.files.get(file) != size:
+        for file in sorted(state["files"].keys() | self.files.keys()):  # a pattern may name more than it did
+            before, now = (files.get(file, "no") for files in (state["files"], self.files))
+            if before != now:
                 raise ValueError(
-                    f"{file} has {self.files.get(file)} bytes, but had {size} when {self.folder} was begun; put the "
-                    "data back, or give another folder"
+                    f"{file} has {now} bytes, but had {before} when {self.folder} was begun; put the data back, or "
+                    "give another folder"
                 )
         processes = self.accelerator.num_processes
         if state["processes"] != processes:
@@ -134,11 +142,7 @@ class Run:
     def _model(self) -> tuple[TwoTowerForBlockDiffusion, PreTrainedTokenizerBase]:
         """The model without adapters: with them, a checkpoint holds nothing else."""
         recipe = self.recipe.model
-        model, tokenizer = build_model(recipe)
-        if self.last is not None and recipe.lora is None:
-            dtype = getattr(torch, recipe.dtype)
-            model = TwoTowerForBlockDiffusion.from_pretrained(self.last, dtype=dtype)
-            model.set_trained_towers(recipe.trained_towers)
+        model, tokenizer = build_model(recipe, self.last if recipe.lora is None else None)
         model.objective = self.recipe.objective
         return in_own_memory(model), tokenizer
 
@@ -247,14 +251,12 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss per masked token (or per token, of the context tower) of the evaluation's data."""
-        evaluation = self.recipe.evaluation
-        assert evaluation is not None
-        # As the model is to be used: one block length, each first block where a prompt ends.
-        layout = {**self._layout(evaluation.data), "block_size": self.size, "aligned": 1.0}
-        # Generated tasks of the same seed would be those that are trained on.
-        seed = _seed(self.recipe.seed)
-        batches = self._batches(evaluation.data, evaluation.batch_size, BlockCollator(**layout), seed)
+        """
+        The mean loss over the evaluation's data: of batches by their masked tokens (of the context tower, by their
+        tokens), which under `weighting: mean` is the mean over all of these.
+        """
+        assert self.recipe.evaluation is not None
+        batches = self._evaluation_batches(self.recipe.evaluation)
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
         number, world = 0, self.accelerator.num_processes
         # Not the model of several processes: its passes wait for each other, and a process may have no batch.
@@ -272,6 +274,13 @@ class Run:
         self.balancer.loads.clear()
         loss, items = self.accelerator.reduce(sums, "sum").tolist()
         return loss / max(items, 1)
+
+    def _evaluation_batches(self, evaluation: EvaluationRecipe) -> Batches:
+        # As the model is to be used: one block length, each first block where a prompt ends.
+        layout = {**self._layout(evaluation.data), "block_size": self.size, "aligned": 1.0}
+        # Generated tasks of the same seed would be those that are trained on.
+        seed = _seed(self.recipe.seed)
+        return self._batches(evaluation.data, evaluation.batch_size, BlockCollator(**layout), seed)
 
     def _evaluated(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """A batch's summed loss, and over how many tokens."""

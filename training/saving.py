@@ -5,12 +5,13 @@ whatever is called checkpoint-N is whole, wherever the process was killed. It is
 with its tokenizer (or an adapter that peft loads), and beside it `optimizer.safetensors` and `state.json`.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ class FolderLock:
         self.file = folder / "lock"
 
     def __enter__(self) -> "FolderLock":
+        if find_spec("fcntl") is None:
+            raise ValueError(
+                "this system cannot lock and sync a run's folder, as Windows cannot; train on Linux, on macOS, or in "
+                "the Windows Subsystem for Linux"
+            )
+        import fcntl
+
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.opened = open(self.file, "a+")
         try:
@@ -126,8 +134,8 @@ def save_checkpoint(
         plain = _without_tensors(optimizer, "", tensors)
         save_file(tensors, new / OPTIMIZER)
         sizes = {file.name: file.stat().st_size for file in new.iterdir() if file.is_file()}
-        content = {"step": step, **state, "optimizer": plain, "sizes": sizes}
-        (new / STATE).write_text(json.dumps(content), encoding="utf-8")
+        content = json.loads(json.dumps({"step": step, **state, "optimizer": plain, "sizes": sizes}))
+        (new / STATE).write_text(json.dumps({**content, "checksum": _checksum(content)}), encoding="utf-8")
 
     write_whole(place, fill)
     prune(folder, keep)
@@ -153,6 +161,9 @@ def load_checkpoint(place: Path) -> dict[str, Any]:
         state = json.loads(file.read_text(encoding="utf-8"))
         sizes, plain = dict(state["sizes"]), state["optimizer"]
         state["step"], state["recipe"], state["data"]
+        # Of an earlier edition's there is none.
+        if state.pop("checksum", None) not in (None, _checksum(state)):
+            raise ValueError("its checksum is another")
     except (OSError, ValueError, KeyError, TypeError) as error:
         kind = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
         raise ValueError(f"{file} {kind}; {remedy}") from error
@@ -167,6 +178,10 @@ def load_checkpoint(place: Path) -> dict[str, Any]:
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{place / OPTIMIZER} does not hold what {STATE} says ({error}); {remedy}") from error
     return state
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -374,6 +374,13 @@ def test_from_backbone_in_a_folder(original, tmp_path):
     assert_made_of(model, backbone)
 
 
+@pytest.mark.parametrize("original", [True, False])
+def test_a_twotower_is_no_backbone(original, tmp_path):
+    tiny_model().save_pretrained(tmp_path, save_original_format=original)
+    with pytest.raises(ValueError, match="is a TwoTower, not a backbone; load it with from_pretrained, or name it as"):
+        TwoTowerForBlockDiffusion.from_backbone(tmp_path)
+
+
 def test_from_a_loaded_backbone():
     backbone = nemotron_h()
     model = TwoTowerForBlockDiffusion.from_backbone(backbone)

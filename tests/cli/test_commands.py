@@ -18,7 +18,7 @@ from twotower.bench import running, sections
 from twotower.cli import commands
 from twotower.cli.commands import app
 from twotower.decoding.rules import UNMASKING_RULES
-from twotower.demo import evaluation, rules_evaluation
+from twotower.demo import evaluation, marking, rules_evaluation
 from twotower.demo.rules_evaluation import draw_rules
 from twotower.evaluation import curves
 from twotower.training import run as training_run
@@ -234,7 +234,7 @@ def test_info_on_nvidias_config(goldens):
 def test_eval_writes_and_prints_its_figures(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 8)
     target = tmp_path / "new" / "figures.json"
-    arguments = ("--problems", 2, "--seed", 3, "--batch-size", 2, "--json", target)
+    arguments = ("--run-code", "--problems", 2, "--seed", 3, "--batch-size", 2, "--json", target)
     result = run("eval", "--model", checkpoint, *arguments)
     report = json.loads(target.read_text())
     assert (report["model"], report["problems"], report["seeds"]) == (str(checkpoint), 2, [3])
@@ -245,6 +245,15 @@ def test_eval_writes_and_prints_its_figures(checkpoint, tmp_path, monkeypatch):
         assert f"{row['tokens_per_second']:.0f}" in result.stdout
     assert result.stderr == ""
     assert run("eval", "--model", checkpoint, *arguments[:-1], tmp_path, code=1).stderr.startswith("error: ")
+
+
+def test_eval_runs_nothing_that_the_model_writes_unasked(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(marking, "_passed", lambda *_: pytest.fail("a function was run"))
+    target = tmp_path / "figures.json"
+    result = run("eval", "--model", checkpoint, "--problems", 2, "--seed", 3, "--modes", "ar", "--json", target)
+    assert {row["skill"] for row in json.loads(target.read_text())["rows"]} == {"words"}
+    assert result.stderr == "functions to write were left out: the model's are run; allow it with --run-code\n"
 
 
 def test_eval_compares_the_rules_and_draws_them(checkpoint, tmp_path, monkeypatch):
@@ -275,7 +284,7 @@ def test_eval_draws_curves_over_the_knobs(checkpoint, tmp_path, monkeypatch):
     for name in set(curves.LINES) - {"acceptance"}:
         monkeypatch.delitem(curves.LINES, name)
     figures, drawing = tmp_path / "curves.json", tmp_path / "new" / "curves.png"
-    asked = ("--problems", 4, "--seeds", "5,6", "--skill", "code", "--batch-size", 2)
+    asked = ("--problems", 4, "--seeds", "5,6", "--skill", "code", "--run-code", "--batch-size", 2)
     arguments = ("eval", "--model", checkpoint, *asked, "--curve")
     result = run(*arguments, "--json", figures, "--png", drawing)
     report = json.loads(figures.read_text())
@@ -303,7 +312,12 @@ def test_eval_refuses_an_unknown_skill(checkpoint, skills):
         (("eval", "--card", "--dry-run", "--problems", 9), "--problems, --seeds and --skills are about held-out"),
         (("eval", "--card", "--dry-run", "--seed", 9), "--problems, --seeds and --skills are about held-out tasks"),
         (("eval", "--card", "--dry-run", "--skill", "code"), "of --card give --limit"),
+        (("eval", "--skill", "code"), "functions that the model writes are run, under limits; give --skills code and"),
+        (("eval", "--skill", "words", "--run-code"), "give --skills code and --run-code both"),
+        (("eval", "--rules", "--run-code"), "give --skills code and --run-code both"),
         (("eval", "--unseen", "--skill", "code"), "--unseen is about word problems; give --skills words or"),
+        (("export", "new", "--private"), "private is True, which is about a repository; give push_to_hub, too"),
+        (("info", "--kernels", "--dtype", "float16"), "--kernels is about this machine; leave out MODEL, --dtype and"),
         (("generate", "a", "--slots", 2), "--slots is about the lines of --input; give that, too, or leave it out"),
     ],
 )
@@ -316,7 +330,9 @@ def test_lists_may_have_spaces(checkpoint, monkeypatch):
         raise ValueError(f"{skills}, {only}")
 
     monkeypatch.setattr(evaluation, "evaluate", asked)
-    result = run("eval", "--model", checkpoint, "--skills", "code, words", "--modes", "ar, mock_ar", code=2)
+    result = run(
+        "eval", "--model", checkpoint, "--skills", "code, words", "--run-code", "--modes", "ar, mock_ar", code=2
+    )
     assert result.stderr == "error: ['words', 'code'], ('ar', 'mock_ar')\n"
 
 

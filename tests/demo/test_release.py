@@ -17,6 +17,8 @@ from twotower.demo.tokenizer import train_tokenizer
 from twotower.evaluation.answers import Run
 
 RECIPE = {
+    "folder": "/home/somebody/runs/denoiser",
+    "model": {"checkpoint": "/home/somebody/runs/context/model", "tokenizer": "owner/name"},
     "steps": 200,
     "batch_size": 4,
     "accumulation": 2,
@@ -60,6 +62,13 @@ def test_what_is_embedded_loads_in_float32_from_bfloat16_and_answers_until_the_e
     assert sum(file.stat().st_size for file in (root / "made").glob("*.safetensors")) < 2.5 * model.num_parameters()
     tokenizer = AutoTokenizer.from_pretrained(root / "made")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_where_runs_lay_on_their_machine_is_not_told(root):
+    told = json.loads((root / release.TRAINING).read_text())["denoiser"][0]["recipe"]
+    assert (told["folder"], told["model"]) == ("denoiser", {"checkpoint": "model", "tokenizer": "owner/name"})
+    assert told["data"] == RECIPE["data"]
+    assert '"/' not in (release.ROOT / release.TRAINING).read_text()
 
 
 def test_the_released_denoiser_predicts_the_same_less_surely(root):

@@ -7,7 +7,7 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from twotower.demo.tasks import training_tasks
-from twotower.demo.tokenizer import train_tokenizer
+from twotower.demo.tokenizer import main, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +137,10 @@ def test_saved_and_loaded_tokenizer_is_the_same(problems, tokenizer, tmp_path):
     assert loaded.model_input_names == ["input_ids", "attention_mask"]
     assert loaded.chat_template == tokenizer.chat_template
     assert loaded.all_special_ids == tokenizer.all_special_ids
+
+
+def test_its_command_asks_for_a_folder(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tokenizer"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "the following arguments are required: folder" in capsys.readouterr().err

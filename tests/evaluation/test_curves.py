@@ -54,6 +54,15 @@ def test_every_value_is_measured_beside_ar(report):
         assert {"accuracy", "accuracy_stderr", "accuracy_interval"} <= set(row["whole_text"])
 
 
+def test_blocks_much_larger_than_trained_are_measured_too(monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 32)
+    lines = {"block size": LINES["block size"]}
+    found = measure_curves(
+        tiny_model("only -", vocab_size=280, block_size=2), tiny_tokenizer(), "words", 1, (2,), lines=lines
+    )
+    assert [row["value"] for row in found["rows"][1:]] == [4, 8, 16, 32]
+
+
 def test_a_report_says_of_what_it_is(report):
     assert (report["problems"], report["seeds"], report["batch_size"]) == (6, [2, 3], 3)
     assert [part["problems"] for part in report["rows"][0]["by_seed"].values()] == [3, 3]

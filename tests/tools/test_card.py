@@ -97,15 +97,16 @@ def test_code_runs_only_when_allowed():
     assert cell_figures(report["cells"]["mbpp"]["ar"], {}) is None
 
 
-def test_what_cannot_be_loaded_is_said_and_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [ModuleNotFoundError, RuntimeError, ValueError])
+def test_what_cannot_be_loaded_is_said_and_tried_again(kind, tmp_path, monkeypatch):
     file, whole = tmp_path / "card.json", card.load_tasks
 
     def missing(*_):
-        raise ModuleNotFoundError("No module named 'math_verify'")
+        raise kind("No module named 'math_verify'")
 
     monkeypatch.setattr(card, "load_tasks", missing)
     report = measure_card(scripted(), open_report(file, SETTINGS), file, chosen(["mgsm"]))
-    assert report["cells"]["mgsm"]["ar"] == {"empty": "ModuleNotFoundError: No module named 'math_verify'"}
+    assert report["cells"]["mgsm"]["ar"] == {"empty": f"{kind.__name__}: No module named 'math_verify'"}
     monkeypatch.setattr(card, "load_tasks", whole)
     report = measure_card(scripted(), open_report(file, SETTINGS), file, chosen(["mgsm"]))
     assert set(report["cells"]["mgsm"]["ar"]["right"].values()) == {"1111"}

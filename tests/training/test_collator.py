@@ -75,7 +75,8 @@ def test_block_lengths_are_mixed_within_a_run_not_within_a_batch():
 
 
 def test_rows_of_trainers():
-    for extra in ({"labels": [-100, 11, 12]}, {"completion_mask": [0, 1, 1]}):
+    marks = ({"labels": [-100, 11, 12]}, {"completion_mask": [0, 1, 1]}, {"assistant_masks": [0, 1, 1]})
+    for extra in (*marks, {"labels": [10, 11, 12], **marks[1]}):
         assert document_of({"input_ids": torch.tensor([10, 11, 12]), **extra}) == Document([10, 11, 12], 1)
     assert document_of({"input_ids": [10, 11]}) == Document([10, 11])
     # Cut off before its completion: to end there would be wrong.
@@ -86,12 +87,29 @@ def test_rows_of_trainers():
     assert (BlockCollator(EOS, 4)(prompts)["labels"] == IGNORED).all()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_rows_is_no_text(side):
+    """As tokenizers leave it with padding="max_length", whatever its labels."""
+
+    def padded(values, fill):
+        return [fill] * 3 + values if side == "left" else values + [fill] * 3
+
+    mask = {"attention_mask": padded([1, 1, 1], 0)}
+    ids = {"input_ids": padded([10, 11, 12], EOS), **mask}
+    assert document_of(ids) == document_of({**ids, "labels": ids["input_ids"]}) == Document([10, 11, 12])
+    assert document_of({**ids, "labels": padded([IGNORED, 11, 12], IGNORED)}) == Document([10, 11, 12], 1)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"text": "a"}, "a row has text, but no input_ids; tokenize the texts first"),
         ({"input_ids": [1, 2], "labels": [1]}, "a row has 2 input_ids and 1 labels"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "a row has 2 input_ids and 1 attention_mask; make them"),
         ({"input_ids": [1, 2, 3], "completion_mask": [1, 0, 1]}, "a row's labels have a gap"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "a row's attention_mask has a hole"),
+        ({"input_ids": [1, 3], "labels": [1, 2]}, "a row has labels that are neither its input_ids nor -100"),
+        ({"input_ids": [1, 2], "seq_lengths": [1, 1]}, "a row holds several texts, packed .seq_lengths.; give each"),
     ],
 )
 def test_rows_that_are_refused(row, message):

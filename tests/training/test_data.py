@@ -150,6 +150,7 @@ WRONG = {
         {},
         "example 1 of .* is empty in 'text': give it text, or .*unusable: skip",
     ),
+    "no document": ([{"text": None}], {}, "example 1 of .* is empty in 'text': give it text"),
     "a short one": (
         [{"text": "Tom"}],
         {},
@@ -163,7 +164,7 @@ WRONG = {
     "a prompt too long": (
         [{"q": " ".join(TEXTS), "a": "b"}],
         {"prompt": "q", "completion": "a", "max_tokens": 64},
-        "has a prompt of [0-9]+ tokens, of at most 64 in all; raise data.max_tokens",
+        "has a prompt of [0-9]+ tokens, of at most 64 in all; raise data.max_tokens, or leave such out",
     ),
 }
 
@@ -177,9 +178,12 @@ def test_what_is_wrong_with_a_document_is_named(case, tokenizer, tmp_path):
 
 
 def test_unusable_documents_may_be_skipped_and_short_ones_filled(tokenizer, tmp_path):
-    file = write(tmp_path, [{"text": "Tom"}, {"text": ""}, {"text": TEXTS[0]}])
+    file = write(tmp_path, [{"text": "Tom"}, {"text": ""}, {"text": None}, {"text": TEXTS[0]}])
     assert len(documents(tokenizer, DataRecipe(files=[file], unusable="skip"))) == 1
     assert len(documents(tokenizer, DataRecipe(files=[file], unusable="skip", min_tokens=1))) == 2
+    long = write(tmp_path, [{"q": " ".join(TEXTS), "a": "b"}, {"q": TEXTS[0], "a": "b"}], "long.jsonl")
+    asked = DataRecipe(files=[long], prompt="q", completion="a", max_tokens=64, unusable="skip")
+    assert len(documents(tokenizer, asked)) == 1
 
 
 def test_the_mask_in_a_text_is_refused(tokenizer, tmp_path):
@@ -201,7 +205,9 @@ def test_data_without_a_usable_document_is_refused(tokenizer, tmp_path):
 def test_files_that_are_refused(tmp_path):
     for name in ("a.jsonl", "b.txt", "c.csv"):
         (tmp_path / name).write_text("")
+    (tmp_path / "folder").mkdir()
     for patterns, message in (
+        (["folder"], "data.files has '.*folder', and .*folder is a folder; give files, as by .../"),
         (["absent.jsonl"], "data.files has '.*absent.jsonl', which names no file"),
         (["c.csv"], "data.files are .csv; give .jsonl, .json, .txt, .parquet"),
         (["a.jsonl", "b.txt"], "data.files are .jsonl, .txt; give files of one kind"),
@@ -209,6 +215,8 @@ def test_files_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             found_files([str(tmp_path / pattern) for pattern in patterns])
     assert found_files([str(tmp_path / "*.jsonl")]) == [str(tmp_path / "a.jsonl")]
+    (tmp_path / "a[1].jsonl").write_text("")
+    assert found_files([str(tmp_path / "a[1].jsonl")]) == [str(tmp_path / "a[1].jsonl")]
 
 
 def test_a_broken_file_is_named(tokenizer, tmp_path):
@@ -216,6 +224,17 @@ def test_a_broken_file_is_named(tokenizer, tmp_path):
     file.write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(ValueError, match=r"data.jsonl cannot be read") as caught:
         documents(tokenizer, DataRecipe(files=[str(file)]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [("data.jsonl", b"", "it is empty"), ("data.parquet", b"PAR1 and no more", ".*not a parquet file")],
+)
+def test_a_file_that_cannot_be_opened_is_named(name, content, problem, tokenizer, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: {problem}") as caught:
+        documents(tokenizer, DataRecipe(files=[str(tmp_path / name)]))
     assert "\n" not in str(caught.value)
 
 

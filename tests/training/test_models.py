@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import BASE, tiny_model, tiny_tokenizer
 from training.runs import interrupted_after_step, left_behind, lines, make_inputs, recipe
 from transformers import AutoTokenizer
 
@@ -34,6 +34,23 @@ def test_new_weights_are_those_of_the_seed(inputs, tmp_path):
     models = [train(recipe(inputs, tmp_path / str(at), seed=seed, **asked)) for at, seed in enumerate((5, 5, 6))]
     first, again, other = ((folder / "model.safetensors").read_bytes() for folder in models)
     assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_sise": 24}, r".hidden_sise is no field of a TwoTowerConfig; did you mean hidden_size\?"),
+        ({"rope_theta": 1e4}, ".rope_theta is no field of a TwoTowerConfig; leave it out"),
+        ({"hidden_size": "a"}, ": .*'hidden_size' expected int, got str .*; see TwoTowerConfig"),
+        ({"hybrid_override_pattern": 5}, ": .*; see TwoTowerConfig"),
+    ],
+)
+def test_what_no_config_has_is_refused(fields, message, inputs):
+    """Before a model of the size that is then the default."""
+    new = ModelRecipe(config={**BASE, **fields}, tokenizer=str(inputs / "model"))
+    with pytest.raises(ValueError, match=f"model.config{message}") as caught:
+        build_model(new)
+    assert "\n" not in str(caught.value)
 
 
 def test_special_tokens_that_do_not_go_together_are_refused(inputs, tmp_path):

@@ -169,6 +169,7 @@ WRONG = {
         content(model={"checkpoint": "a", "lora": {}}, optimizer={"balance_experts": 1e-3}),
         "optimizer.balance_experts moves routers, which an adapter does not hold; leave it out",
     ),
+    "a seed of too many bits": (content(seed=2**64), r"seed is 18446744073709551616; it must be .* below 2\*\*64"),
     "no prompts": (content(samples={"prompts": [" "]}), "samples.prompts holds nothing, or an empty one"),
 }
 

@@ -141,6 +141,45 @@ def test_other_recipes_data_and_processes_are_refused_by_name(inputs, tmp_path):
         train(recipe(own, folder, steps=1))
 
 
+def test_a_file_more_that_a_pattern_names_is_other_data(tmp_path):
+    own = make_inputs(tmp_path / "own", "only -")
+    asked = {"data__files": [str(own / "*.jsonl")], "steps": 1}
+    train(recipe(own, tmp_path / "run", **asked))
+    (own / "another.jsonl").write_bytes((own / "data.jsonl").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"another.jsonl has \d+ bytes, but had no when .* was begun; put the data back"
+    ):
+        train(recipe(own, tmp_path / "run", **asked))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"files": ["absent.jsonl"]}, "evaluation: data.files has 'absent.jsonl', which names no file"),
+        ({"files": ["data.jsonl"], "text": "body"}, "evaluation: .*data.jsonl has no column 'body'"),
+        ({"files": ["data.jsonl"], "max_tokens": 7}, "evaluation: data.max_tokens is 7, less than a block of 8"),
+    ],
+)
+def test_what_is_wrong_with_an_evaluation_is_known_before_the_first_step(data, message, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(inputs)
+    with pytest.raises(ValueError, match=message):
+        train(recipe(inputs, tmp_path, evaluation={"data": data, "every": 3}))
+    assert not checkpoints(tmp_path) and not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_resumed_run_reads_no_weights_but_its_own(inputs, tmp_path, monkeypatch):
+    interrupted_after_step(2, recipe(inputs, tmp_path))
+    read, real = [], TwoTowerForBlockDiffusion.from_pretrained
+
+    def watched(name, *arguments, **options):
+        read.append(Path(name).name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(TwoTowerForBlockDiffusion, "from_pretrained", watched)
+    train(recipe(inputs, tmp_path))
+    assert read == ["checkpoint-00000002"]
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_stored(inputs, tmp_path, monkeypatch):
     real = running.Run._loss
 

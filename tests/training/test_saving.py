@@ -1,13 +1,14 @@
 """A run's folder: optimiser state through files, and checkpoints that are broken named as such."""
 
 import json
+import sys
 
 import pytest
 import torch
 from training.runs import make_inputs, recipe
 
 from twotower.training.run import train
-from twotower.training.saving import checkpoints, cut_lines, load_checkpoint, save_checkpoint
+from twotower.training.saving import FolderLock, checkpoints, cut_lines, load_checkpoint, save_checkpoint
 
 
 def test_state_comes_back_as_it_was(tmp_path):
@@ -22,6 +23,13 @@ def test_state_comes_back_as_it_was(tmp_path):
         assert torch.equal(state["optimizer"][0]["state"][0][name], tensor)
 
 
+def test_a_system_without_locks_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(ValueError, match="cannot lock and sync a run's folder, as Windows cannot; train on Linux"):
+        FolderLock(tmp_path / "run").__enter__()
+    assert not (tmp_path / "run").exists()
+
+
 def test_lines_of_later_steps_and_a_broken_one_are_cut(tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
@@ -33,6 +41,12 @@ BROKEN = {
     "cut off state": ("state.json", lambda data: data[: len(data) // 2], "state.json cannot be read"),
     "no object": ("state.json", lambda _: b"[1]", "state.json cannot be read"),
     "empty object": ("state.json", lambda _: b"{}", r"state.json cannot be read \(KeyError"),
+    "a changed value": (
+        "state.json",
+        lambda data: data.replace(b'"seconds": ', b'"seconds": 9'),
+        "its checksum is another",
+    ),
+    "a lost key": ("state.json", lambda data: data.replace(b'"processes"', b'"porcesses"'), "its checksum is another"),
     "cut off moments": (
         "optimizer.safetensors",
         lambda data: data[:-5],
