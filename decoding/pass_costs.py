@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -348,6 +348,11 @@ def _description(model: Any) -> dict[str, Any]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _processor_name()
+
+
+@lru_cache
+def _processor_name() -> str:
     processors = Path("/proc/cpuinfo")
     lines = processors.read_text().splitlines() if processors.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -253,3 +253,9 @@ def test_rows_that_do_not_fit_into_the_memory_are_extrapolated(model, monkeypatc
     with pytest.warns(UserWarning, match="passes over 16 rows do not fit into the memory"):
         costs = PassCosts.measure(model, [2], [1, 4, 16])
     assert costs.of("step", 1, 16) > 0
+
+
+def test_the_processor_is_asked_its_name_once(model, monkeypatch):
+    pass_costs._description(model)
+    monkeypatch.setattr("pathlib.Path.read_text", None)
+    pass_costs._description(model)
