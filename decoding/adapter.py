@@ -24,8 +24,8 @@ from ..compat_twotower import (
     accepts_past_key_values,
     tqdm,
 )
-from ..inputs_twotower import check_attention_mask, check_ids
-from .asking import asked_by_mode, made_for, serves_all_rows
+from ..inputs_twotower import as_ids, check_attention_mask, check_ids
+from .asking import PerRow, asked_by_mode, made_for, serves_all_rows
 from .compiled import check_can_compile
 from .config import (
     REFUSED_ARGUMENTS,
@@ -104,8 +104,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 "leave it unset; compile=True runs compiled passes"
             )
         if kwargs.get("starting_block") is not None:
-            kwargs["starting_block"] = _as_ids("starting_block", kwargs["starting_block"])
+            kwargs["starting_block"] = as_ids("starting_block", kwargs["starting_block"])
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        _check_kinds(generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, kwargs)
         kwargs |= {
             "generation_config": generation_config,
             "logits_processor": logits_processor,
@@ -136,7 +137,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
 
-        places = (given, vars(given["generation_config"] or self.generation_config), vars(self.generation_config))
+        configs = (given["generation_config"] or self.generation_config, self.generation_config)
+        places = [plain(flags) for flags in (given, *map(vars, configs))]
         bos, pad, ends = (
             next((place[name] for place in places if place.get(name) is not None), None)
             for name in ("bos_token_id", "pad_token_id", "eos_token_id")
@@ -207,7 +209,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         copies = knobs.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
         if copies != 1:
             raise ValueError(f"num_return_sequences is {copies}; generate_batch gives one text per prompt")
-        prompts = [torch.as_tensor(one).flatten().tolist() for one in inputs]
+        prompts = [as_ids("inputs", one).flatten().tolist() for one in inputs]
         knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
         results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))
         return {
@@ -473,13 +475,23 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         self._check_vocabulary("starting_block", block)
 
 
-def _as_ids(name: str, value: Any) -> torch.Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+def _check_kinds(config: Any, processors: Any, criteria: Any, allowed: Any, given: dict[str, Any]) -> None:
+    """Refuse arguments of another kind than `generate` takes, which would fail somewhere within."""
+    if config is not None and not isinstance(config, GenerationConfig):
         raise ValueError(
-            f"{name} is a {type(value).__name__} that makes no tensor ({error}); give token ids"
-        ) from error
+            f"generation_config is {config!r}; give a GenerationConfig, or its flags as arguments of their own"
+        )
+    for name, asked in (("logits_processor", processors), ("stopping_criteria", criteria)):
+        if asked is not None and not isinstance(asked, list | tuple):
+            raise ValueError(f"{name} is {asked!r}; give a list")
+        for one in asked or ():
+            if not callable(one) and not isinstance(one, PerRow):
+                raise ValueError(f"{name} holds {one!r}, which cannot be called")
+    if allowed is not None and not callable(allowed):
+        raise ValueError(f"prefix_allowed_tokens_fn is {allowed!r}, which cannot be called")
+    streamer = given.get("streamer")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer is {streamer!r}; give an object with the methods put and end")
 
 
 def _check_askable(

@@ -23,6 +23,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..cache_twotower import TwoTowerCache
+from ..inputs_twotower import as_ids
 from .config import STRATEGY_DEFAULTS
 from .engine import Engine
 from .state import ENDED, Request, Row, TwoTowerGenerateOutput
@@ -202,7 +203,7 @@ class TwoTowerEngine:
         for name in ("cache", "past_key_values"):
             if knobs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by an engine, which holds all rows in a cache of its own")
-        ids = torch.as_tensor(input_ids, device=self._device)
+        ids = as_ids("input_ids", input_ids).to(self._device)
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or len(ids) != 1:
             raise ValueError(f"input_ids has shape {tuple(ids.shape)}; a request is one prompt, (n,) or (1, n)")

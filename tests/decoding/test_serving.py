@@ -559,6 +559,8 @@ def test_a_full_queue_raises(model):
     "arguments, said",
     [
         ({"input_ids": random_ids(2, 4)}, r"input_ids has shape \(2, 4\); a request is one prompt"),
+        ({"input_ids": None}, "input_ids is a NoneType that makes no tensor"),
+        ({"input_ids": "what?"}, "input_ids is a str that makes no tensor .*; give token ids"),
         ({"input_ids": [[[4]]]}, r"input_ids has shape \(1, 1, 1\)"),
         ({"input_ids": IDS, "num_return_sequences": 5, "do_sample": True}, "has 5 sequences, the engine 4 slots"),
         ({"input_ids": IDS, "mode": "fast"}, "mode is 'fast'"),
