@@ -268,7 +268,7 @@ class TwoTowerCache(Cache):
 
     def reset(self) -> None:
         """Forget what was read, by whom, and all rows."""
-        self.layers = [type(layer)() for layer in self.layers]
+        self.layers: list[Any] = [type(layer)() for layer in self.layers]
         # The ids read, plus one, as keys (B, 1, columns, 1) with values of no dimension. So 0, which fills buffers,
         # says that a token's id is not known.
         self.tokens = KeyValueLayer()
@@ -689,8 +689,8 @@ class TwoTowerCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise ValueError(
-                f"crop({tokens_to_remove}) is not supported by a TwoTower's cache, as Mamba states cannot go back; keep a "
-                "copy (copy_rows) of what is to be gone back to, or read with tentative=True and accept(counts)"
+                f"crop({tokens_to_remove}) is not supported by a TwoTower's cache, as Mamba states cannot go back; "
+                "keep a copy (copy_rows) of what is to be gone back to, or read with tentative=True and accept(counts)"
             )
 
     def copy_rows(self, rows: Counts) -> "TwoTowerCache":

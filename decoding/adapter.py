@@ -223,9 +223,22 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         }
 
     def init_continuous_batching(
-        self, generation_config: GenerationConfig | None = None, slots: int = 16, max_queue: int | None = None
+        self,
+        generation_config: GenerationConfig | None = None,
+        slots: int = 16,
+        max_queue: int | None = None,
+        continuous_batching_config: Any = None,
     ) -> TwoTowerEngine:
         """A [`TwoTowerEngine`], whose requests go by `generation_config` unless they bring one."""
+        if continuous_batching_config is not None:
+            raise ValueError(
+                f"continuous_batching_config={continuous_batching_config!r} is about pages, of which a TwoTower's "
+                "cache has none; leave it out, and give slots and max_queue"
+            )
+        if generation_config is not None and generation_config.use_cache is False:
+            # So `transformers serve` says that its batches have caches of their own.
+            generation_config = copy.copy(generation_config)
+            generation_config.use_cache = True
         return TwoTowerEngine(self, slots, max_queue, generation_config)
 
     @contextmanager

@@ -1,5 +1,7 @@
 """Logits processors and stopping criteria that may keep state get the calls transformers would make of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_generation import padded
@@ -349,7 +351,7 @@ def test_criteria_are_shown_scores_that_are_made_once(model, rows, kind):
     output = generate(model, rows[0][None], stopping_criteria=[kind(record)], **flags)
     assert [len(scores) for scores in seen] == list(range(1, 13))
     torch.testing.assert_close(torch.stack(seen[-1]), torch.stack(output.scores))
-    for earlier, later in zip(seen[1:], seen[2:], strict=False):
+    for earlier, later in pairwise(seen[1:]):
         assert all(one is other for one, other in zip(earlier[:-1], later, strict=False))
 
 
