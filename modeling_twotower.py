@@ -279,6 +279,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     accepts_loss_kwargs = True
 
     def __init__(self, config: TwoTowerConfig, towers: LoadedTowers = "both"):
+        config.check()  # `from_pretrained` sets what it was told to in a config that it has read
         super().__init__(config)
         check_towers("towers", towers, LoadedTowers)
         self.has_denoiser = towers == "both"

@@ -85,7 +85,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 whole text, of which the cache holds the beginning. The attention mask may then have holes. After an
                 exception, from wherever, the cache is what it was before the call.
             starting_block: (B, at most block_size) ids for `mask_diffusion`: the first block, with tokens to keep,
-                and the mask id or nothing where one is wanted.
+                and the mask id or nothing where one is wanted; of each prompt the same for all its sequences.
             engine: for [`TwoTowerEngine`], which is given the request this call makes up, to run it itself.
             step_callback: for `mask_diffusion` and `self_speculative`: called with a [`BlockStep`] after every
                 denoiser pass.
@@ -150,7 +150,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 raise ValueError(
                     "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
                 )
-            return torch.full((len(input_ids), 1), bos, device=input_ids.device), None
+            begun = torch.full((len(input_ids), 1), bos, device=input_ids.device)
+            self._check_vocabulary("bos_token_id", begun)
+            return begun, None
         self._check_vocabulary("input_ids", input_ids)
         if attention_mask is not None or pad is None:
             return input_ids, mask
@@ -481,9 +483,11 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
 
     def _check_starting_block(self, block: torch.Tensor, config: GenerationConfig, rows: int) -> None:
         if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
+            copies = config.num_return_sequences  # which transformers has made by now
+            shape = (len(block) // copies, *block.shape[1:])
             raise ValueError(
-                f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "
-                f"of at most block_size {config.block_size} tokens"
+                f"starting_block has shape {shape}; expected a row for each of the {rows // copies} sequences of "
+                f"input_ids, of at most block_size {config.block_size} tokens"
             )
         self._check_vocabulary("starting_block", block)
 

@@ -262,6 +262,8 @@ def test_an_empty_prompt_begins_with_the_beginning_of_text(model):
     model.generation_config.bos_token_id = None
     with pytest.raises(ValueError, match="bos_token_id"):
         generate(model, empty)
+    with pytest.raises(ValueError, match=f"bos_token_id holds {VOCAB}, outside the vocabulary"):
+        generate(model, empty, bos_token_id=VOCAB)
 
 
 def test_a_streamer_gets_the_prompt_then_drafts_and_committed_tokens(model):
