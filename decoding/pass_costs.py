@@ -59,6 +59,9 @@ class PassCosts:
     seconds: Mapping[Pass, Mapping[int, Mapping[int, float]]]
 
     def __post_init__(self) -> None:
+        seconds: Any = self.seconds
+        if not isinstance(seconds, Mapping) or not all(isinstance(of, Mapping) for of in seconds.values()):
+            raise ValueError(f"pass costs are {seconds!r}; give {{kind: {{tokens: {{rows: seconds}}}}}}")
         for kind in PASSES:
             if not self.seconds.get(kind) and kind == "step":
                 raise ValueError('pass costs hold nothing of "step", to which drafts are compared; give its seconds')
@@ -157,6 +160,10 @@ class PassCosts:
             rows: R to measure. From the first number on that the memory does not allow, all are left out with a
                 warning.
         """
+        lengths, rows = [*lengths], [*rows]
+        for name, numbers in (("lengths", lengths), ("rows", rows)):
+            if min(numbers, default=1) < 1:
+                raise ValueError(f"{name} to measure are {numbers}; give whole numbers of at least 1")
         measured: dict[Pass, dict[int, dict[int, float]]] = {kind: {} for kind in PASSES}
         for count in sorted(set(rows)):
             try:
