@@ -263,7 +263,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, None)
         kwargs = plain(kwargs)
-        limits = [kwargs, {} if generation_config is None else plain(generation_config.to_dict())]
+        limits = [kwargs, {} if generation_config is None else plain(vars(generation_config))]
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if all(limit.get("max_new_tokens") is None for limit in limits) and any(
             limit.get("max_length") is not None for limit in limits

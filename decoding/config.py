@@ -189,6 +189,14 @@ class TwoTowerGenerationConfig(GenerationConfig):
             )
         super().save_pretrained(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TwoTowerGenerationConfig":
+        """As `generate` makes one; a rule of the user's stays the same object, which may count or hold a lock."""
+        memo[id(self.unmasking_rule)] = self.unmasking_rule
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
         """By which configs are shown and compared, too; a rule that is a function is told by its repr."""
         shown = copy.copy(self)
