@@ -1623,9 +1623,10 @@ def _time_per_row(timestep: Any, rows: int, device: torch.device) -> torch.Tenso
         times = torch.as_tensor(timestep, dtype=torch.float32, device=device)
     except (TypeError, ValueError) as error:
         raise ValueError(f"timestep is {timestep!r}; give a number in [0, 1], or one per row") from error
-    # What is on an accelerator, one would have to wait for.
-    if times.device.type == "cpu" and not ((times >= 0) & (times <= 1)).all():
-        raise ValueError(f"timestep is {timestep!r}; give a number in [0, 1], or one per row")
+    numbers = timestep if isinstance(timestep, list | tuple) else [timestep]
+    # For those in tensors one would have to wait.
+    if any(isinstance(number, int | float) and not 0 <= number <= 1 for number in numbers):
+        raise ValueError(f"timestep is {timestep!r}; give numbers in [0, 1], one or one per row")
     if times.shape not in ((), (1,), (rows,)):
         raise ValueError(f"timestep has shape {tuple(times.shape)}; give a number, or one for each of the {rows} rows")
     return times.expand(rows)

@@ -771,7 +771,7 @@ def test_what_the_denoiser_is_not_made_for_is_refused():
     with pytest.raises(ValueError, match=r"input_ids has shape \(2, 4\); predict_next reads one token of each row"):
         model.predict_next(block, cache)
     for timestep in (1.5, -0.1, [0.5, 2.0], math.nan):
-        with pytest.raises(ValueError, match=r"timestep is .*; give a number in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"timestep is .*; give numbers in \[0, 1\]"):
             model.denoise(block, cache, timestep=timestep)
 
 
