@@ -16,6 +16,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import index
 from typing import Any, NamedTuple, TypeVar
 from weakref import ref
 
@@ -261,6 +262,13 @@ class TwoTowerCache(Cache):
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__(layers=[CACHE_LAYERS.get(kind, StatelessLayer)() for kind in config.layers_block_type])
+        self.geometry = {name: getattr(config, name) for name in GEOMETRY}
+        self.geometry |= {f"layers_block_type[{idx}]": kind for idx, kind in enumerate(config.layers_block_type)}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was read, by whom, and all rows."""
+        self.layers: list[Any] = [type(layer)() for layer in self.layers]
         # The ids read, plus one, as keys (B, 1, columns, 1) with values of no dimension. So 0, which fills buffers,
         # says that a token's id is not known.
         self.tokens = KeyValueLayer()
@@ -280,8 +288,6 @@ class TwoTowerCache(Cache):
         # Of a part with `room`: how many columns buffers have, which it then always looks at, whatever counts.
         self.columns: int | None = None
         self.undoing: list[Callable[[], None]] | None = None  # how to take back what was done in place, oldest first
-        self.geometry = {name: getattr(config, name) for name in GEOMETRY}
-        self.geometry |= {f"layers_block_type[{idx}]": kind for idx, kind in enumerate(config.layers_block_type)}
         # Of the model that has read, once one has.
         self.dtype: torch.dtype | None = None
         self.embeddings: torch.Tensor | None = None
@@ -519,7 +525,7 @@ class TwoTowerCache(Cache):
         if self.tentative == 0:
             raise ValueError("accept was called, but no chunk has been read with tentative=True since the last call")
         self._check(settled=False)
-        accepted = counts if isinstance(counts, list) else listed(counts)
+        accepted = [index(count) for count in listed(counts)]
         rows = len(accepted) if self.host_lengths is None else len(self.host_lengths)
         limits = [self.tentative] * rows if self.limits is None else self.limits
         if len(accepted) != rows or not all(
@@ -651,6 +657,8 @@ class TwoTowerCache(Cache):
         self._check_whole()
         chosen = listed(rows)
         # Of a cache that has read nothing, any rows.
+        if self.host_lengths is not None and not all(0 <= row < len(self.host_lengths) for row in chosen):
+            raise ValueError(f"rows {chosen} are to be selected, of the {len(self.host_lengths)} there are")
         lengths = [0 if self.host_lengths is None else self.host_lengths[row] for row in chosen]
         if self.host_lengths is None and isinstance(rows, torch.Tensor):
             self.device = rows.device
@@ -666,6 +674,24 @@ class TwoTowerCache(Cache):
         if self.mirror is not None:
             self.mirror.select_rows(chosen)
         self._set_lengths(lengths)
+
+    # transformers' names.
+
+    def reorder_cache(self, beam_idx: Counts) -> None:
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Counts) -> None:
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select_rows([row for row in range(self.batch_size) for _ in range(repeats)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) is not supported by a TwoTower's cache, as Mamba states cannot go back; "
+                "keep a copy (copy_rows) of what is to be gone back to, or read with tentative=True and accept(counts)"
+            )
 
     def copy_rows(self, rows: Counts) -> "TwoTowerCache":
         """A cache of its own for copies of the rows of index `rows` (R,), which may repeat."""

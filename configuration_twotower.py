@@ -58,6 +58,10 @@ class TwoTowerConfig(NemotronHConfig):
         self.time_step_limit: tuple[float, ...] = tuple(float(limit) for limit in self.time_step_limit)
         self._check_layers(declared_layers)
         self._check_absent()
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ValueError for a value outside its range, which may have been set after the config was made."""
         self._check_sizes()
         self._check_divisions()
         self._check_tokens()

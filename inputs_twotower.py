@@ -63,6 +63,16 @@ class PackedTokens(NamedTuple):
         return self.columns.to(hidden_states.device)[..., None].expand_as(hidden_states)
 
 
+def as_ids(name: str, value: Any) -> torch.Tensor:
+    """Token ids as a tensor, from a list, say."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} is a {type(value).__name__} that makes no tensor ({error}); give token ids"
+        ) from error
+
+
 def check_ids(name: str, ids: Any) -> None:
     """
     Raise a ValueError that names what is no batch of token ids: (B, T) int64 or int32, what embeddings take; B >= 1.
@@ -194,6 +204,7 @@ def check_position_ids(position_ids: torch.Tensor, input_ids: torch.Tensor, mask
 
 __all__ = [
     "PackedTokens",
+    "as_ids",
     "check_arguments",
     "check_attention_mask",
     "check_ids",

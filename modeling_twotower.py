@@ -279,6 +279,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
     accepts_loss_kwargs = True
 
     def __init__(self, config: TwoTowerConfig, towers: LoadedTowers = "both"):
+        config.check()  # `from_pretrained` sets what it was told to in a config that it has read
         super().__init__(config)
         check_towers("towers", towers, LoadedTowers)
         self.has_denoiser = towers == "both"
@@ -682,6 +683,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
         self.check_denoiser("denoise")
+        self._check_cache(cache)
         self._check_ids("block_ids", block_ids, cache)
         packed, mask = PackedTokens(block_ids), None
         if attention_mask is not None:
@@ -709,7 +711,10 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (B, V) float32 logits of the token after it.
         """
         self.check_denoiser("predict_next")
+        self._check_cache(cache)
         self._check_ids("input_ids", input_ids, cache)
+        if input_ids.shape[1] != 1:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; predict_next reads one token of each row")
         return self.denoiser_pass(input_ids, self._pasts(cache), cache.context_lengths(), None)[:, -1]
 
     def denoiser_pass(
@@ -1623,6 +1628,10 @@ def _time_per_row(timestep: Any, rows: int, device: torch.device) -> torch.Tenso
         times = torch.as_tensor(timestep, dtype=torch.float32, device=device)
     except (TypeError, ValueError) as error:
         raise ValueError(f"timestep is {timestep!r}; give a number in [0, 1], or one per row") from error
+    numbers = timestep if isinstance(timestep, list | tuple) else [timestep]
+    # For those in tensors one would have to wait.
+    if any(isinstance(number, int | float) and not 0 <= number <= 1 for number in numbers):
+        raise ValueError(f"timestep is {timestep!r}; give numbers in [0, 1], one or one per row")
     if times.shape not in ((), (1,), (rows,)):
         raise ValueError(f"timestep has shape {tuple(times.shape)}; give a number, or one for each of the {rows} rows")
     return times.expand(rows)

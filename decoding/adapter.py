@@ -24,8 +24,8 @@ from ..compat_twotower import (
     accepts_past_key_values,
     tqdm,
 )
-from ..inputs_twotower import check_attention_mask, check_ids
-from .asking import asked_by_mode, made_for, serves_all_rows
+from ..inputs_twotower import as_ids, check_attention_mask, check_ids
+from .asking import PerRow, asked_by_mode, made_for, serves_all_rows
 from .compiled import check_can_compile
 from .config import (
     REFUSED_ARGUMENTS,
@@ -85,7 +85,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 whole text, of which the cache holds the beginning. The attention mask may then have holes. After an
                 exception, from wherever, the cache is what it was before the call.
             starting_block: (B, at most block_size) ids for `mask_diffusion`: the first block, with tokens to keep,
-                and the mask id or nothing where one is wanted.
+                and the mask id or nothing where one is wanted; of each prompt the same for all its sequences.
             engine: for [`TwoTowerEngine`], which is given the request this call makes up, to run it itself.
             step_callback: for `mask_diffusion` and `self_speculative`: called with a [`BlockStep`] after every
                 denoiser pass.
@@ -104,8 +104,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 "leave it unset; compile=True runs compiled passes"
             )
         if kwargs.get("starting_block") is not None:
-            kwargs["starting_block"] = _as_ids("starting_block", kwargs["starting_block"])
+            kwargs["starting_block"] = as_ids("starting_block", kwargs["starting_block"])
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        _check_kinds(generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, kwargs)
         kwargs |= {
             "generation_config": generation_config,
             "logits_processor": logits_processor,
@@ -136,7 +137,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prompt, an empty one begun with the beginning-of-text id, and its mask of padding (None without any)."""
 
-        places = (given, vars(given["generation_config"] or self.generation_config), vars(self.generation_config))
+        configs = (given["generation_config"] or self.generation_config, self.generation_config)
+        places = [plain(flags) for flags in (given, *map(vars, configs))]
         bos, pad, ends = (
             next((place[name] for place in places if place.get(name) is not None), None)
             for name in ("bos_token_id", "pad_token_id", "eos_token_id")
@@ -148,7 +150,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 raise ValueError(
                     "the prompt is empty and there is no bos_token_id to begin with; set one or give a token"
                 )
-            return torch.full((len(input_ids), 1), bos, device=input_ids.device), None
+            begun = torch.full((len(input_ids), 1), bos, device=input_ids.device)
+            self._check_vocabulary("bos_token_id", begun)
+            return begun, None
         self._check_vocabulary("input_ids", input_ids)
         if attention_mask is not None or pad is None:
             return input_ids, mask
@@ -207,7 +211,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         copies = knobs.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
         if copies != 1:
             raise ValueError(f"num_return_sequences is {copies}; generate_batch gives one text per prompt")
-        prompts = [torch.as_tensor(one).flatten().tolist() for one in inputs]
+        prompts = [as_ids("inputs", one).flatten().tolist() for one in inputs]
         knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
         results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))
         return {
@@ -221,9 +225,22 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         }
 
     def init_continuous_batching(
-        self, generation_config: GenerationConfig | None = None, slots: int = 16, max_queue: int | None = None
+        self,
+        generation_config: GenerationConfig | None = None,
+        slots: int = 16,
+        max_queue: int | None = None,
+        continuous_batching_config: Any = None,
     ) -> TwoTowerEngine:
         """A [`TwoTowerEngine`], whose requests go by `generation_config` unless they bring one."""
+        if continuous_batching_config is not None:
+            raise ValueError(
+                f"continuous_batching_config={continuous_batching_config!r} is about pages, of which a TwoTower's "
+                "cache has none; leave it out, and give slots and max_queue"
+            )
+        if generation_config is not None and generation_config.use_cache is False:
+            # So `transformers serve` says that its batches have caches of their own.
+            generation_config = copy.copy(generation_config)
+            generation_config.use_cache = True
         return TwoTowerEngine(self, slots, max_queue, generation_config)
 
     @contextmanager
@@ -246,7 +263,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, None)
         kwargs = plain(kwargs)
-        limits = [kwargs, {} if generation_config is None else plain(generation_config.to_dict())]
+        limits = [kwargs, {} if generation_config is None else plain(vars(generation_config))]
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if all(limit.get("max_new_tokens") is None for limit in limits) and any(
             limit.get("max_length") is not None for limit in limits
@@ -466,20 +483,32 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
 
     def _check_starting_block(self, block: torch.Tensor, config: GenerationConfig, rows: int) -> None:
         if block.ndim != 2 or len(block) != rows or not 1 <= block.shape[1] <= config.block_size:
+            copies = config.num_return_sequences  # which transformers has made by now
+            shape = (len(block) // copies, *block.shape[1:])
             raise ValueError(
-                f"starting_block has shape {tuple(block.shape)}; expected a row for each of the {rows} sequences, "
-                f"of at most block_size {config.block_size} tokens"
+                f"starting_block has shape {shape}; expected a row for each of the {rows // copies} sequences of "
+                f"input_ids, of at most block_size {config.block_size} tokens"
             )
         self._check_vocabulary("starting_block", block)
 
 
-def _as_ids(name: str, value: Any) -> torch.Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+def _check_kinds(config: Any, processors: Any, criteria: Any, allowed: Any, given: dict[str, Any]) -> None:
+    """Refuse arguments of another kind than `generate` takes, which would fail somewhere within."""
+    if config is not None and not isinstance(config, GenerationConfig):
         raise ValueError(
-            f"{name} is a {type(value).__name__} that makes no tensor ({error}); give token ids"
-        ) from error
+            f"generation_config is {config!r}; give a GenerationConfig, or its flags as arguments of their own"
+        )
+    for name, asked in (("logits_processor", processors), ("stopping_criteria", criteria)):
+        if asked is not None and not isinstance(asked, list | tuple):
+            raise ValueError(f"{name} is {asked!r}; give a list")
+        for one in asked or ():
+            if not callable(one) and not isinstance(one, PerRow):
+                raise ValueError(f"{name} holds {one!r}, which cannot be called")
+    if allowed is not None and not callable(allowed):
+        raise ValueError(f"prefix_allowed_tokens_fn is {allowed!r}, which cannot be called")
+    streamer = given.get("streamer")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer is {streamer!r}; give an object with the methods put and end")
 
 
 def _check_askable(

@@ -25,6 +25,12 @@ COUNTS = {
     "num_return_sequences": 1,
     "prefill_chunk_size": 1,
 }
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 # The strategy's own knobs; None in a config is unset.
 KNOBS: dict[str, Parameter] = {
     "mode": one_of(MODES),
@@ -42,7 +48,7 @@ KNOBS: dict[str, Parameter] = {
         None,
         "give a whole number of 64 bits, or a list of one per row",
         lambda value: all(
-            isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**64
+            _is_whole(number) and -(2**63) <= number < 2**64
             for number in (value if isinstance(value, list) else [value])
         ),
     ),
@@ -54,7 +60,16 @@ KNOBS: dict[str, Parameter] = {
     **PARAMETERS,
 }
 STRATEGY_DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in KNOBS.items()}
-CHECKED = {**{name: whole_number_from(least) for name, least in COUNTS.items()}, **KNOBS}
+TOKENS = {
+    "bos_token_id": Parameter(None, "give a token id, or None", _is_whole),
+    "pad_token_id": Parameter(None, "give a token id, or None", _is_whole),
+    "eos_token_id": Parameter(
+        None,
+        "give a token id or a list of some, or None",
+        lambda value: all(map(_is_whole, value)) if isinstance(value, list) and value else _is_whole(value),
+    ),
+}
+CHECKED = {**{name: whole_number_from(least) for name, least in COUNTS.items()}, **TOKENS, **KNOBS}
 # Flags without meaning for two towers, or for one cache that only this model has, and the values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     # beams
@@ -174,6 +189,14 @@ class TwoTowerGenerationConfig(GenerationConfig):
             )
         super().save_pretrained(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TwoTowerGenerationConfig":
+        """As `generate` makes one; a rule of the user's stays the same object, which may count or hold a lock."""
+        memo[id(self.unmasking_rule)] = self.unmasking_rule
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
         """By which configs are shown and compared, too; a rule that is a function is told by its repr."""
         shown = copy.copy(self)
@@ -189,7 +212,7 @@ class TwoTowerGenerationConfig(GenerationConfig):
 
 def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The flags, those that count something and the strategy's knobs as Python's numbers if they are of numpy or torch.
+    The flags, those that count, special tokens and the strategy's knobs as Python's numbers if of numpy or torch.
 
     Raises:
         ValueError: for one of these out of its range; None means unset.
@@ -199,7 +222,7 @@ def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
         value: Any = flags.get(name)
         if hasattr(value, "tolist"):
             numbers[name] = value = value.tolist()
-        elif name == "seed" and isinstance(value, tuple):
+        elif name in ("seed", "eos_token_id") and isinstance(value, tuple):
             numbers[name] = value = list(value)
         if value is not None and not parameter.holds(value):
             raise ValueError(f"{name} is {value!r}; {parameter.requirement}")

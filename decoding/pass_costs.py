@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -59,6 +59,9 @@ class PassCosts:
     seconds: Mapping[Pass, Mapping[int, Mapping[int, float]]]
 
     def __post_init__(self) -> None:
+        seconds: Any = self.seconds
+        if not isinstance(seconds, Mapping) or not all(isinstance(of, Mapping) for of in seconds.values()):
+            raise ValueError(f"pass costs are {seconds!r}; give {{kind: {{tokens: {{rows: seconds}}}}}}")
         for kind in PASSES:
             if not self.seconds.get(kind) and kind == "step":
                 raise ValueError('pass costs hold nothing of "step", to which drafts are compared; give its seconds')
@@ -157,6 +160,10 @@ class PassCosts:
             rows: R to measure. From the first number on that the memory does not allow, all are left out with a
                 warning.
         """
+        lengths, rows = [*lengths], [*rows]
+        for name, numbers in (("lengths", lengths), ("rows", rows)):
+            if min(numbers, default=1) < 1:
+                raise ValueError(f"{name} to measure are {numbers}; give whole numbers of at least 1")
         measured: dict[Pass, dict[int, dict[int, float]]] = {kind: {} for kind in PASSES}
         for count in sorted(set(rows)):
             try:
@@ -348,6 +355,11 @@ def _description(model: Any) -> dict[str, Any]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _processor_name()
+
+
+@lru_cache
+def _processor_name() -> str:
     processors = Path("/proc/cpuinfo")
     lines = processors.read_text().splitlines() if processors.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -28,14 +28,14 @@ class ReleasedInterface:
     Mixin with the methods of NVIDIA's model class.
 
     `_last_nfe` counts the denoiser passes of this thread's last `generate_mask_diffusion`; in a thread that has made
-    none, those of the last in any.
+    none, those of the last in any. Before any, as with a plain attribute, there is none.
     """
 
     @property
     def _last_nfe(self) -> int:
         counts = vars(self).get("_nfe_by_thread", {})
         if not counts:
-            raise AttributeError("_last_nfe is set by generate_mask_diffusion, which was not called yet")
+            raise AttributeError  # which torch's Module then raises in its own words
         return counts.get(get_ident(), counts[None])
 
     @_last_nfe.setter

@@ -6,9 +6,10 @@ with TwoTowerEngine(model, slots=16) as engine:
     output = handle.result()
 """
 
+import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,13 +17,15 @@ from itertools import count
 from queue import Full
 from threading import Condition, Lock, RLock, Thread, get_ident
 from traceback import walk_tb
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from ..cache_twotower import TwoTowerCache
+from ..compat_twotower import GenerationOutput, RequestStatus
+from ..inputs_twotower import as_ids
 from .config import STRATEGY_DEFAULTS
 from .engine import Engine
 from .state import ENDED, Request, Row, TwoTowerGenerateOutput
@@ -62,9 +65,10 @@ class RequestHandle(Future):
     it was cancelled.
     """
 
-    def __init__(self, request_id: str, turn: _Turn):
+    def __init__(self, request_id: str, turn: _Turn, prompt_ids: list[int], streaming: bool):
         super().__init__()
-        self.request_id = request_id
+        self.request_id, self.prompt_ids, self.streaming = request_id, prompt_ids, streaming
+        self._report: Callable[[GenerationOutput], Any] | None = None
         self._turn = turn  # not the engine, whose memory a result must not keep
         self._tokens: list[int] = []
         self._news = Condition()
@@ -117,10 +121,28 @@ class RequestHandle(Future):
         if (error := self.exception()) is not None:
             raise error
 
+    def report_to(self, report: Callable[[GenerationOutput], Any]) -> None:
+        """Call back, in whatever thread, once it is done, and with `streaming` also whenever there are new tokens."""
+        with self._news:
+            self._report = report
+            if self.streaming and self._tokens:
+                report(self._output())
+        self.add_done_callback(lambda handle: report(handle._output()))  # type: ignore[attr-defined]
+
+    def _output(self) -> GenerationOutput:
+        error, status = None, RequestStatus.DECODING
+        if self.done():
+            failure = CancelledError() if self.cancelled() else super().exception()
+            error = None if failure is None else str(failure) or type(failure).__name__
+            status = RequestStatus.FINISHED if failure is None else RequestStatus.FAILED
+        return GenerationOutput(self.request_id, self.prompt_ids, [*self._tokens], error=error, status=status)
+
     def _give(self, tokens: list[int]) -> None:
         with self._news:
             self._tokens += tokens
             self._news.notify_all()
+            if self.streaming and self._report is not None:
+                self._report(self._output())
 
     # The engine's; whoever cancels at the same moment is first.
 
@@ -172,6 +194,9 @@ class TwoTowerEngine:
         self._failures: list[BaseException] = []  # of the present step
         self._thread: Thread | None = None
         self._stopping = False
+        self._reports: dict[str, Callable[[GenerationOutput], Any]] = {}  # for requests to come
+        # As of transformers' manager: what has ended the thread, if anything has.
+        self.background_thread_status = SimpleNamespace(fatal_error=None)
 
     # Requests.
 
@@ -181,6 +206,7 @@ class TwoTowerEngine:
         generation_config: GenerationConfig | None = None,
         request_id: str | None = None,
         streamer: Any = None,
+        streaming: bool = False,
         **knobs: Any,
     ) -> RequestHandle:
         """
@@ -191,6 +217,7 @@ class TwoTowerEngine:
             generation_config: as `generate`'s.
             request_id: default a new one.
             streamer: as `generate`'s.
+            streaming: see `register_result_handler`.
             knobs: all other arguments of `generate`, but `past_key_values`.
 
         Raises:
@@ -202,7 +229,8 @@ class TwoTowerEngine:
         for name in ("cache", "past_key_values"):
             if knobs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by an engine, which holds all rows in a cache of its own")
-        ids = torch.as_tensor(input_ids, device=self._device)
+        report = None if request_id is None else self._reports.pop(request_id, None)
+        ids = as_ids("input_ids", input_ids).to(self._device)
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or len(ids) != 1:
             raise ValueError(f"input_ids has shape {tuple(ids.shape)}; a request is one prompt, (n,) or (1, n)")
@@ -216,7 +244,9 @@ class TwoTowerEngine:
             self._check_room(request_id)
             if request_id is None:
                 request_id = next(name for name in map("request-{}".format, self._ids) if not self._holds(name))
-            handle = RequestHandle(request_id, self._turn)
+            handle = RequestHandle(request_id, self._turn, ids[0].tolist(), streaming)
+            if report is not None:
+                handle.report_to(report)
             # As they came, where `generate` has taken padding from them, or begun an empty one.
             self._connect(handle, request, ids.repeat_interleave(len(request.rows), 0) if ids.shape[1] else None)
             self._queue.append((handle, request))
@@ -244,11 +274,34 @@ class TwoTowerEngine:
         if any(handle.cancelled() for handle, _ in self._queue):
             self._queue = deque(item for item in self._queue if not item[0].cancelled())
 
-    def cancel_request(self, request_id: str) -> bool:
+    def cancel_request(self, request_id: str | RequestHandle) -> bool:
         """Cancel a request, which leaves within one pass; False where there is none, or none any more."""
+        name = getattr(request_id, "request_id", request_id)
         with self._work:
             held = [*self._running.values(), *self._queue]
-        return any(handle.cancel() for handle, _ in held if handle.request_id == request_id)
+        return any(handle.cancel() for handle, _ in held if handle.request_id == name)
+
+    def register_result_handler(
+        self, request_id: str | RequestHandle, callback: Callable[[GenerationOutput], Any]
+    ) -> None:
+        """
+        As transformers' manager: call back on the event loop that runs now when a request is done, and if it was added
+        with `streaming` whenever it has new tokens. An id may be that of a request to come.
+        """
+        loop = asyncio.get_running_loop()
+
+        def report(output: GenerationOutput) -> None:
+            loop.call_soon_threadsafe(callback, output)
+
+        if isinstance(request_id, RequestHandle):
+            return request_id.report_to(report)
+        with self._work:
+            held = [handle for handle, _ in [*self._running.values(), *self._queue]]
+            handle = next((handle for handle in held if handle.request_id == request_id), None)
+            if handle is None:
+                self._reports[request_id] = report
+        if handle is not None:
+            handle.report_to(report)
 
     def _connect(self, handle: RequestHandle, request: Request, prompts: torch.Tensor | None) -> None:
         request.on_tokens = partial(_give_tokens, handle)
@@ -392,18 +445,20 @@ class TwoTowerEngine:
         """Begin to work in a thread of its own, also again after a stop."""
         with self._work:
             self._stopping = False
+            self.background_thread_status.fatal_error = None
             if not self.is_running():
                 self._thread = Thread(target=self._run, name="TwoTowerEngine", daemon=True)
                 self._thread.start()
         return self
 
-    def stop(self, finish: bool = False, timeout: float | None = None) -> None:
+    def stop(self, finish: bool = False, timeout: float | None = None, block: bool = True) -> None:
         """
         End the thread; requests that are not done are cancelled.
 
         Args:
             finish: first let all of them end, and take no more.
             timeout: seconds to wait for the thread; default without bound.
+            block: wait for it.
         """
         with self._work:
             self._stopping = True
@@ -415,7 +470,8 @@ class TwoTowerEngine:
         if self._turn.is_mine():
             return  # within a step, whose caller goes on
         if thread is not None:
-            thread.join(timeout)
+            if block:
+                thread.join(timeout)
             return
         while self.step():
             pass
@@ -432,7 +488,7 @@ class TwoTowerEngine:
         except BaseException as error:
             with self._work:
                 waiting, self._queue = self._queue, deque()
-                self._thread = None
+                self._thread, self.background_thread_status.fatal_error = None, error
             for handle, _ in waiting:
                 handle._fail(RuntimeError(f"the engine's thread was ended by {type(error).__name__}; ask again"))
             raise

@@ -162,6 +162,7 @@ class Row:
     drafts_kept: list[int] = field(default_factory=list)  # cycles that kept the draft at each position
     slot: int = -1  # where it is in the engine's cache
     cache: TwoTowerCache | None = None  # what it left behind, where that is wanted
+    scores_shown: list[torch.Tensor] = field(default_factory=list)  # (1, V) each, to criteria, of its tokens
     _text: torch.Tensor | None = None
     _held: int = 0
 

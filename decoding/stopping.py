@@ -39,6 +39,7 @@ class Stopping:
         # How many new tokens of each row, and of all, criteria that keep state were shown, and where they ended it.
         self.shown = [0] * len(prompt_lengths)
         self.shown_to_all = 0
+        self.scores_shown: list[torch.Tensor] = []  # to all (B, V), by column
         self.ended_at = [_NEVER] * len(prompt_lengths)
 
     def ask(
@@ -128,20 +129,24 @@ class Stopping:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """(B, P + n) prompts and the first n columns of new tokens, and if recorded their n scores (B, V)."""
         request, stop = everyone[0].request, self.shown_to_all
-        columns, all_scores = [], []
+        columns, newest = [], []
         nothing = torch.full((request.vocab_size,), RECORDS["scores"], dtype=torch.float32, device=request.device)
         for row in everyone:
             canvas, length = held.get(row), min(stop, lengths[row.number])
             tokens = (row.tokens + (canvas.ids if canvas else []))[:length]
             columns.append(tokens + [request.pad_token_id] * (stop - length))
             if "scores" in request.recorded:
-                scores = row.records.get("scores", []) + (canvas.records["scores"] if canvas else [])
-                own = [one if isinstance(one, torch.Tensor) else nothing for one in scores[:length]]
-                all_scores.append(own + [nothing] * (stop - length))
+                written = row.records.get("scores", [])
+                of_canvas = canvas.records["scores"] if canvas else []
+                at = stop - 1 - len(written)
+                own = None if length < stop else of_canvas[at] if at >= 0 else written[at]
+                newest.append(own if isinstance(own, torch.Tensor) else nothing)
         ids = torch.cat([request.prompts, torch.tensor(columns, device=request.device)], dim=1)
-        if not all_scores:
+        if not newest:
             return ids, None
-        return ids, tuple(torch.stack(column) for column in zip(*all_scores, strict=True))
+        # What was shown of a column stays so, and all of them are shown in order.
+        self.scores_shown.append(torch.stack(newest))
+        return ids, tuple(self.scores_shown)
 
 
 def first_stops(
@@ -194,8 +199,11 @@ def _scores_of(row: Row, canvas: Canvas) -> tuple[torch.Tensor, ...] | None:
         return None
     request = row.request
     nothing = torch.full((1, request.vocab_size), RECORDS["scores"], dtype=torch.float32, device=request.device)
-    scores = row.records.get("scores", []) + canvas.records["scores"]
-    return tuple(one[None] if isinstance(one, torch.Tensor) else nothing for one in scores)
+    shown, written = row.scores_shown, row.records.get("scores", [])
+    del shown[len(written) :]  # taken back
+    for scores in written[len(shown) :]:
+        shown.append(scores[None] if isinstance(scores, torch.Tensor) else nothing)
+    return (*shown, *(one[None] if isinstance(one, torch.Tensor) else nothing for one in canvas.records["scores"]))
 
 
 def _any_meets(criteria: list[Any], sequence: torch.Tensor, scores: tuple[torch.Tensor, ...] | None) -> bool:

@@ -920,3 +920,43 @@ def test_a_cache_that_is_returned_expects_no_more():
     model = without_special_tokens(tiny_model("only *"))
     cache = model.generate(random_ids(1, 100), mode="ar", max_new_tokens=2, return_dict_in_generate=True).cache
     assert [layer.expected for layer in (*cache.layers, cache.tokens)] == [0, 0]
+
+
+class TestTransformersNames:
+    """What transformers' own caches can do."""
+
+    def test_rows_are_reordered_chosen_and_repeated(self, writer):
+        text = random_ids(3, 9, seed=1)
+        cache = writer(text).cache
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        cache.batch_repeat_interleave(2)
+        assert cache.ids.tolist() == text[[2, 2, 1, 1]].tolist()
+        more = torch.cat([text[[2, 2, 1, 1]], random_ids(4, 3)], dim=1)
+        assert_close(writer(more[:, 9:], cache=cache).logits, writer(more).logits[:, 9:])
+
+    def test_a_cache_that_was_reset_is_as_new(self, writer):
+        cache = writer(random_ids(3, 9)).cache
+        cache.reset()
+        assert cache.batch_size == -1 and cache.width == 0 and cache.ids is None
+        text = random_ids(2, 5, seed=3)
+        assert torch.equal(writer(text, cache=cache).logits, writer(text).logits)
+
+    def test_what_mamba_states_cannot_is_refused(self, writer):
+        cache = writer(random_ids(1, 9)).cache
+        cache.crop(0)
+        with pytest.raises(ValueError, match=r"crop\(2\) is not supported .* keep a copy \(copy_rows\)"):
+            cache.crop(2)
+
+
+def test_rows_that_are_not_there_are_not_selected():
+    for rows in ([0, 3], [-1], torch.tensor([5])):
+        with pytest.raises(ValueError, match=r"rows \[.*\] are to be selected, of the 3 there are"):
+            ragged_cache().select_rows(rows)
+
+
+def test_counts_that_are_no_whole_numbers_are_not_accepted():
+    model, cache = tiny_model("all kinds"), ragged_cache()
+    model.context_tower(random_ids(3, 4), cache, tentative=True)
+    with pytest.raises(TypeError, match="float"):
+        cache.accept([1.5, 1, 1])

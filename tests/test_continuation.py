@@ -385,6 +385,12 @@ def test_a_bad_starting_block_is_refused(model, block, message):
         generate(model, random_ids(2, 6), starting_block=torch.tensor(block, dtype=torch.long))
 
 
+def test_a_starting_block_is_of_a_prompt_not_of_each_of_its_sequences(model):
+    draw = {"do_sample": True, "num_return_sequences": 2, "starting_block": [[MASK, 20]] * 4}
+    with pytest.raises(ValueError, match=r"shape \(4, 2\); expected a row for each of the 2 sequences of input_ids"):
+        generate(model, random_ids(2, 6), **draw)
+
+
 @pytest.mark.parametrize(
     ("mode", "name"),
     [("self_speculative", "starting_block"), *((mode, name) for mode in ("mock_ar", "ar") for name in CALL_ARGUMENTS)],

@@ -262,6 +262,8 @@ def test_an_empty_prompt_begins_with_the_beginning_of_text(model):
     model.generation_config.bos_token_id = None
     with pytest.raises(ValueError, match="bos_token_id"):
         generate(model, empty)
+    with pytest.raises(ValueError, match=f"bos_token_id holds {VOCAB}, outside the vocabulary"):
+        generate(model, empty, bos_token_id=VOCAB)
 
 
 def test_a_streamer_gets_the_prompt_then_drafts_and_committed_tokens(model):
@@ -349,6 +351,15 @@ def test_a_larger_block_than_trained_is_warned_of(model, caplog):
         ({"num_return_sequences": 1.5, "do_sample": True}, "num_return_sequences is 1.5"),
         ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
         ({"step_callback": 5}, "step_callback is 5"),
+        ({"eos_token_id": []}, r"eos_token_id is \[\]; give a token id or a list of some"),
+        ({"eos_token_id": [5, "a"]}, r"eos_token_id is \[5, 'a'\]"),
+        ({"pad_token_id": [1]}, r"pad_token_id is \[1\]; give a token id"),
+        ({"generation_config": {"mode": "ar"}}, r"generation_config is \{'mode': 'ar'\}; give a GenerationConfig, or"),
+        ({"logits_processor": len}, "logits_processor is .*; give a list"),
+        ({"logits_processor": [3]}, "logits_processor holds 3, which cannot be called"),
+        ({"stopping_criteria": ["."]}, "stopping_criteria holds '.', which cannot be called"),
+        ({"prefix_allowed_tokens_fn": [4]}, r"prefix_allowed_tokens_fn is \[4\], which cannot be called"),
+        ({"streamer": print}, "streamer is .*; give an object with the methods put and end"),
         # Arguments of `forward` that mean nothing here.
         ({"generator": torch.Generator()}, "generator is no argument of .*give seed"),
         ({"corruptions": 3}, "corruptions is no argument"),

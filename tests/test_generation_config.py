@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -171,3 +172,20 @@ def test_a_config_with_a_rule_of_ones_own_can_be_shown_and_compared_but_not_stor
         config.save_pretrained(tmp_path)
     config.unmasking_rule = None
     config.save_pretrained(tmp_path)
+
+
+def test_a_rule_of_ones_own_in_a_config_is_asked_itself(model):
+    class Counting:
+        def __init__(self):
+            self.calls, self.lock = 0, threading.Lock()  # which cannot be copied
+
+        def __call__(self, prediction, masked, step, steps):
+            self.calls += 1
+            return masked
+
+    rule = Counting()
+    config = TwoTowerGenerationConfig(unmasking_rule=rule, max_new_tokens=2 * TRAINED, bad_words_ids=[[5]])
+    model.generate(IDS, generation_config=config)
+    assert rule.calls >= 2
+    copied = copy.deepcopy(config)
+    assert copied.unmasking_rule is rule and copied == config and copied.bad_words_ids is not config.bad_words_ids

@@ -3,6 +3,7 @@
 The tiny models have random weights in every part, time conditioning included; see tiny.py.
 """
 
+import math
 import re
 
 import pytest
@@ -759,6 +760,19 @@ def test_ids_of_another_shape_are_refused(shape):
         model.predict_next(ids, cache)
     with pytest.raises(ValueError, match=re.escape(f"block_ids has shape {shape}")):
         model.denoise(ids, cache)
+
+
+def test_what_the_denoiser_is_not_made_for_is_refused():
+    model, block = tiny_model(), random_ids(2, 4)
+    cache = context(model, random_ids(2, 6))
+    for call in (model.denoise, model.predict_next):
+        with pytest.raises(ValueError, match="past_key_values is a NoneType; give the TwoTowerCache"):
+            call(block, None)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(2, 4\); predict_next reads one token of each row"):
+        model.predict_next(block, cache)
+    for timestep in (1.5, -0.1, [0.5, 2.0], math.nan):
+        with pytest.raises(ValueError, match=r"timestep is .*; give numbers in \[0, 1\]"):
+            model.denoise(block, cache, timestep=timestep)
 
 
 def test_other_rows_than_the_caches_are_refused():

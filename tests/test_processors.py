@@ -1,5 +1,7 @@
 """Logits processors and stopping criteria that may keep state get the calls transformers would make of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_generation import padded
@@ -334,6 +336,23 @@ def test_a_criterion_of_all_rows_gets_their_scores(model, rows, mode):
     seen.clear()
     generate(model, ids, stopping_criteria=[record], attention_mask=mask, mode=mode)
     assert set(seen) == {None}
+
+
+@pytest.mark.parametrize("kind", [Stateless, lambda record: PerRow(lambda row: record), lambda record: record])
+def test_criteria_are_shown_scores_that_are_made_once(model, rows, kind):
+    """Making those of all earlier tokens anew would cost a text's length squared."""
+    seen = []
+
+    def record(input_ids, scores):
+        seen.append(scores)
+        return False
+
+    flags = {"output_scores": True, "return_dict_in_generate": True, "mode": "ar"}
+    output = generate(model, rows[0][None], stopping_criteria=[kind(record)], **flags)
+    assert [len(scores) for scores in seen] == list(range(1, 13))
+    torch.testing.assert_close(torch.stack(seen[-1]), torch.stack(output.scores))
+    for earlier, later in pairwise(seen[1:]):
+        assert all(one is other for one, other in zip(earlier[:-1], later, strict=False))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -243,6 +243,14 @@ def test_the_context_tower_of_a_backbone_is_frozen_unless_asked_for():
     assert all(parameter.requires_grad for parameter in backbone.parameters())
 
 
+def test_what_a_loaded_config_is_told_is_checked(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert TwoTowerForBlockDiffusion.from_pretrained(tmp_path, block_size=8).config.block_size == 8
+    for name, value, said in (("mask_token_id", 500, "outside the vocabulary of 48"), ("block_size", 0, "positive")):
+        with pytest.raises(ValueError, match=f"{name} is {value}.*{said}"):
+            TwoTowerForBlockDiffusion.from_pretrained(tmp_path, **{name: value})
+
+
 def test_unknown_towers_are_refused_before_any_work(no_work, tmp_path):
     for load in (TwoTowerForBlockDiffusion.from_pretrained, TwoTowerForBlockDiffusion.from_backbone):
         with pytest.raises(ValueError, match="trained_towers is 'all'; use one of denoiser, context, both"):

@@ -81,6 +81,8 @@ def test_json_and_back():
     "table, says",
     [
         ({}, 'pass costs hold nothing of "step"'),
+        (None, "pass costs are None; give {kind: {tokens: {rows: seconds}}}"),
+        ({"step": 3.0}, r"pass costs are \{'step': 3.0\}; give"),
         ({**TABLE, "read": {2: {1: 1.0}}}, "'read'; the kinds of passes are denoise, verify, step"),
         ({"step": {2: {1: 1.0}}}, 'a "step" is over 1 token'),
         ({**TABLE, "verify": {1: {1: 1.0}}}, "any other pass over at least 2"),
@@ -105,6 +107,13 @@ def test_a_malformed_dictionary_is_refused(table):
 def test_a_length_that_was_not_measured_is_named():
     with pytest.raises(ValueError, match=r"no 'denoise' pass over 3 tokens, only over \[2\]; measure them"):
         PassCosts(TABLE).cycle(3, 1)
+
+
+def test_passes_over_nothing_are_not_measured(model):
+    with pytest.raises(ValueError, match=r"lengths to measure are \[4, 0\]; give whole numbers of at least 1"):
+        PassCosts.measure(model, [4, 0], [1])
+    with pytest.raises(ValueError, match=r"rows to measure are \[0\]; give"):
+        PassCosts.measure(model, [4], [0])
 
 
 def test_every_pass_is_measured(model):
@@ -253,3 +262,9 @@ def test_rows_that_do_not_fit_into_the_memory_are_extrapolated(model, monkeypatc
     with pytest.warns(UserWarning, match="passes over 16 rows do not fit into the memory"):
         costs = PassCosts.measure(model, [2], [1, 4, 16])
     assert costs.of("step", 1, 16) > 0
+
+
+def test_the_processor_is_asked_its_name_once(model, monkeypatch):
+    pass_costs._description(model)
+    monkeypatch.setattr("pathlib.Path.read_text", None)
+    pass_costs._description(model)

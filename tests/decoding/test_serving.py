@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import threading
 import time
 import tracemalloc
@@ -542,6 +543,41 @@ def test_no_request_is_missed_by_a_thread_that_was_about_to_wait(engine):
         assert once[0].result(WAIT).shape == (1, 9)
 
 
+def test_a_result_handler_is_told_on_its_event_loop_as_by_transformers_manager(model):
+    told = {"late": [], "early": [], "cancelled": []}
+
+    async def ask():
+        with TwoTowerEngine(model, slots=2) as engine:
+            engine.register_result_handler("early", told["early"].append)
+            engine.add_request(IDS, request_id="early", mode="ar", max_new_tokens=5)
+            late = engine.add_request(IDS, request_id="late", streaming=True, mode="ar", max_new_tokens=5)
+            engine.register_result_handler(late, told["late"].append)
+            endless = engine.add_request(IDS, request_id="cancelled", mode="ar", max_new_tokens=10**6)
+            engine.register_result_handler("cancelled", told["cancelled"].append)
+            assert engine.cancel_request(endless)
+            while not all(outputs and outputs[-1].is_finished() for outputs in told.values()):
+                await asyncio.sleep(0.001)
+            assert engine.background_thread_status.fatal_error is None
+            engine.stop(block=True, timeout=WAIT)
+
+    asyncio.run(asyncio.wait_for(ask(), WAIT))
+    expected = model.generate(IDS, mode="ar", max_new_tokens=5)[0, IDS.shape[1] :].tolist()
+    assert [output.generated_tokens for output in told["early"]] == [expected]
+    *steps, last = [output.generated_tokens for output in told["late"]]
+    assert last == expected and all(step == expected[: len(step)] for step in steps) and steps[-1] == expected
+    assert told["late"][-1].error is None and told["late"][-1].prompt_ids == IDS[0].tolist()
+    assert [output.error for output in told["cancelled"]] == ["CancelledError"]
+
+
+def test_a_thread_that_was_ended_is_known_by_its_error(model, monkeypatch):
+    engine = TwoTowerEngine(model, slots=2)
+    monkeypatch.setattr(engine, "step", lambda: sys.exit("enough"))
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    engine.start()
+    engine._thread and engine._thread.join(WAIT)
+    assert isinstance(engine.background_thread_status.fatal_error, SystemExit)
+
+
 # What is refused.
 
 
@@ -559,6 +595,8 @@ def test_a_full_queue_raises(model):
     "arguments, said",
     [
         ({"input_ids": random_ids(2, 4)}, r"input_ids has shape \(2, 4\); a request is one prompt"),
+        ({"input_ids": None}, "input_ids is a NoneType that makes no tensor"),
+        ({"input_ids": "what?"}, "input_ids is a str that makes no tensor .*; give token ids"),
         ({"input_ids": [[[4]]]}, r"input_ids has shape \(1, 1, 1\)"),
         ({"input_ids": IDS, "num_return_sequences": 5, "do_sample": True}, "has 5 sequences, the engine 4 slots"),
         ({"input_ids": IDS, "mode": "fast"}, "mode is 'fast'"),
@@ -578,6 +616,16 @@ def test_what_is_no_request_is_refused(engine, arguments, said):
 def test_what_is_no_number_of_slots_is_refused(model, arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} is .*whole number of at least 1"):
         TwoTowerEngine(model, **arguments)
+
+
+def test_a_config_of_transformers_batching_is_refused_but_not_its_word_on_the_cache(model):
+    with pytest.raises(ValueError, match=r"continuous_batching_config=7 is about pages.* give slots and max_queue"):
+        model.init_continuous_batching(continuous_batching_config=7)
+    config = GenerationConfig(use_cache=False, max_new_tokens=3)
+    engine = model.init_continuous_batching(config)
+    handle = engine.add_request(IDS)
+    run(engine)
+    assert torch.equal(handle.result(0), model.generate(IDS, max_new_tokens=3)) and config.use_cache is False
 
 
 def test_ids_that_are_given_are_left_out_of_those_that_are_made(engine):

@@ -1,6 +1,6 @@
 """transformers serve's own app over an exported folder, in a process that cannot import twotower; see test_serve.py.
 
-`python -I serve_app.py FOLDER` prints its port and serves until it is stopped. The command line
+`python -I serve_app.py FOLDER [continuous-batching]` prints its port and serves until it is stopped. The command line
 of `transformers serve` looks for the model's class in transformers itself, which holds no remote code; what is
 different here is that one method of its model manager.
 """
@@ -29,10 +29,10 @@ class RemoteCodeManager(ModelManager):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
-def main(folder):
+def main(folder, batching=None):
     torch.set_num_threads(1)
     manager = RemoteCodeManager(device="cpu", trust_remote_code=True, force_model=folder)
-    state = GenerationState()
+    state = GenerationState(continuous_batching=batching == "continuous-batching")
     kinds = (ChatCompletionHandler, CompletionHandler, ResponseHandler, TranscriptionHandler, SystemOneHandler)
     app = build_server(manager, *(kind(manager, state) for kind in kinds), state)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ CHAT = [{"role": "user", "content": QUESTION}]
 
 
 @contextmanager
-def serve(folder, work):
+def serve(folder, work, *options):
     """A client of a server that ends with the block."""
     environment = {
         "PATH": os.environ["PATH"],
@@ -35,7 +36,7 @@ def serve(folder, work):
     }
     with (work / "stderr.txt").open("w") as errors:
         server = subprocess.Popen(
-            [sys.executable, "-I", APP, folder],
+            [sys.executable, "-I", APP, folder, *options],
             env=environment,
             cwd=work,
             stdout=subprocess.PIPE,
@@ -125,3 +126,16 @@ def test_a_reader_who_leaves_does_not_harm_the_next(client, folder, generated):
     with asked(client, folder, stream=True) as chunks:
         next(iter(chunks))
     assert asked(client, folder).choices[0].message.content == generated()
+
+
+def test_continuous_batching(folder, generated, tmp_path):
+    """Chats that come together share an engine; a reader who leaves, and one with a stream, do not harm the others."""
+    with serve(folder, tmp_path, "continuous-batching") as client, ThreadPoolExecutor(4) as pool:
+        with asked(client, folder, stream=True) as left:
+            next(iter(left))
+        whole = [pool.submit(asked, client, folder, max_tokens=limit) for limit in (80, 5)]
+        stream = pool.submit(lambda: list(asked(client, folder, stream=True)))
+        for answer, limit in zip(whole, (80, 5), strict=True):
+            assert answer.result().choices[0].message.content == generated(max_new_tokens=limit)
+        assert streamed(stream.result()) == generated()
+        assert sum(bool(chunk.choices[0].delta.content) for chunk in stream.result()) > 1
