@@ -192,7 +192,7 @@ def test_a_killed_process_loses_and_repeats_nothing(checkpoint, fresh_python, tm
         ('{"prompt": "a", "mode": "x"}', "mode is 'x'; use one of"),
         ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
         ('{"prompt": "a", "num_beams": 2}', "num_beams=2 is not supported"),
-        ('{"prompt": "a", "eos_token_id": "x"}', "invalid data type"),
+        ('{"prompt": "a", "eos_token_id": "x"}', "eos_token_id is 'x'; give a token id"),
         ('{"prompt": "a", "seed": 3}', "--seed given without sampling"),
     ],
 )
