@@ -598,7 +598,7 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         if labels is not None and cache is not None:
             raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
         input_ids = self._ids_or_placeholders(input_ids, inputs_embeds, labels)
-        self._check_ids("input_ids", input_ids, cache)
+        self._check_ids("input_ids", input_ids, cache, optional=True)
         cached = None if cache is None else cache.width
         if position_ids is not None:
             check_position_ids(position_ids, input_ids, check_attention_mask(input_ids, attention_mask, cached))
@@ -683,7 +683,6 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
         self.check_denoiser("denoise")
-        self._check_cache(cache)
         self._check_ids("block_ids", block_ids, cache)
         packed, mask = PackedTokens(block_ids), None
         if attention_mask is not None:
@@ -711,7 +710,6 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             (B, V) float32 logits of the token after it.
         """
         self.check_denoiser("predict_next")
-        self._check_cache(cache)
         self._check_ids("input_ids", input_ids, cache)
         if input_ids.shape[1] != 1:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; predict_next reads one token of each row")
@@ -887,13 +885,14 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             )
         return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
 
-    def _check_ids(self, name: str, ids: torch.Tensor, cache: TwoTowerCache | None) -> None:
+    def _check_ids(self, name: str, ids: torch.Tensor, cache: TwoTowerCache | None, optional: bool = False) -> None:
         check_ids(name, ids)
         if ids.shape[1] < 1:
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
-        if cache is None:
+        if cache is None and optional:
             return
         self._check_cache(cache)
+        assert cache is not None
         if cache.batch_size not in (-1, len(ids)):
             raise ValueError(f"{name} has {len(ids)} rows, but past_key_values holds {cache.batch_size}")
 
