@@ -21,7 +21,7 @@ from transformers import logging as transformers_logging
 import twotower
 from twotower.bench.reports import write_json
 from twotower.bench.texts import prompts
-from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions
+from twotower.demo.evaluation import MAX_NEW_TOKENS, conditions, modes
 from twotower.demo.marking import Marks
 from twotower.demo.tasks import held_out_tasks
 from twotower.evaluation.answers import cut_after_end, end_ids, tokenized
@@ -31,33 +31,38 @@ from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 REPEATS, TOKENS = 3, {"off": 48, "wrong": 96}
 BATCHES = {1: 8, 16: 32, 64: 64}  # how many texts each batch size is timed on
 PROBLEMS, SEED = 400, 1
-TWO_BLOCKS = {"mode": "self_speculative", "block_size": 32, "draft_steps": 2, "confidence_threshold": 0.6}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "ar": {"mode": "ar"},
-    "self_speculative": {"mode": "self_speculative"},
-    "self_speculative, whole blocks": {"mode": "self_speculative", "draft_length": 16},
-    "self_speculative, acceptance_ratio 0.5": {"mode": "self_speculative", "acceptance_ratio": 0.5},
-    "self_speculative, 2 blocks in 2 passes": {**TWO_BLOCKS, "draft_length": 32},
-    "mask_diffusion": {"mode": "mask_diffusion"},
-    "mask_diffusion, left to right": {
-        "mode": "mask_diffusion",
-        "unmasking_rule": "left_to_right",
-        "confidence_threshold": 0.75,
-    },
-}
-RELAXED: dict[str, dict[str, Any]] = {
-    "ar": {"mode": "ar"},
-    "ratio 1.0, 1 draft pass": {"mode": "self_speculative", "draft_length": 16},
-    "ratio 0.5, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.5},
-    "ratio 0.1, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.1},
-    "ratio 0.5, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.5, "draft_steps": 16},
-    "ratio 0.1, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.1, "draft_steps": 16},
-    "ratio 0.02, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.02},
-    "ratio 1.0, 32 tokens in 2 draft passes": {**TWO_BLOCKS, "draft_length": 32},
-    "ratio 0.5, 32 tokens in 2 draft passes": {**TWO_BLOCKS, "acceptance_ratio": 0.5},
-    "mask_diffusion, 0.8": {"mode": "mask_diffusion"},
-    "mask_diffusion, left to right, 0.75": VARIANTS["mask_diffusion, left to right"],
-}
+
+
+def variants(model: Any) -> dict[str, dict[str, Any]]:
+    """What is timed."""
+    points = modes(model)
+    return {
+        "ar": {"mode": "ar"},
+        "self_speculative": {"mode": "self_speculative"},
+        "self_speculative, whole blocks": points["self_speculative"],
+        "self_speculative, acceptance_ratio 0.5": {"mode": "self_speculative", "acceptance_ratio": 0.5},
+        "self_speculative, 2 blocks in 2 passes": points["self_speculative, 2 blocks in 2 passes"],
+        "mask_diffusion": {"mode": "mask_diffusion"},
+        "mask_diffusion, left to right": points["mask_diffusion, left to right, threshold 0.75"],
+    }
+
+
+def verifications(model: Any) -> dict[str, dict[str, Any]]:
+    """What is asked for its accuracy."""
+    points = modes(model)
+    return {
+        "ar": {"mode": "ar"},
+        "ratio 1.0, 1 draft pass": points["self_speculative"],
+        "ratio 0.5, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.5},
+        "ratio 0.1, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.1},
+        "ratio 0.5, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.5, "draft_steps": 16},
+        "ratio 0.1, up to 16": {"mode": "self_speculative", "acceptance_ratio": 0.1, "draft_steps": 16},
+        "ratio 0.02, 1 draft pass": {"mode": "self_speculative", "acceptance_ratio": 0.02},
+        "ratio 1.0, 32 tokens in 2 draft passes": points["self_speculative, 2 blocks in 2 passes"],
+        "ratio 0.5, 32 tokens in 2 draft passes": points["self_speculative, 2 blocks in 2 passes, acceptance 0.5"],
+        "mask_diffusion, 0.8": {"mode": "mask_diffusion"},
+        "mask_diffusion, left to right, 0.75": points["mask_diffusion, left to right, threshold 0.75"],
+    }
 
 
 def main(target: Path) -> None:
@@ -81,11 +86,11 @@ def speeds(model: Any, tokenizer: Any, kind: str, size: int, count: int) -> dict
         limits = {"max_new_tokens": TOKENS[kind], "eos_token_id": None, "pad_token_id": 0}
     asked = prompts("on" if kind == "on" else "off", count, seed=7)
     batches = tokenized(asked, size, tokenizer, model)
-    variants = {name: VARIANTS[name] for name in list(VARIANTS)[: 3 if kind == "wrong" else None]}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    timed = dict(list(variants(model).items())[: 3 if kind == "wrong" else None])
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     tokens: dict[str, int] = {}
     for repeat in range(REPEATS + 1):
-        for name, knobs in variants.items():
+        for name, knobs in timed.items():
             if kind == "wrong" and name != "ar":
                 model.denoise = always_wrong(type(model).denoise.__get__(model))
             started, tokens[name] = time.thread_time(), 0
@@ -120,7 +125,7 @@ def relaxed(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Accuracy and passes of relaxed verification beside `ar`."""
     tasks, ends, found = held_out_tasks("words", PROBLEMS, SEED), end_ids(model), {}
     right_of_ar = None
-    for name, knobs in RELAXED.items():
+    for name, knobs in verifications(model).items():
         answers, passes = [], 0
         for batch in tokenized([task.prompt for task in tasks], 16, tokenizer, model):
             output = model.generate(**batch, **knobs, max_new_tokens=MAX_NEW_TOKENS, return_dict_in_generate=True)
