@@ -8,6 +8,7 @@ from torch import nn
 
 from ..modeling_twotower import TwoTowerRouter
 from .recipe import OptimizerRecipe
+from .sharding import divided_as, whole
 
 
 def lr_factor(recipe: OptimizerRecipe, step: int, steps: int) -> float:
@@ -54,6 +55,8 @@ class PeakOptimizer:
     def load_state_dict(self, states: list[dict]) -> None:
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+            for param, held in optimizer.state.items():
+                held |= {name: divided_as(param, each) for name, each in held.items() if each.shape == param.shape}
 
 
 class DecayedOptimizer(PeakOptimizer):
@@ -123,7 +126,8 @@ class StackedMuon(torch.optim.Optimizer):
 
     Experts are stored as (E, out, in); each one is a matrix of its own. All matrices of one shape are orthogonalized
     together, in bfloat16 on a GPU and in float32 on a CPU, where bfloat16 is slow: with experts as small as the
-    demonstration model's, that is most of a step.
+    demonstration model's, that is most of a step. Of parameters that are divided among processes, each process
+    orthogonalizes all of a matrix and keeps its part.
 
     Args:
         params: (out, in) or (E, out, in) each.
@@ -148,7 +152,8 @@ class StackedMuon(torch.optim.Optimizer):
                 scale = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
                 counts = [len(update) for update in updates]
                 for param, update in zip(params, orthogonal.split(counts), strict=True):
-                    param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(param), alpha=scale)
+                    update = divided_as(param, update.view(param.shape))
+                    param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
 
     def _momentum(self, param: nn.Parameter, momentum: float) -> torch.Tensor:
         """The direction of a parameter as (E, out, in)."""
@@ -157,7 +162,7 @@ class StackedMuon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(param)
         state["momentum"].lerp_(param.grad, 1 - momentum)
-        return param.grad.lerp(state["momentum"], momentum).view(-1, *param.shape[-2:])
+        return whole(param.grad.lerp(state["momentum"], momentum)).view(-1, *param.shape[-2:])
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:

@@ -283,6 +283,8 @@ class Recipe:
         device: "auto" takes a GPU where there is one.
         mixed_precision: "bf16" computes in bfloat16 on weights of `model.dtype`.
         gradient_checkpointing: compute layers twice to keep less of them.
+        sharded: divide weights, gradients and the optimiser's state among the processes, of which there are several
+            then (FSDP2), for a model that one device cannot hold.
         threads: of a CPU; default as torch has it.
     """
 
@@ -303,6 +305,7 @@ class Recipe:
     device: Literal["auto", "cpu"] = "auto"
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    sharded: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:

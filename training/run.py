@@ -26,6 +26,7 @@ from .models import build_model, with_adapter
 from .optimizer import ExpertBalancer, build_optimizer, lr_factor
 from .recipe import DataRecipe, EvaluationRecipe, Recipe, changed_key
 from .saving import FolderLock, checkpoints, clean, cut_lines, load_checkpoint, prune, save_checkpoint, write_whole
+from .sharding import gathered, shard, whole
 
 LOG, SAMPLES = "log.jsonl", "samples.jsonl"
 MODEL, ADAPTER = "model", "adapter"
@@ -52,8 +53,13 @@ def train(recipe: Recipe) -> Path:
     accelerator = Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.mixed_precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate is set to {accelerator.distributed_type.value}, whose sharded weights `twotower train` "
-            "cannot store; use plain processes (accelerate launch --multi_gpu), or transformers' Trainer for FSDP"
+            f"accelerate is set to {accelerator.distributed_type.value}, whose weights `twotower train` cannot store; "
+            "use plain processes (accelerate launch --multi_gpu), and sharded: true in the recipe to divide weights"
+        )
+    if recipe.sharded and accelerator.num_processes == 1:
+        raise ValueError(
+            "sharded is true, but there is one process to hold all weights; leave it out, or start several "
+            "(accelerate launch --multi_gpu --num_processes 2 -m twotower.cli.commands train RECIPE.yaml)"
         )
     folder = Path(recipe.folder).expanduser()
     with FolderLock(folder) if accelerator.is_main_process else nullcontext():
@@ -100,7 +106,7 @@ class Run:
             except ValueError as error:
                 raise ValueError(f"evaluation: {error}") from error
         # 3. Where all of them are.
-        self.model = accelerator.prepare_model(self._adapted())
+        self.model = self._spread(self._adapted(self.plain))
         inner = accelerator.unwrap_model(self.model)
         self.trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(inner, recipe.optimizer)
@@ -144,15 +150,23 @@ class Run:
         recipe = self.recipe.model
         model, tokenizer = build_model(recipe, self.last if recipe.lora is None else None)
         model.objective = self.recipe.objective
-        return in_own_memory(model), tokenizer
+        if not self.recipe.sharded:  # of which each process copies its part
+            in_own_memory(model)
+        return model, tokenizer
 
-    def _adapted(self) -> Any:
-        model: Any = self.plain
-        if self.recipe.model.lora is not None:
-            model = with_adapter(model, self.recipe.model.lora, self.last)
+    def _adapted(self, plain: TwoTowerForBlockDiffusion) -> Any:
+        lora = self.recipe.model.lora
+        return plain if lora is None else with_adapter(plain, lora, self.last)
+
+    def _spread(self, model: Any) -> Any:
+        """The model as this process trains it: a copy that is kept like the others', or its part of the weights."""
         if self.recipe.gradient_checkpointing:
             self.plain.activation_checkpointing_enable({"use_reentrant": False})
-        return model.train()
+        model.train()
+        if not self.recipe.sharded:
+            return self.accelerator.prepare_model(model)
+        shard(self.plain, self.accelerator.device)
+        return model
 
     def _layout(self, data: DataRecipe) -> dict[str, Any]:
         return {
@@ -211,7 +225,7 @@ class Run:
                 self.accelerator.backward(share * world)  # processes average their gradients
             total += share.detach()
         loss = float(self.accelerator.reduce(total, "sum"))
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, recipe.optimizer.max_norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained, recipe.optimizer.max_norm)))
         self._check_finite(loss, norm)
         self.optimizer.update(lr_factor(recipe.optimizer, self.step, recipe.steps))
         self.balancer.update(partial(self.accelerator.reduce, reduction="sum"))
@@ -226,10 +240,11 @@ class Run:
         seed = _seed(self.recipe.seed, self.step, index)
         torch.manual_seed(seed)  # dropout
         batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
-        if self._trains_context:
-            return self._next_token_loss(self.model, batch, items)
-        generator = torch.Generator().manual_seed(seed)
-        return self.model(**batch, generator=generator, num_items_in_batch=items).loss
+        with self.accelerator.autocast():
+            if self._trains_context:
+                return self._next_token_loss(self.model, batch, items)
+            generator = torch.Generator().manual_seed(seed)
+            return self.model(**batch, generator=generator, num_items_in_batch=items).loss
 
     def _next_token_loss(self, model: Any, batch: dict[str, Any], items: int) -> torch.Tensor:
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -258,7 +273,7 @@ class Run:
         assert self.recipe.evaluation is not None
         batches = self._evaluation_batches(self.recipe.evaluation)
         sums = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
-        number, world = 0, self.accelerator.num_processes
+        number, world, rank = 0, self.accelerator.num_processes, self.accelerator.process_index
         # Not the model of several processes: its passes wait for each other, and a process may have no batch.
         model = self._inner().eval()
         with closing(batches):
@@ -266,10 +281,11 @@ class Run:
                 batch = next(batches)
                 if batches.epoch:
                     break
-                if number % world == self.accelerator.process_index:
-                    batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
+                if number % world == rank:
                     sums += self._evaluated(model, batch).to(sums.device)
                 number += 1
+        if self.recipe.sharded and 0 < number % world <= rank:
+            self._evaluated(model, batch)  # in vain, but the others need this process's part of the weights
         model.train()
         self.balancer.loads.clear()
         loss, items = self.accelerator.reduce(sums, "sum").tolist()
@@ -284,14 +300,15 @@ class Run:
 
     def _evaluated(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """A batch's summed loss, and over how many tokens."""
-        if self._trains_context:
-            items = self._items(batch)
-            loss = float(self._next_token_loss(model, batch, items))
-            return torch.tensor([loss * items, items], dtype=torch.float64)
-        output = model(**batch)
-        return torch.tensor(
-            [float(output.loss) * int(output.masked_tokens), int(output.masked_tokens)], dtype=torch.float64
-        )
+        batch = {name: _moved(value, self.accelerator.device) for name, value in batch.items()}
+        with self.accelerator.autocast():
+            if self._trains_context:
+                items = self._items(batch)
+                loss = self._next_token_loss(model, batch, items)
+            else:
+                output = model(**batch)
+                loss, items = output.loss, int(output.masked_tokens)
+        return torch.tensor([float(loss) * items, items], dtype=torch.float64)
 
     # What is written
 
@@ -315,9 +332,9 @@ class Run:
         return SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
 
     def _write_samples(self) -> None:
-        samples = self.recipe.samples
+        samples, is_main = self.recipe.samples, self.accelerator.is_main_process
         assert samples is not None
-        if not self.accelerator.is_main_process:
+        if not (is_main or self.recipe.sharded):
             return
         self.model.eval()
         model = self.accelerator.unwrap_model(self.model)
@@ -330,16 +347,21 @@ class Run:
                     **inputs, max_new_tokens=samples.max_new_tokens, mode=samples.mode, do_sample=False
                 )
             text = self.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-            _append(self.folder / SAMPLES, {"step": self.step, "prompt": prompt, "text": text})
+            if is_main:
+                _append(self.folder / SAMPLES, {"step": self.step, "prompt": prompt, "text": text})
         self.model.train()
         self.balancer.loads.clear()
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
+        is_main, model = self.accelerator.is_main_process, self._inner()
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        stored = model.state_dict()
+        if self.recipe.model.lora is not None:
+            stored = {name: stored[name] for name in trained}
+        stored, optimizer = gathered(stored, is_main), gathered(self.optimizer.state_dict(), is_main)
+        if not is_main:
             return
-        bad = [
-            name for name, tensor in self._inner().named_parameters() if tensor.requires_grad and not _finite(tensor)
-        ]
+        bad = [name for name in trained if not _finite(stored[name])]
         if bad:
             good = f"the last good checkpoint is {self.last}" if self.last else "there is none"
             raise ValueError(f"{bad[0]} is no number after step {self.step}, and was not stored; {good}")
@@ -350,18 +372,16 @@ class Run:
             "recipe": asdict(self.recipe),
             "seconds": self.seconds,
         }
-        self.last = save_checkpoint(
-            self.folder, self.step, self._write_model, self.optimizer.state_dict(), state, self.recipe.save.keep
-        )
+        write_model = partial(self._write_model, model, stored if self.recipe.sharded else None)
+        self.last = save_checkpoint(self.folder, self.step, write_model, optimizer, state, self.recipe.save.keep)
 
     def _inner(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _write_model(self, place: Path) -> None:
+    def _write_model(self, model: Any, weights: dict[str, torch.Tensor] | None, place: Path) -> None:
         """Weights or adapter, and tokenizer. (Experts of a layer in one tensor, which is as they are trained.)"""
-        model = self._inner()
-        options = {} if self.recipe.model.lora is not None else {"save_original_format": False}
-        model.save_pretrained(place, **options)
+        options: dict[str, Any] = {} if self.recipe.model.lora is not None else {"save_original_format": False}
+        model.save_pretrained(place, **options, **({} if weights is None else {"state_dict": weights}))
         self.tokenizer.save_pretrained(place)
 
     def _finish(self) -> None:
@@ -370,11 +390,13 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         if not (self.folder / self.finished).exists():
+            # Of divided weights, the last checkpoint has all.
+            model = self._adapted(self._model()[0]) if self.recipe.sharded else self._inner()
             if lora is not None:
-                write_whole(self.folder / ADAPTER, self._write_model)
+                write_whole(self.folder / ADAPTER, partial(self._write_model, model, None))
             if self.finished == MODEL:
-                model = self._inner() if lora is None else self._inner().merge_and_unload()
-                write_whole(self.folder / MODEL, partial(self._write_finished, model))
+                merged = model if lora is None else model.merge_and_unload()
+                write_whole(self.folder / MODEL, partial(self._write_finished, merged))
         if hub is not None:
             from ..checkpoints.export import export
 
