@@ -9,7 +9,6 @@ Shapes: B batch, T tokens of a chunk, S block, L context, H hidden size, V vocab
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -93,17 +92,7 @@ from .kernels.precision import at_least_float32, may_give_out
 from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .mirror_twotower import views_on
-from .objective_twotower import (
-    Corruption,
-    DiffusionObjective,
-    LossWeighting,
-    content_masked,
-    decoded_corruption,
-    expected_weight,
-    position_losses,
-    sample_masked,
-    weighted_mean,
-)
+from .objective_twotower import DiffusionObjective, LossWeighting, diffusion_loss
 
 
 @dataclass
@@ -613,9 +602,9 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
             size = self.config.block_size if block_size is None else block_size
             if size < 1:
                 raise ValueError(f"block_size is {size}; it must be at least 1")
-            output = self._diffusion_loss(
-                input_ids, attention_mask, labels, generator, objective, size, num_items_in_batch, all_hidden_states
-            )
+            given = (input_ids, attention_mask, labels, generator)
+            loss, masked_tokens = diffusion_loss(self, *given, objective, size, num_items_in_batch, all_hidden_states)
+            output = TwoTowerOutput(loss=loss, masked_tokens=masked_tokens)
             if all_hidden_states:
                 output.hidden_states = tuple(each[:, : input_ids.shape[1]] for each in all_hidden_states)
             return output
@@ -755,111 +744,37 @@ class TwoTowerForBlockDiffusion(TwoTowerPreTrainedModel, ReleasedInterface, TwoT
         shift, scale, gate = (torch.stack(list(self.scale_shift_tables))[:, None] + offsets).unbind(3)
         return list(map(Modulation, shift.unbind(1), (1 + scale).unbind(1), gate.unbind(1)))
 
-    def _diffusion_loss(
+    def denoise_blocks(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor,
-        generator: torch.Generator | None,
-        objective: DiffusionObjective,
-        size: int,
-        num_items_in_batch: torch.Tensor | int | None,
-        all_hidden_states: list[torch.Tensor] | None,
-    ) -> TwoTowerOutput:
-        """All blocks from the first one with a label on, denoised at once from one frozen context pass."""
-        corruptions, fixed = objective.corruptions, generator is None and not self.training
-        # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
-        ids, mask, trainable = _whole_blocks(input_ids, attention_mask, labels, size)
-        # 2. What each block finds in the context tower's cache.
-        with torch.no_grad():
-            hidden_states, presents = self.context_tower.read_blocks(ids, mask, size, all_hidden_states)
-        ids, trainable = (part.repeat_interleave(corruptions, dim=0) for part in (ids, trainable))
-        mask = None if mask is None else mask.repeat_interleave(corruptions, dim=0)
-        # 3. Fold the blocks from the first one in which a row has a label on into rows (R, S).
-        blocks = ids.shape[1] // size
-        first = int(trainable.any(0).nonzero()[0]) // size if trainable.any() else blocks - 1
-
-        def denoised(block_ids: torch.Tensor, masked: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
-            """Hidden states of so many copies of each text's blocks, and their timesteps."""
-            every = corruptions // copies
-            pasts = [_blocks_from(present, first, blocks, copies) for present in presents]
-            part = None if mask is None else mask[::every]
-            layout, tokens = _training_layout(part, first, blocks, size, len(ids) // every, ids.device)
-            timestep = masked.sum(-1).float() / tokens.clamp(min=1)
-            return self.denoiser_tower(block_ids, pasts, layout, self._modulations(timestep)), timestep
-
-        # 4. Corrupt them: always at random, so that draws do not depend on what decoding would do.
-        if fixed:
-            masked = content_masked(ids, mask, trainable, size, corruptions)
-        else:
-            masked = sample_masked(trainable, size, generator, objective.full_masks)
-        masked, targets, trainable = (
-            part.unflatten(1, (blocks, size))[:, first:].flatten(0, 1) for part in (masked, ids, trainable)
-        )
-        corruption = Corruption(targets.masked_fill(masked, self.config.mask_token_id), masked)
-        if objective.decoded_masks and not fixed:
-            # Its first pass, which is the same for all corruptions of a block.
-            shape = (-1, corruptions, blocks - first, size)
-            once, whole = (part.view(shape)[:, 0].flatten(0, 1) for part in (targets, trainable))
-            with torch.no_grad():
-                hidden, _ = denoised(once.masked_fill(whole, self.config.mask_token_id), whole, copies=1)
-                logits = self.lm_head(hidden).to(ids.device).unflatten(0, (-1, 1, blocks - first))
-                logits = logits.expand(-1, corruptions, -1, -1, -1).flatten(0, 2)
-            corruption = decoded_corruption(
-                corruption, logits, targets, trainable, self.config.mask_token_id, objective, generator
-            )
-        # 5. Denoise and average over the masked positions, of which there may be none.
-        block_ids, masked = corruption
-        hidden, timestep = denoised(block_ids, masked, corruptions)
-        logits = self.lm_head(hidden[masked.to(hidden.device)]).to(ids.device)
-        teaching: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        if objective.distillation:
-            teaching = self._teaching(hidden_states, mask, masked, first, blocks, corruptions)
-        loss = weighted_mean(
-            position_losses(logits, targets[masked].long(), objective, *teaching),
-            timestep[:, None].expand_as(masked)[masked],
-            objective.weighting,
-            None
-            if num_items_in_batch is None
-            else expected_weight(
-                num_items_in_batch, objective.weighting, corruptions, 0.0 if fixed else objective.full_masks
-            ),
-        )
-        if fixed and loss.requires_grad:
-            loss.register_hook(_warn_of_fixed_masks)
-        return TwoTowerOutput(loss=loss, masked_tokens=masked.sum())
-
-    @torch.no_grad()
-    def _teaching(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None,
+        block_ids: torch.Tensor,
         masked: torch.Tensor,
-        first: int,
-        blocks: int,
-        corruptions: int,
+        presents: Sequence[Present],
+        mask: torch.Tensor | None,
+        blocks: range,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The context tower's prediction of each masked position, from the token before it.
+        What training denoises: blocks of whole texts, all at once, each after what the context tower read before it.
 
         Args:
-            hidden_states: (B, T, H) the context tower's.
-            mask: (B x corruptions, T) bool, True on tokens; None when all are.
-            masked: (R, S), of each row the blocks from `first` on, of its `blocks`.
+            block_ids: (R, S), of each text all of its `blocks`, as often as they are corrupted.
+            masked: (R, S) bool.
+            presents: per layer, what the context tower's `read_blocks` returned.
+            mask: (B, T) bool, True on the texts' tokens; None when all are.
+            blocks: which of a text's are denoised, up to its last.
 
         Returns:
-            (M, V) logits, and (M,) bool, False where there is no token before.
+            (R, S, H) normed hidden states, and (R,) float32 the timesteps, which are the masked shares.
         """
-        size = masked.shape[1]
-        rows, offsets = masked.nonzero(as_tuple=True)
-        texts, numbers = rows // (blocks - first), rows % (blocks - first) + first
-        before = numbers * size + offsets - 1
-        taught = before >= 0
-        before = before.clamp(min=0)
+        size, texts = block_ids.shape[1], len(block_ids) // len(blocks)
+        lengths = (torch.arange(blocks.start, blocks.stop, device=block_ids.device) * size).repeat(texts)
+        layout, tokens = ChunkLayout(context_lengths=lengths), torch.full_like(lengths, size)
         if mask is not None:
-            taught = taught & mask[texts, before]
-        rows, columns = (each.to(hidden_states.device) for each in (texts // corruptions, before))
-        return self.context_lm_head(hidden_states[rows, columns]).to(masked.device), taught
+            own = mask.repeat_interleave(texts // len(mask), dim=0)
+            own = own.unflatten(1, (blocks.stop, size))[:, blocks.start :].flatten(0, 1)
+            layout, tokens = ChunkLayout(own, None, lengths, mask, own), own.sum(-1)
+        timestep = masked.sum(-1).float() / tokens.clamp(min=1)
+        pasts = [_blocks_from(present, blocks, texts) for present in presents]
+        return self.denoiser_tower(block_ids, pasts, layout, self._modulations(timestep)), timestep
 
     def _ids_or_placeholders(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor | None
@@ -1570,55 +1485,14 @@ class TimestepEmbedder(Preparing, nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
-def _warn_of_fixed_masks(gradient: torch.Tensor) -> None:
-    warnings.warn(
-        "backward through a loss of eval() mode, whose masks are the same at every step; call model.train(), or give "
-        "a generator",
-        stacklevel=2,
-    )
-
-
-def _whole_blocks(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor, size: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Pad on the right to a multiple of `size`: ids, mask of tokens (None when all are), and trainable positions."""
-    check_ids("labels", labels)
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; make them equal"
-        )
-    mask = check_attention_mask(input_ids, attention_mask)
-    trainable = labels != -100 if mask is None else (labels != -100) & mask
-    if (trainable & (labels != input_ids)).any():
-        raise ValueError(
-            "labels differ from input_ids elsewhere than at -100; give unmasked input_ids, which are the targets: the "
-            "objective masks tokens itself (of DataCollatorForLanguageModeling, mlm=False)"
-        )
-    padding = -input_ids.shape[1] % size
-    if padding:
-        mask = torch.ones_like(trainable) if mask is None else mask
-        input_ids, mask, trainable = (F.pad(tensor, (0, padding)) for tensor in (input_ids, mask, trainable))
-    return input_ids, mask, trainable
-
-
-def _blocks_from(present: Present, first: int, blocks: int, corruptions: int) -> KeyValues | MambaState | None:
-    """What blocks `first` and later need of a layer: states once per corruption, keys and values for all to share."""
+def _blocks_from(present: Present, blocks: range, texts: int) -> KeyValues | MambaState | None:
+    """What `blocks` of so many texts need of a layer: states for each, keys and values for all of a text's."""
     if not isinstance(present, MambaState):
         assert not isinstance(present, MambaUpdate)
         return present
-    states = (part.unflatten(0, (-1, blocks))[:, first:] for part in present)
-    return MambaState(*(part.repeat_interleave(corruptions, dim=0).flatten(0, 1) for part in states))
-
-
-def _training_layout(
-    mask: torch.Tensor | None, first: int, blocks: int, size: int, batch: int, device: torch.device
-) -> tuple[ChunkLayout, torch.Tensor]:
-    """Layout of blocks `first` and later, folded into rows (R, S), and how many tokens each row has (R,)."""
-    lengths = (torch.arange(first, blocks, device=device) * size).repeat(batch)
-    if mask is None:
-        return ChunkLayout(context_lengths=lengths), torch.full_like(lengths, size)
-    tokens = mask.unflatten(1, (blocks, size))[:, first:].flatten(0, 1)
-    return ChunkLayout(tokens, None, lengths, mask, tokens), tokens.sum(-1)
+    states = [part.unflatten(0, (-1, blocks.stop))[:, blocks.start :] for part in present]
+    copies = texts // len(states[0])
+    return MambaState(*(part.repeat_interleave(copies, dim=0).flatten(0, 1) for part in states))
 
 
 def _time_per_row(timestep: Any, rows: int, device: torch.device) -> torch.Tensor:

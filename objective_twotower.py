@@ -1,21 +1,23 @@
-"""The masked-diffusion training objective, as pure functions of tokens and hidden states.
+"""The masked-diffusion training objective: [`diffusion_loss`] of a model, and the pure functions it is made of.
 
 Corruption and loss follow NVIDIA's Megatron-LM training: t ~ U[0.001, 1], every token masked with probability t,
 mean cross-entropy over masked positions against the token at the same position. Here each block draws its own t. What
 a [`DiffusionObjective`] adds to it are options.
 
-Shapes: B batch, T tokens (a multiple of S), S block, R blocks, M masked positions, V vocabulary.
+Shapes: B batch, T tokens (a multiple of S), S block, R blocks, M masked positions, V vocabulary, H hidden size.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 
 from .decoding.rules import commit_confident, entropy_of
 from .decoding.sampling import content_seeds, derived_seeds, uniform_noise
+from .inputs_twotower import check_attention_mask, check_ids
 from .kernels.precision import at_least_float32
 
 MIN_TIMESTEP = 1e-3
@@ -92,6 +94,132 @@ def check_objective(weighting: str, corruptions: int) -> None:
         raise ValueError(f"loss_weighting is {weighting!r}; use one of {', '.join(get_args(LossWeighting))}")
     if corruptions < 1:
         raise ValueError(f"corruptions is {corruptions}; it must be at least 1")
+
+
+def diffusion_loss(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor,
+    generator: torch.Generator | None,
+    objective: DiffusionObjective,
+    block_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    all_hidden_states: list[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    All blocks from the first one with a label on, denoised at once from one frozen pass of the context tower.
+
+    Args:
+        model: [`TwoTowerForBlockDiffusion`]; the others are its forward's.
+        all_hidden_states: a list to which what each of the context tower's layers is given is added.
+
+    Returns:
+        The loss, a scalar, and the number of masked tokens.
+    """
+    corruptions, fixed = objective.corruptions, generator is None and not model.training
+    mask_token_id = model.config.mask_token_id
+    # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
+    ids, mask, trainable = _whole_blocks(input_ids, attention_mask, labels, block_size)
+    # 2. What each block finds in the context tower's cache.
+    with torch.no_grad():
+        hidden_states, presents = model.context_tower.read_blocks(ids, mask, block_size, all_hidden_states)
+    # 3. Corrupt each block so many times: always at random, so that draws do not depend on what decoding would do.
+    texts, all_trainable = (part.repeat_interleave(corruptions, dim=0) for part in (ids, trainable))
+    if fixed:
+        tokens = None if mask is None else mask.repeat_interleave(corruptions, dim=0)
+        masked = content_masked(texts, tokens, all_trainable, block_size, corruptions)
+    else:
+        masked = sample_masked(all_trainable, block_size, generator, objective.full_masks)
+    # 4. Fold the blocks from the first one in which a row has a label on into rows (R, S).
+    count = ids.shape[1] // block_size
+    first = int(trainable.any(0).nonzero()[0]) // block_size if trainable.any() else count - 1
+    blocks = range(first, count)
+    masked, targets, trainable = (
+        part.unflatten(1, (count, block_size))[:, first:].flatten(0, 1) for part in (masked, texts, all_trainable)
+    )
+    corruption = Corruption(targets.masked_fill(masked, mask_token_id), masked)
+    if objective.decoded_masks and not fixed:
+        # Decoding's first pass, which is the same for all corruptions of a block.
+        shape = (-1, corruptions, len(blocks), block_size)
+        once, whole = (part.view(shape)[:, 0].flatten(0, 1) for part in (targets, trainable))
+        with torch.no_grad():
+            hidden, _ = model.denoise_blocks(once.masked_fill(whole, mask_token_id), whole, presents, mask, blocks)
+            logits = model.lm_head(hidden).to(ids.device).unflatten(0, (-1, 1, len(blocks)))
+            logits = logits.expand(-1, corruptions, -1, -1, -1).flatten(0, 2)
+        corruption = decoded_corruption(corruption, logits, targets, trainable, mask_token_id, objective, generator)
+    # 5. Denoise and average over the masked positions, of which there may be none.
+    block_ids, masked = corruption
+    hidden, timestep = model.denoise_blocks(block_ids, masked, presents, mask, blocks)
+    logits = model.lm_head(hidden[masked.to(hidden.device)]).to(ids.device)
+    teaching: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if objective.distillation:
+        teaching = _teaching(model.context_lm_head, hidden_states, mask, masked, blocks, corruptions)
+    total_weight = None
+    if num_items_in_batch is not None:
+        full_masks = 0.0 if fixed else objective.full_masks
+        total_weight = expected_weight(num_items_in_batch, objective.weighting, corruptions, full_masks)
+    losses = position_losses(logits, targets[masked].long(), objective, *teaching)
+    timestep = timestep[:, None].expand_as(masked)[masked]
+    loss = weighted_mean(losses, timestep, objective.weighting, total_weight)
+    if fixed and loss.requires_grad:
+        loss.register_hook(_warn_of_fixed_masks)
+    return loss, masked.sum()
+
+
+@torch.no_grad()
+def _teaching(
+    head: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    mask: torch.Tensor | None,
+    masked: torch.Tensor,
+    blocks: range,
+    corruptions: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The context tower's prediction of each masked position, from the token before it.
+
+    Args:
+        head: the context tower's.
+        hidden_states: (B, T, H) the context tower's.
+        mask: (B, T) bool, True on tokens; None when all are.
+        masked: (R, S), of each text `blocks`, `corruptions` times.
+
+    Returns:
+        (M, V) logits, and (M,) bool, False where there is no token before.
+    """
+    rows, offsets = masked.nonzero(as_tuple=True)
+    texts, numbers = rows // len(blocks) // corruptions, rows % len(blocks) + blocks.start
+    before = numbers * masked.shape[1] + offsets - 1
+    taught = before >= 0
+    before = before.clamp(min=0)
+    if mask is not None:
+        taught = taught & mask[texts, before]
+    texts, before = (each.to(hidden_states.device) for each in (texts, before))
+    return head(hidden_states[texts, before]).to(masked.device), taught
+
+
+def _whole_blocks(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Pad on the right to a multiple of `size`: ids, mask of tokens (None when all are), and trainable positions."""
+    check_ids("labels", labels)
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; make them equal"
+        )
+    mask = check_attention_mask(input_ids, attention_mask)
+    trainable = labels != -100 if mask is None else (labels != -100) & mask
+    if (trainable & (labels != input_ids)).any():
+        raise ValueError(
+            "labels differ from input_ids elsewhere than at -100; give unmasked input_ids, which are the targets: the "
+            "objective masks tokens itself (of DataCollatorForLanguageModeling, mlm=False)"
+        )
+    padding = -input_ids.shape[1] % size
+    if padding:
+        mask = torch.ones_like(trainable) if mask is None else mask
+        input_ids, mask, trainable = (F.pad(tensor, (0, padding)) for tensor in (input_ids, mask, trainable))
+    return input_ids, mask, trainable
 
 
 def sample_masked(
@@ -256,6 +384,14 @@ def weighted_mean(
     return (losses * weights).sum() / total_weight.to(losses.device)
 
 
+def _warn_of_fixed_masks(gradient: torch.Tensor) -> None:
+    warnings.warn(
+        "backward through a loss of eval() mode, whose masks are the same at every step; call model.train(), or give "
+        "a generator",
+        stacklevel=2,
+    )
+
+
 __all__ = [
     "Corruption",
     "DiffusionObjective",
@@ -263,6 +399,7 @@ __all__ = [
     "check_objective",
     "content_masked",
     "decoded_corruption",
+    "diffusion_loss",
     "expected_weight",
     "position_losses",
     "sample_masked",
