@@ -211,6 +211,11 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         copies = knobs.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
         if copies != 1:
             raise ValueError(f"num_return_sequences is {copies}; generate_batch gives one text per prompt")
+        if knobs.get("return_dict_in_generate"):
+            raise ValueError(
+                "return_dict_in_generate is true, but generate_batch gives results of its own; leave it out, or take "
+                "generate_many, which gives generate's"
+            )
         prompts = [as_ids("inputs", one).flatten().tolist() for one in inputs]
         knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
         results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))

@@ -188,7 +188,7 @@ def test_two_accelerators_get_a_tower_each(folder, monkeypatch):
         given.update(kwargs)
         raise Stop
 
-    monkeypatch.setattr("twotower.modeling_twotower.devices_for_towers", lambda max_memory: [0, 1])
+    monkeypatch.setattr("twotower.checkpoints.pretrained.devices_for_towers", lambda max_memory: [0, 1])
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", classmethod(loaded))
     for arguments in ({}, {"config": CONFIG}, {"config": str(folder), "torch_dtype": torch.bfloat16}):
         with pytest.raises(Stop):
