@@ -142,6 +142,22 @@ def test_nothing_is_asked_beyond_a_criterion(model, rows, kind):
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rows_own_criterion_is_asked_no_more_once_it_has_ended_its_row(model, mode):
+    calls = []
+
+    def ends_from_the_second_on(row):
+        spy = Spy(calls, "criterion")
+        return lambda ids, scores: spy(ids, scores) or len(calls) >= 2
+
+    # Drafts that are always kept, and blocks of one pass, add several tokens at once.
+    flags = {"acceptance_ratio": 1e-9, "draft_length": 4, "steps_per_block": 1}
+    criteria = [PerRow(ends_from_the_second_on)]
+    output = generate(model, random_ids(1, 5), mode=mode, stopping_criteria=criteria, **flags)
+    assert [len(shown[0]) for _, shown, _ in calls] == [6, 7]
+    assert output.shape == (1, 7)
+
+
 # Mask diffusion.
 
 
