@@ -412,6 +412,32 @@ def test_forbidding_every_token_is_refused(model, rows, mode, tokens, stateless)
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("score", [torch.nan, torch.inf])
+def test_scores_of_processors_that_are_no_numbers_are_refused(model, rows, mode, score):
+    row = rows[0][None]
+
+    def processor(ids, scores):
+        return scores.index_fill(1, torch.tensor([9]), score) if ids.shape[1] >= 8 else scores
+
+    for flags in ({}, {"do_sample": True, "seed": 1}):
+        flags = {**flags, "mode": mode, "logits_processor": [Stateless(processor)]}
+        if score == torch.inf and not flags.get("do_sample"):
+            assert (generate(model, row, **flags)[0, 8:] == 9).all()
+        else:
+            with pytest.raises(ValueError, match=r"make scores that are no numbers.*at position 8 of row 0"):
+                generate(model, row, **flags)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_temperature_that_makes_scores_infinite_is_refused(model, rows, mode):
+    greedy = generate(model, rows[0][None], mode=mode)
+    sampled = {"do_sample": True, "seed": 1, "mode": mode}
+    assert torch.equal(generate(model, rows[0][None], temperature=1e-30, **sampled), greedy)
+    with pytest.raises(ValueError, match=r"at position 7 of row 0.*or for a temperature near 0"):
+        generate(model, rows[0][None], temperature=1e-40, **sampled)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_suppressing_every_token_is_refused(model, rows, mode):
     with pytest.raises(ValueError, match=r"forbid every token.*at position 7 of row 0, after 0 new tokens"):
         generate(model, rows[0][None], mode=mode, suppress_tokens=list(range(48)))
