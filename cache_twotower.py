@@ -88,10 +88,14 @@ class KeyValueLayer:
     """Buffers (rows, Hkv, columns, D) with room for more than is held; what of them counts is the cache's to say."""
 
     buffers: KeyValues | None = None
+    shared = False  # with passes that need them for their gradients, so that they are not to be written to
     expected = 0  # how many columns there will be at least
 
     def reserve(self, like: KeyValues, rows: int, columns: int) -> KeyValues:
-        """Buffers for so many rows and columns at least, of `like`'s other sizes; grown in buckets, by copying."""
+        """
+        Buffers for so many rows and columns at least, of `like`'s other sizes, that can be written to; grown in
+        buckets, by copying.
+        """
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
         if columns > held_columns:  # by a share at least, so that appending costs amortised constant time
             share = held_columns // (8 if held_columns < LONG else 16)
@@ -100,7 +104,7 @@ class KeyValueLayer:
         if rows > held_rows:
             rows = max(rows, 2 * held_rows)
         size = max(rows, held_rows), max(columns, held_columns)
-        if size == (held_rows, held_columns) and self.buffers is not None:
+        if size == (held_rows, held_columns) and self.buffers is not None and not self.shared:
             return self.buffers
         with ordinary_tensors():
             if self.buffers is None:
@@ -115,6 +119,7 @@ class KeyValueLayer:
                 new[:held_rows, :, :held_columns] = old[:held_rows, :, :held_columns]
                 del old
                 self.buffers = self.buffers._replace(**{name: new})
+            self.shared = False
             return self.buffers
 
 
@@ -142,7 +147,7 @@ class KeyValueSlot(NamedTuple):
         held = self.layer.buffers
         lacking = held is None or held.key.shape[0] < self.of or held.key.shape[2] < self.width + tokens
         del held  # which is to be freed as it grows
-        if lacking:
+        if lacking or self.layer.shared:
             self.layer.reserve(chunk, self.of, self.width + tokens)
         buffers = self.layer.buffers
         assert buffers is not None
@@ -423,6 +428,12 @@ class TwoTowerCache(Cache):
             else:
                 held.append(None)
         return held
+
+    def share(self) -> None:
+        """A pass needs for its gradients what is held: let the next chunk be written to copies of it."""
+        for layer in self.layers:
+            if isinstance(layer, KeyValueLayer):
+                layer.shared = True
 
     def view(self, layer_idx: int) -> KeyValues | MambaState | None:
         return self.views()[layer_idx]

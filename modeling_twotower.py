@@ -505,6 +505,8 @@ class TwoTowerForBlockDiffusion(
 
     def _pasts(self, cache: TwoTowerCache) -> Sequence[Past]:
         """What each layer of the denoiser finds in the cache; beside the layer, where a model is in several places."""
+        if torch.is_grad_enabled():
+            cache.share()
         places = getattr(self, "hf_device_map", None)
         if places is None or len(set(places.values())) < 2:
             return cache.views()
@@ -991,7 +993,10 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
         present: KeyValues | None = KeyValues(key, value)
         own = present
         if isinstance(past, KeyValueSlot):
+            layer = past.layer
             (past, own), present = past.read_with(KeyValues(key, value)), None
+            if query.requires_grad or key.requires_grad or value.requires_grad:
+                layer.shared = True
         backend = self.kernels["block_attention"]
         if backend in ("auto", "torch") and self.config._attn_implementation == "eager":
             backend = "eager"

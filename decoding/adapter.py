@@ -114,6 +114,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         }
         if input_ids is None:
+            self._check_prompt(torch.empty(1, 0, dtype=torch.long), None, kwargs, False)  # of which it makes as much
             return super().generate(None, **kwargs)
         continued = kwargs.get("cache") is not None
         input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), kwargs, continued)
@@ -208,7 +209,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         Returns:
             By request, "req_0" being that of the first input: its prompt and generated tokens.
         """
-        copies = knobs.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
+        asked = (knobs, vars(generation_config or GenerationConfig()), vars(self.generation_config))
+        copies = next((flags["num_return_sequences"] for flags in asked if flags.get("num_return_sequences")), 1)
         if copies != 1:
             raise ValueError(f"num_return_sequences is {copies}; generate_batch gives one text per prompt")
         if knobs.get("return_dict_in_generate"):

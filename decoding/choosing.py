@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..cache_twotower import uploaded
-from .rules import FORBIDDEN, NOT_A_NUMBER, Prediction, commit_run, log_prob
+from .rules import FORBIDDEN, NO_SCORE, NOT_A_NUMBER, Prediction, commit_run, log_prob
 from .sampling import gumbel_noise, uniform_noise
 from .state import RECORDS, WIDE_RECORDS, BlockStep, Canvas, Request, Row
 from .stopping import first_stops
@@ -339,7 +339,11 @@ class Group:
     ) -> Prediction:
         processors, problems = self.request.processors, torch.zeros_like(tokens, dtype=torch.int8)
         if processors.lists[0]:
-            problems = problems.masked_fill(~(scores > -torch.inf).any(-1), FORBIDDEN)
+            best = scores.amax(-1)
+            problems = problems.masked_fill(best == -torch.inf, FORBIDDEN)
+            # Among infinite ones nothing can be drawn; the best of them is theirs who made it.
+            infinite = (best == torch.inf) & self.request.config.do_sample
+            problems = problems.masked_fill(best.isnan() | infinite, NO_SCORE)
         if not processors.repairs:
             # What is no number, or infinite, less itself is no number: fewer operations than `isfinite`.
             largest = logits.amax(-1)

@@ -17,7 +17,7 @@ import torch
 from ..cache_twotower import TwoTowerCache, uploaded
 from .choosing import Group
 from .compiled import CompiledPasses, NotCompiled
-from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN
+from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN, NO_SCORE
 from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row, padded
 
 # Reading one row costs nearly what reading several does, so fewer rows than this share of all wait one denoiser pass.
@@ -395,6 +395,11 @@ def _problem_message(row: Row, problem: int) -> str:
     if problem == FORBIDDEN:
         mask = f" but the mask id {request.mask_token_id}" if mode == "mask_diffusion" else ""
         return f"the logits processors forbid every token{mask} {where}; allow one, for example end-of-text"
+    if problem == NO_SCORE:
+        return (
+            f"the logits processors make scores that are no numbers (NaN or infinity) {where}; look for one that "
+            "does, or for a temperature near 0"
+        )
     denoiser = problem == DRAFT_NOT_A_NUMBER or mode in ("mask_diffusion", "mock_ar")
     return (
         f"the {'denoiser' if denoiser else 'context tower'} gives no numbers (NaN or infinity) {where}; look for "

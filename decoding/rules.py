@@ -28,7 +28,8 @@ class Prediction:
         logits: (R, S, V) float32, untempered, the mask id at -inf.
         tokens: (R, S) the choice at each position.
         scores: (R, S, V) the logits after all logits processors.
-        problems: (R, S) int8, why a position can hold no token: [`NOT_A_NUMBER`], [`FORBIDDEN`], or 0 where it can.
+        problems: (R, S) int8, why a position can hold no token: [`NOT_A_NUMBER`], [`FORBIDDEN`], [`NO_SCORE`], or 0
+            where it can.
         certain: (R, S) bool, whether it was chosen after what is really chosen before it; None when all are.
     """
 
@@ -44,7 +45,7 @@ class Prediction:
         return log_prob(self.logits, self.tokens).exp()
 
 
-NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER = 1, 2, 3
+NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER, NO_SCORE = 1, 2, 3, 4
 NOISE_SCHEDULES = ("linear", "cosine", "exponential")
 NOISING_ORDERS = ("confidence", "margin", "adaptive")
 
@@ -62,8 +63,15 @@ def number_that(requirement: str, default: float, holds: Callable[[float], bool]
     return Parameter(
         default,
         f"it must {requirement}",
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(value),
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(_as_float(value)),
     )
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan  # of which nothing holds
 
 
 def whole_number_from(least: int, default: int | None = None) -> Parameter:
@@ -351,7 +359,8 @@ UNMASKING_RULES: dict[str, Rule] = {
         THRESHOLD,
     ),
     "fixed": Rule(
-        lambda c, p, m, at: commit_fixed(p.confidence, m, at.left, c.tokens_per_step),
+        # More than positions are of no use, and might not fit into int64.
+        lambda c, p, m, at: commit_fixed(p.confidence, m, at.left, min(c.tokens_per_step, m.shape[-1])),
         {"tokens_per_step": whole_number_from(1, 2)},
     ),
     "entropy": Rule(

@@ -123,6 +123,7 @@ class Stopping:
             so_far = None if scores is None else scores[:shown]
             if _any_meets(self.rows_own[number], text[None, : len(row.prompt) + shown], so_far):
                 self.ended_at[number] = shown
+                return
 
     def _columns_with(
         self, everyone: Sequence[Row], held: dict[Row, Canvas], lengths: Sequence[int]

@@ -264,6 +264,8 @@ def test_an_empty_prompt_begins_with_the_beginning_of_text(model):
         generate(model, empty)
     with pytest.raises(ValueError, match=f"bos_token_id holds {VOCAB}, outside the vocabulary"):
         generate(model, empty, bos_token_id=VOCAB)
+    with pytest.raises(ValueError, match=f"bos_token_id holds {VOCAB}, outside the vocabulary"):
+        model.generate(bos_token_id=VOCAB, max_new_tokens=4)
 
 
 def test_a_streamer_gets_the_prompt_then_drafts_and_committed_tokens(model):

@@ -91,6 +91,14 @@ def _within_hundred(text, scores):
 # Numbers that made a call run away.
 
 
+def test_any_number_of_tokens_per_step_is_allowed(model):
+    sequences = [
+        generate(model, unmasking_rule="fixed", tokens_per_step=tokens, block_size=4).sequences
+        for tokens in (4, 10**30)
+    ]
+    assert torch.equal(*sequences)
+
+
 @pytest.mark.parametrize("rule", [rule for rule in UNMASKING_RULES if rule != "posterior"])
 @pytest.mark.parametrize("steps", [10**9, 10**400])
 def test_more_steps_than_positions_change_nothing(model, rule, steps):

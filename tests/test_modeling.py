@@ -420,6 +420,22 @@ def test_the_context_tower_has_gradients_also_with_a_cache(checkpointing):
         assert_close(gradient, other, slack=GRADIENTS)
 
 
+def test_gradients_of_a_text_read_in_chunks_are_those_of_whole_reads():
+    """What one pass needs for its gradients is not written over by the next."""
+    model, ids, block = tiny_model("all kinds").double(), random_ids(2, 7), random_block(2, 3)
+    parameters = list(model.parameters())
+    with torch.enable_grad():
+        cache, in_chunks, whole = TwoTowerCache(model.config), 0.0, model(ids).logits.square().sum()
+        for start, stop in ((0, 1), (1, 4), (4, 6), (6, 7)):
+            in_chunks += model(ids[:, start:stop], past_key_values=cache).logits.square().sum()
+            in_chunks += model.denoise(block, cache).square().sum()
+            whole += model.denoise(block, model(ids[:, :stop]).cache).square().sum()
+        for gradient, expected in zip(
+            torch.autograd.grad(in_chunks, parameters), torch.autograd.grad(whole, parameters), strict=True
+        ):
+            assert_close(gradient, expected)
+
+
 def test_accepted_states_of_a_bfloat16_model():
     """Rounded as they come, the chunk's inputs give states as precise as a plain read's."""
     model = tiny_model("pure Mamba").to(torch.bfloat16)

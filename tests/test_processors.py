@@ -142,6 +142,22 @@ def test_nothing_is_asked_beyond_a_criterion(model, rows, kind):
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rows_own_criterion_is_asked_no_more_once_it_has_ended_its_row(model, mode):
+    calls = []
+
+    def ends_from_the_second_on(row):
+        spy = Spy(calls, "criterion")
+        return lambda ids, scores: spy(ids, scores) or len(calls) >= 2
+
+    # Drafts that are always kept, and blocks of one pass, add several tokens at once.
+    flags = {"acceptance_ratio": 1e-9, "draft_length": 4, "steps_per_block": 1}
+    criteria = [PerRow(ends_from_the_second_on)]
+    output = generate(model, random_ids(1, 5), mode=mode, stopping_criteria=criteria, **flags)
+    assert [len(shown[0]) for _, shown, _ in calls] == [6, 7]
+    assert output.shape == (1, 7)
+
+
 # Mask diffusion.
 
 
@@ -393,6 +409,32 @@ def test_forbidding_every_token_is_refused(model, rows, mode, tokens, stateless)
 
     with pytest.raises(ValueError, match=message):
         generate(model, ids, attention_mask=mask, mode=mode, logits_processor=[PerRow(make)])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("score", [torch.nan, torch.inf])
+def test_scores_of_processors_that_are_no_numbers_are_refused(model, rows, mode, score):
+    row = rows[0][None]
+
+    def processor(ids, scores):
+        return scores.index_fill(1, torch.tensor([9]), score) if ids.shape[1] >= 8 else scores
+
+    for flags in ({}, {"do_sample": True, "seed": 1}):
+        flags = {**flags, "mode": mode, "logits_processor": [Stateless(processor)]}
+        if score == torch.inf and not flags.get("do_sample"):
+            assert (generate(model, row, **flags)[0, 8:] == 9).all()
+        else:
+            with pytest.raises(ValueError, match=r"make scores that are no numbers.*at position 8 of row 0"):
+                generate(model, row, **flags)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_temperature_that_makes_scores_infinite_is_refused(model, rows, mode):
+    greedy = generate(model, rows[0][None], mode=mode)
+    sampled = {"do_sample": True, "seed": 1, "mode": mode}
+    assert torch.equal(generate(model, rows[0][None], temperature=1e-30, **sampled), greedy)
+    with pytest.raises(ValueError, match=r"at position 7 of row 0.*or for a temperature near 0"):
+        generate(model, rows[0][None], temperature=1e-40, **sampled)
 
 
 @pytest.mark.parametrize("mode", MODES)

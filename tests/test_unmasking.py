@@ -347,6 +347,7 @@ def test_noise_schedules():
         ("factor", 0, "factor is 0; it must be a number above 0"),
         ("factor", True, "factor is True"),
         ("factor", float("nan"), "factor is nan"),
+        pytest.param("factor", 10**400, "factor is 1000.*; it must be a number above 0", id="factor beyond floats"),
         ("tokens_per_step", 0, "tokens_per_step is 0; it must be a whole number of at least 1"),
         ("tokens_per_step", True, "tokens_per_step is True"),
         ("tokens_per_step", 1.5, "tokens_per_step is 1.5"),

@@ -855,6 +855,11 @@ def test_generate_batch_gives_one_text_per_prompt(model):
         model.generate_batch([[5, 6]], num_return_sequences=2, do_sample=True)
     with pytest.raises(ValueError, match="return_dict_in_generate is true, but generate_batch gives"):
         model.generate_batch([[5, 6]], return_dict_in_generate=True)
+    several = mixed_model()
+    several.generation_config.update(num_return_sequences=2, do_sample=True)
+    with pytest.raises(ValueError, match="num_return_sequences is 2; generate_batch gives one"):
+        several.generate_batch([[5, 6]], max_new_tokens=2)
+    assert len(several.generate_batch([[5, 6]], max_new_tokens=2, num_return_sequences=1)) == 1
 
 
 def test_a_model_spread_over_ranks_is_refused(model, monkeypatch):
