@@ -6,6 +6,7 @@ midst, nothing is kept.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +16,8 @@ from typing import Any
 # Of generate's flags those that would change what a line of the output is.
 NOT_PLAIN = ("return_dict_in_generate", "output_scores", "output_logits", "num_return_sequences")
 OWN = ("id", "prompt", "input_ids")
+# What transformers, which checks few of its flags, raises for a value of another kind, or one that no vocabulary has.
+UNCHECKED = (TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,33 @@ def at_line(file: Path, number: int) -> Callable[..., Any]:
     def call(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}, line {number + 1}: {error}") from error
+        except (ValueError, RuntimeError, *UNCHECKED) as error:
+            raise ValueError(f"{file}, line {number + 1}: {_said(error)}") from error
 
     return call
 
 
+def _said(error: Exception) -> str:
+    """Its text; of an error that nobody has written for a user, with its kind, without which it may say nothing."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+class GivenTwice(ValueError):
+    """A key of an object, of which JSON's readers keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise GivenTwice(f"{name} is given twice; leave one out")
+    return dict(pairs)
+
+
 def _parsed(raw: bytes, number: int) -> Line:
     try:
-        content = json.loads(raw.decode())
+        content = json.loads(raw.decode(), object_pairs_hook=_object)
+    except GivenTwice:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f'not JSON ({error}); give an object such as {{"prompt": "..."}}') from error
     if not isinstance(content, dict):
@@ -189,7 +210,7 @@ def answers(
             line = waiting.pop(handle)
             try:
                 output = handle.result()
-            except ValueError as error:
-                yield line, {"error": str(error)}
+            except (ValueError, *UNCHECKED) as error:  # not RuntimeError: memory that is short is no line's fault
+                yield line, {"error": _said(error)}
             else:
                 yield line, answer(line, output)
