@@ -236,6 +236,28 @@ def test_an_output_of_something_else_is_left_alone(checkpoint, files, content, m
     assert source.read_bytes() == before
 
 
+def test_an_output_that_another_process_writes_is_left_alone(checkpoint, files, monkeypatch):
+    """Begun twice, the command would answer every line twice, and cut off what the other has written meanwhile."""
+    fcntl = pytest.importorskip("fcntl")
+    source, target = files
+    run(checkpoint, source, target)
+    content = target.read_bytes()[:-5]
+    target.write_bytes(content)
+    with target.open("ab") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert f"{target} is being written by another process" in run(checkpoint, source, target, code=2).stderr
+    assert target.read_bytes() == content
+    load = commands._load
+
+    def meanwhile(*args):
+        target.write_bytes(content + b"more")
+        return load(*args)
+
+    monkeypatch.setattr(commands, "_load", meanwhile)
+    assert "has been written to since it was read" in run(checkpoint, source, target, code=2).stderr
+    assert target.read_bytes() == content + b"more"
+
+
 def test_what_fails_while_running_is_its_lines_answer(checkpoint, files, monkeypatch):
     source, target = files
     write = Engine.write
