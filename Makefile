@@ -11,8 +11,9 @@ NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat modeling objectiv
 .PHONY: demo test test-tools test-newest lint eval clean
 .DELETE_ON_ERROR:
 
+# Whatever signs the question has are its own, not make's or the shell's.
 demo: .venv/.stamp-base
-	$(BIN)/twotower generate --trace "$(QUESTION)"
+	$(BIN)/twotower generate --trace '$(subst ','\'',$(value QUESTION))'
 
 test: lint
 	$(BIN)/python tests/mixins/released_tests.py # downloads them, before several processes ask for them

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from .compat_twotower import NemotronHConfig
 
@@ -51,6 +53,7 @@ class TwoTowerConfig(NemotronHConfig):
         kwargs.pop("model_type", None)
         auto_map = kwargs.pop("auto_map", None)
         check_auto_map(auto_map, "the config")
+        _check_dtype(kwargs.get("torch_dtype") or self.dtype)
         declared_layers = kwargs.get("num_hidden_layers")
         super().__post_init__(**kwargs)
         if auto_map and _is_own_code(auto_map):
@@ -70,10 +73,24 @@ class TwoTowerConfig(NemotronHConfig):
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a config as transformers does, taking NVIDIA's `nemotron_h` for the TwoTower it describes."""
         config_dict, unused = super().get_config_dict(*args, **kwargs)
-        check_auto_map(config_dict.get("auto_map"), f"config.json in {args[0]}" if args else "config.json")
-        if config_dict.get("model_type") == NemotronHConfig.model_type:
+        source = f"config.json in {args[0]}" if args else "config.json"
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"{source} holds a {type(config_dict).__name__}, not an object of fields")
+        kind, known = config_dict.get("model_type"), (cls.model_type, NemotronHConfig.model_type)
+        if kind not in known:
+            raise ValueError(f"{source} has model_type {kind!r}, expected {' or '.join(known)}; give a TwoTower's")
+        check_auto_map(config_dict.get("auto_map"), source)
+        if kind == NemotronHConfig.model_type:
             config_dict = {**config_dict, "model_type": cls.model_type, "architectures": ["TwoTowerForBlockDiffusion"]}
         return config_dict, unused
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with a ValueError for a value of another kind."""
+        try:
+            return super().from_dict(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"config: {' '.join(str(error).split())}") from error
 
     def _check_layers(self, declared_layers: int | None) -> None:
         kinds = set(LAYER_LETTERS.values())
@@ -154,6 +171,11 @@ class TwoTowerConfig(NemotronHConfig):
                 "* (attention), E (mixture of experts) and - (MLP)"
             )
         return [LAYER_LETTERS[letter] for letter in pattern]
+
+
+def _check_dtype(dtype: Any) -> None:
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; give one of torch's, e.g. bfloat16 or float32")
 
 
 def check_auto_map(auto_map: Any, source: Any) -> None:

@@ -44,17 +44,21 @@ def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> P
         The folder.
 
     Raises:
-        ValueError: for a folder that holds something, for weights that are missing, cut off or none of a backbone's.
+        ValueError: for a folder that holds something, another field, for weights that are missing, cut off or none of
+            a backbone's.
     """
+    added = TwoTowerConfig.__annotations__
+    if unknown := [name for name in fields if name not in added]:
+        raise ValueError(f"{unknown[0]} is no field that a TwoTower adds; leave it out, or use {', '.join(added)}")
     source, folder = Path(source).expanduser(), Path(folder).expanduser()
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another folder")
     origin = source if source.is_dir() else Path(snapshot_download(str(source)))
     names = check_safetensors(origin, {})
     assert names is not None
-    unknown = [name for name in sorted(names) if not name.startswith((*PREFIXES, PREDICTION_LAYERS))]
-    if unknown:
-        raise ValueError(f"{origin} holds {unknown[0]}, which is no NemotronH's; give the folder of a backbone")
+    foreign = [name for name in sorted(names) if not name.startswith((*PREFIXES, PREDICTION_LAYERS))]
+    if foreign:
+        raise ValueError(f"{origin} holds {foreign[0]}, which is no NemotronH's; give the folder of a backbone")
     check_complete({each for each in ("lm_head.weight",) if each not in names}, origin)
     config = config_of_backbone(NemotronHConfig.from_pretrained(origin), **fields)
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,9 +74,10 @@ def export(
     model: Any = source if origin is None else TwoTowerForBlockDiffusion.from_pretrained(origin, dtype="auto")
     if tokenizer is None and origin is not None:
         tokenizer = _load_tokenizer(origin)
-    # 3. Write beside the target, then move into place.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    # 3. Write beside the target, then move into place: a link is followed, not replaced.
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
         staged = Path(scratch) / "export"
         model.save_pretrained(staged, max_shard_size=max_shard_size, save_original_format=False)
         _set_auto_map(staged / "config.json")
@@ -85,7 +86,7 @@ def export(
         write_code(staged)
         _write_notices(origin, staged)
         (staged / "README.md").write_text(_model_card(origin, model, push_to_hub or folder.name), encoding="utf-8")
-        _replace(folder, staged, Path(scratch) / "replaced")
+        _replace(place, staged, Path(scratch) / "replaced")
     # 4. Upload. Weight files of an earlier upload go: with other shards they would be loaded in place of the new ones.
     if push_to_hub is not None:
         repo_id = create_repo(push_to_hub, private=private, exist_ok=True).repo_id
@@ -137,7 +138,9 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if foreign:
         raise ValueError(f"{folder} is not empty and no earlier export ({foreign}); give another folder")
     if not overwrite:
-        raise ValueError(f"{folder} holds an earlier export; give another folder, or overwrite=True to replace it")
+        raise ValueError(
+            f"{folder} holds an earlier export; give another folder, or overwrite=True (--overwrite) to replace it"
+        )
 
 
 def _foreign_files(folder: Path) -> str | None:

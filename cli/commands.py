@@ -62,6 +62,8 @@ def main(
     pass
 
 
+# What has no effect but on tokens that are drawn.
+SAMPLERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; default the demonstration checkpoint.")]
 
 
@@ -661,7 +663,7 @@ def _quiet_unless_watched(model: str | Path | None) -> None:
 
 
 def _check_sampling(options: dict[str, Any], sampling_is_default: bool | None) -> None:
-    given = [name for name in ("temperature", "top_k", "top_p", "seed") if options.get(name) is not None]
+    given = [name for name in (*SAMPLERS, "seed") if options.get(name) is not None]
     if options.get("unmasking_rule") == "posterior" and "seed" in given:
         given.remove("seed")  # which this rule draws with
     if given and not options.get("do_sample", sampling_is_default):

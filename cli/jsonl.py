@@ -6,15 +6,19 @@ midst, nothing is kept.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Of generate's flags those that would change what a line of the output is.
 NOT_PLAIN = ("return_dict_in_generate", "output_scores", "output_logits", "num_return_sequences")
 OWN = ("id", "prompt", "input_ids")
+# What transformers, which checks few of its flags, raises for a value of another kind, or one that no vocabulary has.
+UNCHECKED = (TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,33 @@ def at_line(file: Path, number: int) -> Callable[..., Any]:
     def call(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}, line {number + 1}: {error}") from error
+        except (ValueError, RuntimeError, *UNCHECKED) as error:
+            raise ValueError(f"{file}, line {number + 1}: {_said(error)}") from error
 
     return call
 
 
+def _said(error: Exception) -> str:
+    """Its text; of an error that nobody has written for a user, with its kind, without which it may say nothing."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+class GivenTwice(ValueError):
+    """A key of an object, of which JSON's readers keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise GivenTwice(f"{name} is given twice; leave one out")
+    return dict(pairs)
+
+
 def _parsed(raw: bytes, number: int) -> Line:
     try:
-        content = json.loads(raw.decode())
+        content = json.loads(raw.decode(), object_pairs_hook=_object)
+    except GivenTwice:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f'not JSON ({error}); give an object such as {{"prompt": "..."}}') from error
     if not isinstance(content, dict):
@@ -105,16 +127,18 @@ class Written:
     Args:
         errors: by key, whether that line was no more than an error.
         size: bytes of its whole lines.
+        found: bytes of all there was.
     """
 
     errors: dict[tuple[str, str | int], bool]
     size: int
+    found: int
 
 
 def read_written(file: Path, lines: Iterable[Line]) -> Written:
     """What a former run has written; a ValueError where it is not about these lines, so that nothing of it is lost."""
     if not file.is_file():
-        return Written({}, 0)
+        return Written({}, 0, 0)
     content = file.read_bytes()
     size = content.rfind(b"\n") + 1
     expected = {line.key for line in lines}
@@ -124,7 +148,7 @@ def read_written(file: Path, lines: Iterable[Line]) -> Written:
     # What was cut off in its midst begins as our lines do.
     if not any(_begin_alike(content[size:], begin) for begin in (b'{"id": ', b'{"index": ')):
         raise ValueError(f"{file} ends in what this command did not write; give another --output")
-    return Written(errors, size)
+    return Written(errors, size, len(content))
 
 
 def _begin_alike(one: bytes, other: bytes) -> bool:
@@ -149,15 +173,29 @@ def write_answers(
     file: Path, written: Written, answers: Iterable[tuple[Line, dict[str, Any]]]
 ) -> Iterator[tuple[Line, dict[str, Any]]]:
     """Append a line for each answer as it comes, behind the whole lines; the answers, once they are written."""
-    if file.is_file() and file.stat().st_size > written.size:
-        with file.open("rb+") as cut:
-            cut.truncate(written.size)
     with file.open("ab") as output:
+        if file.is_file():
+            _keep_for_us(output, file)
+            if file.stat().st_size != written.found:
+                raise ValueError(f"{file} has been written to since it was read; run the command again")
+            output.truncate(written.size)
         for line, answer in answers:
             name, value = line.key
             output.write(json.dumps({name: value, **answer}, ensure_ascii=False).encode() + b"\n")
             output.flush()
             yield line, answer
+
+
+def _keep_for_us(output: BinaryIO, file: Path) -> None:
+    """Until it is closed or its process ends: two of this command would answer every line twice."""
+    if find_spec("fcntl") is None:
+        return  # on Windows
+    import fcntl
+
+    try:
+        fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{file} is being written by another process; wait for it, or give another one") from error
 
 
 def answers(
@@ -189,7 +227,7 @@ def answers(
             line = waiting.pop(handle)
             try:
                 output = handle.result()
-            except ValueError as error:
-                yield line, {"error": str(error)}
+            except (ValueError, *UNCHECKED) as error:  # not RuntimeError: memory that is short is no line's fault
+                yield line, {"error": _said(error)}
             else:
                 yield line, answer(line, output)

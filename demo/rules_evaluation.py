@@ -166,7 +166,7 @@ def draw_rules(report: dict[str, Any], file: Path) -> None:
         axes.errorbar(
             [row["tokens_per_pass"] for row in rows],
             [100 * row["accuracy"] for row in rows],
-            yerr=[100 * row["accuracy_stderr"] for row in rows],
+            yerr=[100 * (row["accuracy_stderr"] or 0) for row in rows],
             label=line,
             marker="os^Dv<>"[number % 7],
             linestyle=("-", "--", ":")[number // 7 % 3],

@@ -147,7 +147,7 @@ def _draw_lines(axes: Any, rows: list[dict[str, Any]], place: Any, part: Any) ->
             [x for x, *_ in points],
             [100 * figures["accuracy"] for *_, figures, _ in points],
             xerr=[error or 0 for _, error, *_ in points],
-            yerr=[100 * figures["accuracy_stderr"] for *_, figures, _ in points],
+            yerr=[100 * (figures["accuracy_stderr"] or 0) for *_, figures, _ in points],
             label=name,
             marker="o",
             markersize=4,

@@ -76,7 +76,7 @@ def accuracy_figures(right: Sequence[bool], reference: Sequence[bool]) -> dict[s
     return {
         "correct": sum(right),
         "accuracy": accuracy,
-        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / count),
+        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / count) if count > 1 else None,
         "accuracy_interval": list(share_interval(sum(right), count)),
         "retention": kept.value,
         "retention_stderr": kept.stderr,

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 # What the process does before the program: what is over these ends it. Where the system allows less, that holds; one
 # that it does not know, as macOS none on memory, is left out, or every program would fail.
@@ -59,27 +60,30 @@ def run_limited(
             "macOS, or leave such tasks out (--skill words)"
         )
     ways = subprocess.DEVNULL if given is None else subprocess.PIPE
-    with (
-        tempfile.TemporaryDirectory() as nowhere,
-        subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-c", _LIMITS.format(limits=dict(limits)) + program],
+    # What it has begun may still be writing there when it is killed; that is not to end an evaluation.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        # As a file, not an argument, for which systems have a longest length.
+        script, nowhere = Path(folder, "script.py"), Path(folder, "empty")
+        script.write_text(_LIMITS.format(limits=dict(limits)) + program, encoding="utf-8")
+        nowhere.mkdir()
+        with subprocess.Popen(
+            [sys.executable, "-P", "-s", "-S", str(script)],
             stdin=ways,
             stdout=ways,
             stderr=subprocess.DEVNULL,
             cwd=nowhere,
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True,
-        ) as process,
-    ):
-        try:
-            said, _ = process.communicate(given, timeout=seconds)
-            return process.returncode, said or b""
-        except subprocess.TimeoutExpired:
-            return None, b""
-        finally:
-            # All of it has ended by itself; macOS says so of the dead by another error.
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+        ) as process:
+            try:
+                said, _ = process.communicate(given, timeout=seconds)
+                return process.returncode, said or b""
+            except subprocess.TimeoutExpired:
+                return None, b""
+            finally:
+                # All of it has ended by itself; macOS says so of the dead by another error.
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def passes_tests(program: str, seconds: int = 10, memory: int = 2**30) -> bool:

@@ -209,9 +209,26 @@ def test_impossible_geometries_are_refused_by_name(case):
         tiny_config(**fields)
 
 
-def test_a_refused_value_is_refused_on_loading_too(tmp_path):
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"block_size": 0}, "block_size is 0"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        ({"dtype": "float33"}, "dtype is 'float33'"),
+        ({"torch_dtype": "float33", "dtype": None}, "dtype is 'float33'"),
+        ({"model_type": "llama"}, "model_type 'llama', expected twotower or nemotron_h"),
+        ({"model_type": None}, "model_type None, expected twotower"),
+    ],
+)
+def test_a_refused_value_is_refused_on_loading_too(tmp_path, fields, message):
     path = tmp_path / "config.json"
     tiny_config().save_pretrained(tmp_path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "block_size": 0}))
-    with pytest.raises(ValueError, match="block_size is 0"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(ValueError, match=message):
+        TwoTowerConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list, not an object"):
         TwoTowerConfig.from_pretrained(tmp_path)

@@ -6,8 +6,12 @@ So is what needs a package that is not installed: `make test-tools` installs all
 
 import ast
 import re
+import shlex
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -46,6 +50,13 @@ def test_the_blocks_run_in_order(capsys):
     assert (names["output"].sequences[:, :width] == names["text"]).all()
     assert names["loss"].isfinite()
     assert "def take_values(<mask>" in shown and "def take_values(values):" in shown, "a gap, and what fills it"
+
+
+@pytest.mark.parametrize("question", ['Tom\'s "box" costs $5, or `2`; \\ how many?', "Tom has 3 apples."])
+def test_make_demo_asks_the_question_as_it_is(question):
+    asked = ["make", "-n", "-o", ".venv/.stamp-base", "demo", f"QUESTION={question}"]
+    shown = subprocess.run(asked, cwd=README.parent, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(shown) == [".venv/bin/twotower", "generate", "--trace", question]
 
 
 def test_files_that_are_named_exist():

@@ -51,9 +51,10 @@ class Examples:
             files = found_files(recipe.files)
             self.origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
             kind = BUILDERS[Path(files[0]).suffix]
-            options = {"data_files": files}
+            # `datasets` would take the brackets of a name for a pattern, and read no such file.
+            options = {"data_files": [glob.escape(file) for file in files]}
             if kind == "text":
-                options["sample_by"] = recipe.text_by
+                options |= {"sample_by": recipe.text_by, "encoding": "utf-8-sig"}  # without the mark that may begin it
         else:
             assert recipe.dataset is not None
             kind = os.path.expanduser(recipe.dataset)

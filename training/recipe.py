@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..objective_twotower import DiffusionObjective
 
@@ -44,6 +45,8 @@ class LoraRecipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "rank")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha is {self.alpha}; it must be positive and finite")
         _shares(self, "dropout")
         if not self.targets:
             raise ValueError("targets is empty; name a part of the denoiser, e.g. attention")
@@ -81,7 +84,7 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         _one_of(self, "checkpoint", "backbone", "config")
-        if self.backbone is None and (self.block_size or self.mask_token_id) is not None:
+        if self.backbone is None and (self.block_size, self.mask_token_id) != (None, None):
             raise ValueError("block_size and mask_token_id go with backbone; others have them in their config")
         if self.backbone is not None and self.mask_token_id is None:
             raise ValueError("mask_token_id is missing; give the id of a token that no text has, for [MASK]")
@@ -268,6 +271,12 @@ class HubRecipe:
     repository: str
     private: bool | None = None
 
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repository)
+        except HFValidationError as error:
+            raise ValueError(f"repository is {self.repository!r}; give NAME or OWNER/NAME") from error
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -431,7 +440,7 @@ def _plain(value: Any, kind: type, where: str) -> Any:
         return float(value)
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or value == "":
         names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
         raise ValueError(f"{where} is {_shown(value)}; give {names[kind]}")
     return value

@@ -62,6 +62,8 @@ def test_on_disk_it_is_what_from_backbone_makes(original, dtype, tmp_path):
 
 def test_prediction_layers_are_left_out(tmp_path):
     backbone().save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match="dtype is no field that a TwoTower adds; leave it out, or use block_size"):
+        convert_backbone(tmp_path / "backbone", tmp_path / "both", dtype="bfloat16")
     (file,) = (tmp_path / "backbone").glob("*.safetensors")
     tensors = load_file(file)
     save_file({**tensors, "mtp.layers.0.norm.weight": torch.ones(3)}, file, metadata={"format": "pt"})
@@ -91,6 +93,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="full is not empty; give another folder"):
         convert_backbone(tmp_path, tmp_path / "full")
     backbone().save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match="dtype is no field that a TwoTower adds; leave it out, or use block_size"):
+        convert_backbone(tmp_path / "backbone", tmp_path / "both", dtype="bfloat16")
     (file,) = (tmp_path / "backbone").glob("*.safetensors")
     tensors = load_file(file)
     save_file({**tensors, "encoder.weight": torch.ones(3)}, file, metadata={"format": "pt"})

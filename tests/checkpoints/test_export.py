@@ -214,6 +214,13 @@ class TestWhereItIsWritten:
         assert {path.name for path in target.iterdir()} == {path.name for path in exported.iterdir()}
         assert list(tmp_path.iterdir()) == [target]
 
+    def test_a_link_is_followed(self, checkpoint, tmp_path):
+        link = tmp_path / "link"
+        link.symlink_to(tmp_path / "large disk")
+        for overwrite in (False, True):
+            assert export(checkpoint, link, overwrite=overwrite) == link
+            assert link.is_symlink() and (tmp_path / "large disk" / "config.json").is_file()
+
     def test_onto_itself(self, model, exported, tmp_path):
         target = shutil.copytree(exported, tmp_path / "target")
         export(target, target, overwrite=True)

@@ -194,6 +194,13 @@ def test_a_killed_process_loses_and_repeats_nothing(checkpoint, fresh_python, tm
         ('{"prompt": "a", "num_beams": 2}', "num_beams=2 is not supported"),
         ('{"prompt": "a", "eos_token_id": "x"}', "eos_token_id is 'x'; give a token id"),
         ('{"prompt": "a", "seed": 3}', "--seed given without sampling"),
+        ('{"prompt": "a", "min_p": 0.1}', "--min-p given without sampling"),
+        ('{"prompt": "a", "prompt": "b"}', "prompt is given twice"),
+        ('{"prompt": "a", "watermarking_config": 5}', "AttributeError: 'int' object has no attribute"),
+        ('{"prompt": "a", "stop_strings": [0]}', "AttributeError: 'int' object has no attribute"),
+        ('{"prompt": "a", "exponential_decay_length_penalty": []}', "IndexError: list index out of range"),
+        ('{"prompt": "a", "exponential_decay_length_penalty": {}}', "KeyError: 0"),
+        ('{"prompt": "a", "forced_eos_token_id": {}}', "RuntimeError: Could not infer dtype of dict"),
     ],
 )
 def test_a_bad_line_is_named_before_any_work(checkpoint, files, monkeypatch, line, message):
@@ -229,6 +236,28 @@ def test_an_output_of_something_else_is_left_alone(checkpoint, files, content, m
     assert source.read_bytes() == before
 
 
+def test_an_output_that_another_process_writes_is_left_alone(checkpoint, files, monkeypatch):
+    """Begun twice, the command would answer every line twice, and cut off what the other has written meanwhile."""
+    fcntl = pytest.importorskip("fcntl")
+    source, target = files
+    run(checkpoint, source, target)
+    content = target.read_bytes()[:-5]
+    target.write_bytes(content)
+    with target.open("ab") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert f"{target} is being written by another process" in run(checkpoint, source, target, code=2).stderr
+    assert target.read_bytes() == content
+    load = commands._load
+
+    def meanwhile(*args):
+        target.write_bytes(content + b"more")
+        return load(*args)
+
+    monkeypatch.setattr(commands, "_load", meanwhile)
+    assert "has been written to since it was read" in run(checkpoint, source, target, code=2).stderr
+    assert target.read_bytes() == content + b"more"
+
+
 def test_what_fails_while_running_is_its_lines_answer(checkpoint, files, monkeypatch):
     source, target = files
     write = Engine.write
@@ -247,6 +276,15 @@ def test_what_fails_while_running_is_its_lines_answer(checkpoint, files, monkeyp
     assert answers[("id", 7)] == {"id": 7, "error": "no numbers"}
     assert f'1 lines failed; see "error" in {target}' in result.stderr
     assert '1 lines failed; see "error"' in run(checkpoint, source, target, code=1).stderr, "nor is it forgotten"
+
+
+def test_a_knob_that_no_model_can_serve_fails_its_own_line(checkpoint, files):
+    source, target = files
+    source.write_text(source.read_text() + '{"prompt": "a", "forced_eos_token_id": 999, "mode": "ar"}\n')
+    run(checkpoint, source, target, code=1)
+    answers = written(target)
+    assert [key for key, answer in answers.items() if "error" in answer] == [("index", 6)]
+    assert answers["index", 6]["error"].startswith("IndexError: index 999 is out of bounds")
 
 
 @pytest.mark.parametrize(

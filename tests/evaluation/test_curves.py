@@ -54,13 +54,14 @@ def test_every_value_is_measured_beside_ar(report):
         assert {"accuracy", "accuracy_stderr", "accuracy_interval"} <= set(row["whole_text"])
 
 
-def test_blocks_much_larger_than_trained_are_measured_too(monkeypatch):
+def test_blocks_much_larger_than_trained_are_measured_too_and_drawn_of_one_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 32)
     lines = {"block size": LINES["block size"]}
     found = measure_curves(
         tiny_model("only -", vocab_size=280, block_size=2), tiny_tokenizer(), "words", 1, (2,), lines=lines
     )
     assert [row["value"] for row in found["rows"][1:]] == [4, 8, 16, 32]
+    draw(found | {"model": "tiny"}, tmp_path / "curves.png")  # without errors, which one problem has none of
 
 
 def test_a_report_says_of_what_it_is(report):

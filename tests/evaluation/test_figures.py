@@ -45,6 +45,8 @@ def test_what_has_no_error_has_none():
     assert quotient([[0, 0]], [[1, 2]]) == (0.0, 0.0)
     assert mean([]) == (None, None)
     assert mean([4]) == (4, None)
+    errors = {name: value for name, value in accuracy_figures([True], [True]).items() if name.endswith("stderr")}
+    assert set(errors.values()) == {None} and len(errors) == 3
 
 
 def test_mean_and_difference():

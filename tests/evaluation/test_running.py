@@ -27,6 +27,7 @@ from twotower.evaluation.running import passes_tests, run_limited
         ("import sys; assert sys.stdin.read() == ''", True),
         ("import torch", False),
         ("a = '\0'", False),
+        (f"assert len({'a' * 300_000!r}) == 300_000", True),
     ],
 )
 def test_a_program_is_right_if_it_ends_without_an_error_within_its_limits(program, passes):
@@ -45,6 +46,21 @@ def test_what_a_program_has_begun_ends_with_it(tmp_path):
     while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < until:
         time.sleep(0.01)
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_what_still_writes_while_it_is_killed_ends_no_evaluation():
+    program = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    until, folder = time.monotonic() + 1, os.path.abspath("many")
+    while time.monotonic() < until:
+        os.makedirs(f"{folder}/{time.monotonic()}")
+    os._exit(0)
+while not (os.path.exists("many") and len(os.listdir("many")) > 9):
+    time.sleep(0.01)
+"""
+    assert passes_tests(program)
 
 
 def test_sets_of_words_have_the_same_order_every_time():

@@ -52,6 +52,23 @@ def test_every_kind_of_file_and_a_repository_give_the_same(tokenizer, tmp_path, 
     assert documents(tokenizer, DataRecipe(dataset="~/repository")) == expected
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+@pytest.mark.parametrize("name", ["a[1].jsonl", "what?.txt", "two [2]/*.parquet"])
+def test_a_file_of_any_name_is_read_whole(name, mark, tokenizer, tmp_path):
+    """Also one that begins with a byte-order mark."""
+    file, other = tmp_path / name, tmp_path / f"other{Path(name).suffix}"
+    file.parent.mkdir(exist_ok=True)
+    contents = {".jsonl": mark + b'{"text": "Tom has 3 apples."}\n', ".txt": mark + b"Tom has 3 apples.\n"}
+    for place in (file, other):
+        if place.suffix == ".parquet":
+            Dataset.from_list([{"text": "Tom has 3 apples."}]).to_parquet(place)
+        else:
+            place.write_bytes(contents[place.suffix])
+    expected = [Document(tokenizer("Tom has 3 apples.").input_ids)]
+    assert documents(tokenizer, DataRecipe(files=[str(file)])) == expected
+    assert documents(tokenizer, DataRecipe(files=[str(file), str(other)])) == expected * 2
+
+
 def test_a_prompt_and_its_completion(tokenizer, tmp_path):
     file = write(tmp_path, [{"q": TEXTS[0], "a": " He has 3."}])
     (document,) = documents(tokenizer, DataRecipe(files=[file], prompt="q", completion="a"))

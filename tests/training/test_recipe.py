@@ -171,6 +171,19 @@ WRONG = {
     ),
     "a seed of too many bits": (content(seed=2**64), r"seed is 18446744073709551616; it must be .* below 2\*\*64"),
     "no prompts": (content(samples={"prompts": [" "]}), "samples.prompts holds nothing, or an empty one"),
+    "a folder without a name": (content(folder=""), "folder is ''; give text"),
+    "a block size of a checkpoint's": (
+        content(model={"checkpoint": "demo", "block_size": 0}),
+        "model.block_size and mask_token_id go with backbone",
+    ),
+    "adapters without an effect": (
+        content(model={"checkpoint": "demo", "lora": {"alpha": 0}}),
+        "model.lora.alpha is 0.0; it must be positive",
+    ),
+    "an impossible repository": (
+        content(hub={"repository": "a/b/c"}),
+        "hub.repository is 'a/b/c'; give NAME or OWNER/NAME",
+    ),
 }
 
 
