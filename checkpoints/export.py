@@ -90,6 +90,8 @@ def export(
     # 4. Upload. Weight files of an earlier upload go: with other shards they would be loaded in place of the new ones.
     if push_to_hub is not None:
         repo_id = create_repo(push_to_hub, private=private, exist_ok=True).repo_id
+        if repo_id != push_to_hub:  # whose owner is known only now
+            (folder / "README.md").write_text(_model_card(origin, model, repo_id), encoding="utf-8")
         upload_folder(
             repo_id=repo_id, folder_path=folder, delete_patterns=WEIGHT_FILES, commit_message="Upload TwoTower model"
         )

@@ -482,6 +482,8 @@ def _check_files(json_file: Path | None, png_file: Path | None) -> None:
 
     if png_file is not None and find_spec("matplotlib") is None:
         raise ValueError('--png needs matplotlib; pip install "twotower[eval]"')
+    if json_file is not None and png_file is not None and json_file.resolve() == png_file.resolve():
+        raise ValueError(f"--json and --png are both {png_file}, where one would replace the other; give two files")
     for file in (json_file, png_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

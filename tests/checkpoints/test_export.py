@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,17 @@ class TestModelCard:
         assert card.data.license == "unknown"  # nobody said
         assert "custom_code" in card.data.tags
         assert "`ME*-`" in card.text and "trust_remote_code=True" in card.text
+
+    def test_an_uploaded_one_names_the_repository_with_its_owner(self, model, tmp_path, monkeypatch):
+        uploaded = []
+        monkeypatch.setattr(export_module, "create_repo", lambda name, **_: SimpleNamespace(repo_id=f"lab/{name}"))
+        monkeypatch.setattr(
+            export_module,
+            "upload_folder",
+            lambda folder_path, **_: uploaded.append(ModelCard.load(folder_path / "README.md").text),
+        )
+        export(model, tmp_path / "folder", push_to_hub="tiny")
+        assert 'AutoModelForCausalLM.from_pretrained("lab/tiny"' in uploaded[0]
 
     def test_copied(self, checkpoint, tmp_path):
         source = shutil.copytree(checkpoint, tmp_path / "source")

@@ -317,6 +317,8 @@ def test_eval_refuses_an_unknown_skill(checkpoint, skills):
         (("eval", "--rules", "--run-code"), "give --skills code and --run-code both"),
         (("eval", "--unseen", "--skill", "code"), "--unseen is about word problems; give --skills words or"),
         (("export", "new", "--private"), "private is True, which is about a repository; give push_to_hub, too"),
+        (("eval", "--rules", "--json", "a", "--png", "./a"), "--json and --png are both a, where one would replace"),
+        (("bench", "--json", "a", "--png", "a"), "--json and --png are both a, where one would replace the other"),
         (("info", "--kernels", "--dtype", "float16"), "--kernels is about this machine; leave out MODEL, --dtype and"),
         (("generate", "a", "--slots", 2), "--slots is about the lines of --input; give that, too, or leave it out"),
     ],
