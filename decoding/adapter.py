@@ -118,6 +118,11 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             return super().generate(None, **kwargs)
         continued = kwargs.get("cache") is not None
         input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), kwargs, continued)
+        device = self.context_tower.embeddings.weight.device
+        if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
+            # At once, as transformers makes processors with tensors beside the prompt.
+            input_ids = input_ids.to(device)
+            padding_mask = None if padding_mask is None else padding_mask.to(device)
         if padding_mask is None:
             return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.
@@ -422,9 +427,6 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         model_kwargs: dict[str, Any],
     ) -> tuple[Request, TwoTowerCache]:
         """What is asked for, and the cache its rows begin with."""
-        device = self.context_tower.embeddings.weight.device
-        if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
-            input_ids = input_ids.to(device)
         texts, mask = input_ids.tolist(), model_kwargs.get("attention_mask")
         if mask is not None:
             texts = [list(compress(*row)) for row in zip(texts, mask.tolist(), strict=True)]

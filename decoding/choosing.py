@@ -339,11 +339,10 @@ class Group:
     ) -> Prediction:
         processors, problems = self.request.processors, torch.zeros_like(tokens, dtype=torch.int8)
         if processors.lists[0]:
-            best = scores.amax(-1)
-            problems = problems.masked_fill(best == -torch.inf, FORBIDDEN)
-            # Among infinite ones nothing can be drawn; the best of them is theirs who made it.
-            infinite = (best == torch.inf) & self.request.config.do_sample
-            problems = problems.masked_fill(best.isnan() | infinite, NO_SCORE)
+            problems = problems.masked_fill(~(scores > -torch.inf).any(-1), FORBIDDEN)
+            if self.request.config.do_sample:  # the best of such is that of who made them, but nothing can be drawn
+                best = scores.amax(-1)
+                problems = problems.masked_fill(best.isnan() | (best == torch.inf), NO_SCORE)
         if not processors.repairs:
             # What is no number, or infinite, less itself is no number: fewer operations than `isfinite`.
             largest = logits.amax(-1)

@@ -397,8 +397,8 @@ def _problem_message(row: Row, problem: int) -> str:
         return f"the logits processors forbid every token{mask} {where}; allow one, for example end-of-text"
     if problem == NO_SCORE:
         return (
-            f"the logits processors make scores that are no numbers (NaN or infinity) {where}; look for one that "
-            "does, or for a temperature near 0"
+            f"nothing can be drawn: the logits processors make scores that are no numbers (NaN or infinity) {where}; "
+            "look for one that does, or for a temperature near 0"
         )
     denoiser = problem == DRAFT_NOT_A_NUMBER or mode in ("mask_diffusion", "mock_ar")
     return (

@@ -398,7 +398,8 @@ def _prepared(processor: Any, vocab_size: int, longest: int) -> _Step:
     if not keeps_no_state(processor):
         return _Step("stateful", [processor])
     try:
-        parameters = how.parameters(processor, vocab_size, longest) if how else None
+        with torch.device("cpu"):  # whatever torch's default device
+            parameters = how.parameters(processor, vocab_size, longest) if how else None
     except IndexError:  # a token beyond the vocabulary, which the processor refuses where it needs it
         parameters = None
     if how is None or parameters is None:

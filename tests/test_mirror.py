@@ -11,7 +11,7 @@ from cards import Cards
 from mixed_requests import differences, mixed_model, mixed_request
 from tiny import random_block, random_ids, tiny_config, tiny_model, without_special_tokens
 
-from twotower import TwoTowerEngine
+from twotower import Stateless, TwoTowerEngine
 from twotower.cache_twotower import KeyValues, MambaState, TwoTowerCache
 from twotower.checkpoints.placement import towers_device_map
 from twotower.generation_twotower import MODES
@@ -68,6 +68,25 @@ def test_one_card(mode):
         model = without_special_tokens(tiny_model("each kind once"))
         cards.put_model(model, FIRST)
         assert torch.equal(model.generate(PROMPTS, mode=mode, **knobs(mode)).cpu(), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_processors_that_are_asked_find_a_prompt_of_the_hosts_on_the_card(mode):
+    asked = Stateless(lambda ids, scores: scores.index_fill(1, ids[0, -1:], -3.0))  # position by position
+    flags = {
+        "encoder_repetition_penalty": 1.5,
+        "eos_token_id": [7, 9],
+        "min_new_tokens": 4,
+        "logits_processor": [asked],
+    }
+    plain = without_special_tokens(tiny_model("each kind once"))
+    expected = plain.generate(PROMPTS, mode=mode, pad_token_id=0, **flags, **knobs(mode))
+    with Cards() as cards:
+        model = without_special_tokens(tiny_model("each kind once"))
+        cards.put_model(model, FIRST)
+        found = model.generate(PROMPTS, mode=mode, pad_token_id=0, **flags, **knobs(mode))
+        assert found.device == FIRST
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_one_card_whose_cache_compiled_passes_have_read_first(monkeypatch):

@@ -311,6 +311,21 @@ class Subclass(lp.MinLengthLogitsProcessor):
     """Of a user, who may have changed what it answers."""
 
 
+def test_torchs_default_device_is_not_where_processors_are_prepared():
+    made = [
+        lp.MinLengthLogitsProcessor(9, [5, 6], device="cpu"),
+        lp.SequenceBiasLogitsProcessor({(5,): 1.0, (4, 6): 2.0}),
+        lp.RepetitionPenaltyLogitsProcessor(1.5),
+        lp.ForcedEOSTokenLogitsProcessor(20, [5], device="cpu"),
+    ]
+    expected = PreparedProcessors(made, VOCAB, LONGEST).steps
+    with torch.device("meta"):
+        steps = PreparedProcessors(made, VOCAB, LONGEST).steps
+    for step, other in zip(steps, expected, strict=True):
+        assert step.kind == "vectorised"
+        assert all(torch.equal(values, other.tensors[name]) for name, values in step.tensors.items())
+
+
 def test_only_the_class_itself_is_vectorised():
     assert is_vectorised(lp.MinLengthLogitsProcessor(3, 1))
     assert not is_vectorised(Subclass(3, 1))
