@@ -3,8 +3,8 @@ What closes the gap between mask diffusion and `ar`, one change at a time, at a 
 goes to ablations.json beside this file, or to --json. Takes an hour or two of one core; called again, it goes on.
 
 A context tower of a sixth of the embedded checkpoint's weights learns word problems of one and two steps with numbers
-below 100, and denoisers on it, which differ from the first of them in one thing each, those with numbers below 20 whose
-answers name nobody. All answer the same problems, whose questions no tower was trained on, though most of their
+below 100; denoisers on it, which differ from the first of them in one thing each, learn those with numbers below 20
+whose answers name nobody. All answer the same problems, whose questions no tower was trained on, though most of their
 numbers were: so little training teaches no denoiser to add numbers that it has not seen added. Runs lie in --work.
 """
 
@@ -56,6 +56,14 @@ TOWER = {
     "moe_shared_expert_intermediate_size": 128,
     "max_position_embeddings": 2048,
 }
+# Layers and experts as many, each of them narrower.
+HALF = {
+    "hidden_size": 32,
+    "mamba_num_heads": 2,
+    "head_dim": 8,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+}
 OPTIMIZER = {"name": "muon", "lr": 3e-3, "betas": [0.9, 0.98], "warmup": 50, "decay": 0.4, "balance_experts": 1e-3}
 CONTEXT = {"data": {"block_sizes": [1]}, "optimizer": {**OPTIMIZER, "lr": 4e-3}}
 # As recipes/demo.yaml.
@@ -68,13 +76,14 @@ DENOISER = {
 
 @dataclass(frozen=True)
 class Ablation:
-    """What of a recipe is otherwise than in DENOISER, and for how many times its steps."""
+    """What of a recipe is otherwise than in DENOISER, or in TOWER, of both towers; times the steps."""
 
     part: str
     setting: str
     changes: dict[str, Any] = field(default_factory=dict)
     times: int = 1
     seed: int = 1
+    tower: dict[str, Any] = field(default_factory=dict)
 
 
 # Those that say most come first, in case that time runs out.
@@ -88,6 +97,7 @@ ABLATIONS = (
     Ablation("distillation", "0.5", {"objective": {"distillation": 0.5}}),
     Ablation("confidence", "0.1", {"objective": {"confidence": 0.1}}),
     Ablation("none", "seed 3", seed=3),
+    Ablation("capacity", "half the width", tower=HALF),
     Ablation("steps", "twice as many", times=2),
     Ablation("masks", "none whole", {"objective": {"full_masks": 0.0}}),
     Ablation("masks", "none as decoding leaves them", {"objective": {"decoded_masks": 0.0}}),
@@ -139,7 +149,7 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(folder: Path, asked: list[Task], scored: int) -> dict[str, Any]:
-    """What `ar` gets right, what mask diffusion keeps of it in how many passes, and how good the denoiser's guesses are."""
+    """What `ar` gets right, what mask diffusion keeps of it in how many passes, and how good guesses are."""
     model: Any = TwoTowerForBlockDiffusion.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batches = tokenized([each.prompt for each in asked], 64, tokenizer, model)
@@ -158,7 +168,7 @@ def measured(folder: Path, asked: list[Task], scored: int) -> dict[str, Any]:
 
 
 def log_likelihood(model: TwoTowerForBlockDiffusion, tokenizer: Any, problem: Task) -> float:
-    """The bound that the denoiser gives the reference answer with its end: the same loss, whatever it was trained by."""
+    """The bound that the denoiser gives the reference answer: the same loss, by whatever one it was trained."""
     prompt, text = (tokenizer(text).input_ids for text in (problem.prompt, problem.text))
     return denoiser_log_likelihood(model, prompt, [*text[len(prompt) :], tokenizer.eos_token_id]).value
 
@@ -181,26 +191,23 @@ def main() -> None:
     seen = {json.loads(line)["prompt"] for file in (wide, plain) for line in file.read_text().splitlines()}
     fresh = {each.prompt: each for each in islice(problems(ASKED_SEED, 19, False), 2 * scale["asked"])}
     asked = [each for prompt, each in fresh.items() if prompt not in seen][: scale["asked"]]
-    tokenizer = {"tokenizer": str(twotower.demo_checkpoint())}
-    context = trained(
-        *(given.work / "context", wide, scale["context steps"], scale["context batch"], 0),
-        *(CONTEXT, {"model": {**tokenizer, "trained_towers": "context", "config": TOWER}}),
-    )
-    base = {**DENOISER, "model": {"checkpoint": str(context), "reset_denoiser": True}}
-    for each in ABLATIONS:
-        name, done = f"{each.part}, {each.setting}", [f"{row['part']}, {row['setting']}" for row in report["rows"]]
-        if name in done:
-            continue
-        folder = given.work / name.replace(" ", "_")
-        model = trained(
-            folder, plain, each.times * scale["steps"], scale["batch"], each.seed, merged(base, each.changes)
-        )
-        figures = measured(model, asked, scale["scored"])
-        report["rows"].append({**asdict(each), "figures": figures})
+    for each in ABLATIONS[len(report["rows"]) :]:
+        context = trained_context(given.work, wide, scale, each.tower)
+        changes = merged({**DENOISER, "model": {"checkpoint": str(context), "reset_denoiser": True}}, each.changes)
+        folder = given.work / f"{each.part}, {each.setting}".replace(" ", "_")
+        model = trained(folder, plain, each.times * scale["steps"], scale["batch"], each.seed, changes)
+        report["rows"].append({**asdict(each), "figures": measured(model, asked, scale["scored"])})
         report |= environment(TwoTowerForBlockDiffusion.from_pretrained(model))
         print(report["rows"][-1], flush=True)
         # After every row, so that a run that is stopped leaves what it has measured.
         write_json(given.json, report)
+
+
+def trained_context(work: Path, file: Path, scale: dict[str, int], tower: dict[str, Any]) -> Path:
+    """The context tower of TOWER, or of one that is otherwise."""
+    new = {"config": {**TOWER, **tower}, "tokenizer": str(twotower.demo_checkpoint()), "trained_towers": "context"}
+    folder = work / "_".join(["context", *map(str, tower.values())])
+    return trained(folder, file, scale["context steps"], scale["context batch"], 0, CONTEXT, {"model": new})
 
 
 if __name__ == "__main__":
