@@ -1,11 +1,11 @@
 """
 What closes the gap between mask diffusion and `ar`, one change at a time, at a scale that one core trains in minutes:
-goes to ablations.json beside this file, or to --json. Takes an hour or two of one core; called again, it goes on.
+goes to ablations.json beside this file, or to --json. Takes an hour of one core; called again, it goes on.
 
 A context tower of a sixth of the embedded checkpoint's weights learns word problems of one and two steps with numbers
 below 100; denoisers on it, which differ from the first of them in one thing each, learn those with numbers below 20
-whose answers name nobody. All answer the same problems, whose questions no tower was trained on, though most of their
-numbers were: so little training teaches no denoiser to add numbers that it has not seen added. Runs lie in --work.
+whose answers name nobody. All answer the same problems, whose questions no tower was trained on, though nearly all of
+their equations were: so little training teaches no denoiser those that it has not seen. Runs lie in --work.
 """
 
 import argparse
@@ -91,12 +91,11 @@ ABOUT = f"""**Training, at a small scale.** The denoisers below differ from the 
 are no copies of this checkpoint: towers of the same kinds of layers, but a sixth of its size, trained for
 {SCALE["steps"]} steps of {SCALE["batch"]} word problems of one or two steps with numbers below 20, on a context tower
 that was trained for {SCALE["context steps"]:,} steps of {SCALE["context batch"]} with numbers below 100
-(`benchmarks/ablations.py`). They answer {SCALE["asked"]} problems whose questions no tower was trained on; most of
-their numbers were, since so short a training teaches no denoiser to add numbers that it has not seen added. "Kept" is
-of the same context tower's `ar`, by mask diffusion in blocks of 16 at threshold 0.8, untempered; drafts are whole
-blocks of one pass; nats are a bound on how unlikely the denoiser finds a reference answer, of {SCALE["scored"]} of the
-problems. ± is one standard error over problems, and says nothing of how another seed would have come out: see the
-seeds."""
+(`benchmarks/ablations.py`). They answer {SCALE["asked"]} problems whose questions no tower was trained on; nearly all
+of their equations were, since so short a training teaches no denoiser those that it has not seen. "Kept" is of the
+same context tower's `ar`, by mask diffusion in blocks of 16 at threshold 0.8, untempered; drafts are whole blocks of
+one pass; nats are a bound on how unlikely the denoiser finds a reference answer, of {SCALE["scored"]} of the problems.
+± is one standard error over problems, and says nothing of how another seed would have come out: see the seeds."""
 
 # Those that say most come first, in case that time runs out.
 ABLATIONS = (

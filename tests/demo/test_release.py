@@ -132,6 +132,7 @@ def test_ablations_become_tables(root, tokenizer):
     rows = [
         {"part": "masks", "setting": "random", "figures": {"kept %": [0.955, 0.008], "passes": 4.5}},
         {"part": "schedule", "setting": "two decays", "figures": {"kept %": 0.9}},
+        {"part": "masks", "setting": "whole", "figures": {"kept %": 0.8}},
     ]
     first, second = (root / name for name in release.ABLATIONS)
     write_json(first, {"about": "Small runs.", "rows": rows})
@@ -139,9 +140,8 @@ def test_ablations_become_tables(root, tokenizer):
     release.main(["card", str(root / "made")], root)
     card = (root / "made" / "README.md").read_text()
     assert "## Ablations\n\nSmall runs.\n\n| part | setting | kept | passes |\n" in card
-    assert (
-        "| masks | random | 95.5 ± 0.8 % | 4.50 |\n| schedule | two decays | 90.0 % | - |\n\nSmaller ones.\n" in card
-    )
+    assert "| masks | random | 95.5 ± 0.8 % | 4.50 |\n| masks | whole | 80.0 % | - |\n| schedule |" in card
+    assert "| schedule | two decays | 90.0 % | - |\n\nSmaller ones.\n" in card
     assert "| masks | random | 95.5 ± 0.8 % | 4.50 |\n\nLittle was learned.\n\n## Limits" in card
 
 
