@@ -1,6 +1,7 @@
 """The card of the embedded checkpoint, from what its training, its evaluation and the ablations left in files."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -101,7 +102,7 @@ def card(
     size: int,
     training: dict[str, Any],
     figures: dict[str, Any],
-    ablations: dict[str, Any] | None = None,
+    ablations: Sequence[dict[str, Any]] = (),
 ) -> str:
     """
     Args:
@@ -109,8 +110,9 @@ def card(
         size: bytes of its weights.
         training: what `demo.release` keeps of the runs.
         figures: a report of [`evaluate`].
-        ablations: `about`, a sentence, and `rows`, each with `part`, `setting` and `figures`: a value, or value and
-            standard error, by the name of its column; one that ends in "%" is a share.
+        ablations: of each comparison `about`, what was compared, and `rows`, each with `part`, `setting` and
+            `figures`: a value, or value and standard error, by the name of its column; one that ends in "%" is a
+            share. Where there is one, `outcome` says below them what they show.
     """
     tower = sum(model_size(config).context.values()) / 1e6
     parts = [
@@ -119,8 +121,8 @@ def card(
         DATA.format(vocabulary=config.vocab_size),
         _training_text(training),
     ]
-    if ablations is not None:
-        parts.append(f"## Ablations\n\n{ablations['about']}\n\n{_ablation_table(ablations['rows'])}")
+    if ablations:
+        parts.append("## Ablations\n\n" + "\n".join(map(_comparison, ablations)))
     return "\n".join([*parts, LIMITS])
 
 
@@ -184,7 +186,18 @@ def _run_text(run: dict[str, Any]) -> str:
     )
 
 
+def _comparison(ablations: dict[str, Any]) -> str:
+    below = f"\n{_wrapped(ablations['outcome'])}\n" if "outcome" in ablations else ""
+    return f"{_wrapped(ablations['about'])}\n\n{_ablation_table(ablations['rows'])}{below}"
+
+
 def _ablation_table(rows: list[dict[str, Any]]) -> str:
+    columns, parts = (
+        list(dict.fromkeys(name for row in rows for name in row["figures"])),
+        [row["part"] for row in rows],
+    )
+    # Of one part below each other, in whatever order they were measured.
+    rows = sorted(rows, key=lambda row: parts.index(row["part"]))
     columns = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     lines = [[row["part"], row["setting"], *(_figure(row["figures"], name) for name in columns)] for row in rows]
     return _markdown(["part", "setting", *(name.removesuffix(" %") for name in columns)], lines)

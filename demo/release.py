@@ -10,7 +10,8 @@ A denoiser that was trained in several runs, each from the one before, is given 
 which is finished. The first command shows on the validation seed what mask diffusion keeps, and in how many passes, at
 several temperatures; the second writes weights and tokenizer, and what the runs' logs say to
 benchmarks/demo_training.json; the last writes FOLDER/README.md from that, from the figures of `eval` and from
-benchmarks/demo_ablations.json, where there is one, and the table of results into the README.
+benchmarks/demo_ablations.json and benchmarks/ablations.json, where there are such; and the table of results into the
+README.
 
 Weights are stored in bfloat16; the config asks for float32, in which a CPU runs them faster. The denoiser's confidence
 is tempered (temperature scaling, Guo et al. 2017) by its head: what it predicts stays, but it must be surer of it to
@@ -39,7 +40,9 @@ from .model_card import card, results
 from .tasks import SKILLS
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING, FIGURES, ABLATIONS = (f"benchmarks/demo_{name}.json" for name in ("training", "eval", "ablations"))
+TRAINING, FIGURES = "benchmarks/demo_training.json", "benchmarks/demo_eval.json"
+# Of the checkpoint itself, and of small towers that differ in how they were trained.
+ABLATIONS = ("benchmarks/demo_ablations.json", "benchmarks/ablations.json")
 # In the README, around what is generated.
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
 
@@ -122,7 +125,7 @@ def make(folder: Path, temperature: float, context: list[str], denoiser: list[li
 def write_card(folder: Path, root: Path) -> None:
     """The card of the checkpoint in a folder, and the README's table, from the files of figures."""
     training, figures = (json.loads((root / name).read_text()) for name in (TRAINING, FIGURES))
-    ablations = json.loads((root / ABLATIONS).read_text()) if (root / ABLATIONS).is_file() else None
+    ablations = [json.loads((root / name).read_text()) for name in ABLATIONS if (root / name).is_file()]
     config = TwoTowerConfig.from_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     (folder / "README.md").write_text(card(config, size, training, figures, ablations), encoding="utf-8")

@@ -186,7 +186,7 @@ class Chain:
 
 def word_problem(rng: random.Random, held_out: bool) -> Task:
     """A word problem on the wanted side of the split."""
-    return _from_template(rng, held_out) if rng.random() < TEMPLATE_SHARE else _chain(rng, held_out)
+    return template_problem(rng, held_out) if rng.random() < TEMPLATE_SHARE else _chain(rng, held_out)
 
 
 def numbers_held_out(numbers: tuple[int, ...]) -> bool:
@@ -203,7 +203,7 @@ def _one_in(share: int, key: str) -> bool:
     return zlib.crc32(key.encode()) % share == 0
 
 
-def _from_template(rng: random.Random, held_out: bool) -> Task:
+def template_problem(rng: random.Random, held_out: bool) -> Task:
     steps = rng.choices(range(len(TEMPLATES)), (25, 40, 35))[0]
     place = rng.randrange(len(TEMPLATES[steps]))
     template = TEMPLATES[steps][place]

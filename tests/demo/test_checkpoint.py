@@ -48,7 +48,7 @@ def test_it_fits_the_wheel(folder):
 
 def test_card_and_readme_say_what_the_files_say(folder):
     training, figures = (json.loads((ROOT / name).read_text()) for name in (TRAINING, FIGURES))
-    ablations = json.loads((ROOT / ABLATIONS).read_text()) if (ROOT / ABLATIONS).is_file() else None
+    ablations = [json.loads((ROOT / name).read_text()) for name in ABLATIONS]
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     made = card(TwoTowerConfig.from_pretrained(folder), size, training, figures, ablations)
     assert (folder / "README.md").read_text(encoding="utf-8") == made

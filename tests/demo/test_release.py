@@ -126,18 +126,23 @@ def test_the_card_says_what_the_files_say(root, tokenizer):
     assert (root / "README.md").read_text() == readme, "once more is the same"
 
 
-def test_ablations_become_a_table(root, tokenizer):
+def test_ablations_become_tables(root, tokenizer):
     model = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "made")
     write_json(root / release.FIGURES, evaluated(model, tokenizer))
     rows = [
         {"part": "masks", "setting": "random", "figures": {"kept %": [0.955, 0.008], "passes": 4.5}},
         {"part": "schedule", "setting": "two decays", "figures": {"kept %": 0.9}},
+        {"part": "masks", "setting": "whole", "figures": {"kept %": 0.8}},
     ]
-    write_json(root / release.ABLATIONS, {"about": "Small runs.", "rows": rows})
+    first, second = (root / name for name in release.ABLATIONS)
+    write_json(first, {"about": "Small runs.", "rows": rows})
+    write_json(second, {"about": "Smaller ones.", "rows": rows[:1], "outcome": "Little was learned."})
     release.main(["card", str(root / "made")], root)
     card = (root / "made" / "README.md").read_text()
     assert "## Ablations\n\nSmall runs.\n\n| part | setting | kept | passes |\n" in card
-    assert "| masks | random | 95.5 ± 0.8 % | 4.50 |\n| schedule | two decays | 90.0 % | - |\n" in card
+    assert "| masks | random | 95.5 ± 0.8 % | 4.50 |\n| masks | whole | 80.0 % | - |\n| schedule |" in card
+    assert "| schedule | two decays | 90.0 % | - |\n\nSmaller ones.\n" in card
+    assert "| masks | random | 95.5 ± 0.8 % | 4.50 |\n\nLittle was learned.\n\n## Limits" in card
 
 
 def test_temperatures_are_compared_on_both_skills_and_surer_means_fewer_passes(root, monkeypatch, capsys):
