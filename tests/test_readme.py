@@ -54,7 +54,7 @@ def test_the_blocks_run_in_order(capsys):
 
 @pytest.mark.parametrize("question", ['Tom\'s "box" costs $5, or `2`; \\ how many?', "Tom has 3 apples."])
 def test_make_demo_asks_the_question_as_it_is(question):
-    asked = ["make", "-n", "-o", ".venv/.stamp-base", "demo", f"QUESTION={question}"]
+    asked = ["make", "--no-print-directory", "-n", "-o", ".venv/.stamp-base", "demo", f"QUESTION={question}"]
     shown = subprocess.run(asked, cwd=README.parent, capture_output=True, text=True, check=True).stdout
     assert shlex.split(shown) == [".venv/bin/twotower", "generate", "--trace", question]
 
