@@ -4,14 +4,18 @@ It holds the package's code in three files (see bundling.py), weights, tokenizer
 """
 
 import json
+import math
 import shutil
 import tempfile
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -27,6 +31,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"modeling_twotower.{TwoTowerForBlockDiffusion.__name__}",
 }
 WEIGHT_FILES = "model*.safetensors*"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 NOTICE_FILES = ("LICENSE*", "NOTICE*")
 EXPORTED_FILES = (WEIGHT_FILES, "*.json", "*.py", "*.jinja", "*.model", "*.txt", "README.md", *NOTICE_FILES)
@@ -45,8 +50,9 @@ def export(
     Write a self-contained Hub folder: all of it, or nothing.
 
     Args:
-        source: folder of a TwoTower checkpoint in any layout, or a loaded model. A folder's model card and licence
-            files are copied; otherwise a card is generated from the config.
+        source: folder of a TwoTower checkpoint in any layout, or a loaded model. A folder's weights stay in the dtype
+            they are stored in, its model card and licence files are copied; otherwise a card is generated from the
+            config.
         folder: what to write; must not hold anything yet, but see `overwrite`.
         push_to_hub: repository, `name` or `owner/name`, to upload the folder to; created when absent.
         private: visibility of a repository created here; default the owner's setting.
@@ -71,7 +77,9 @@ def export(
     origin = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
     _check_source(source, origin)
     # 2. Load.
-    model: Any = source if origin is None else TwoTowerForBlockDiffusion.from_pretrained(origin, dtype="auto")
+    model: Any = source
+    if origin is not None:
+        model = TwoTowerForBlockDiffusion.from_pretrained(origin, dtype=_stored_dtype(origin))
     if tokenizer is None and origin is not None:
         tokenizer = _load_tokenizer(origin)
     # 3. Write beside the target, then move into place: a link is followed, not replaced.
@@ -80,7 +88,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
         staged = Path(scratch) / "export"
         model.save_pretrained(staged, max_shard_size=max_shard_size, save_original_format=False)
-        _set_auto_map(staged / "config.json")
+        _complete_config(staged / "config.json", None if origin is None else origin / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         write_code(staged)
@@ -113,11 +121,25 @@ def _load_tokenizer(origin: Path) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(origin, trust_remote_code=False)
 
 
-def _set_auto_map(config_file: Path) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config_file.write_text(
-        json.dumps({**config, "auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+def _stored_dtype(origin: Path) -> torch.dtype | str:
+    """What most weights of a folder are stored in, whatever its config asks to load them in; else "auto"."""
+    sizes: Counter[torch.dtype] = Counter()
+    for file in origin.glob(WEIGHT_FILES):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # which is no dict
+                    part = tensors.get_slice(name)
+                    if (dtype := FLOATS.get(part.get_dtype())) is not None:
+                        sizes[dtype] += math.prod(part.get_shape())
+    return sizes.most_common(1)[0][0] if sizes else "auto"
+
+
+def _complete_config(written: Path, origin: Path | None) -> None:
+    """Name the classes, and ask to load the weights in what the source's config asks for."""
+    config = {**json.loads(written.read_text(encoding="utf-8")), "auto_map": AUTO_MAP}
+    asked = {} if origin is None else json.loads(origin.read_text(encoding="utf-8"))
+    config["dtype"] = asked.get("dtype") or asked.get("torch_dtype") or config["dtype"]
+    written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_notices(origin: Path | None, staged: Path) -> None:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from twotower import demo_checkpoint
 from twotower.checkpoints import export as export_module
 from twotower.checkpoints.export import AUTO_MAP, export
 from twotower.generation_twotower import MODES
@@ -135,6 +136,16 @@ class TestWhatIsWritten:
         weights = load_file(export(tmp_path / "half", tmp_path / "export") / "model.safetensors")
         assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.float32}
         check_weights(weights, half)
+
+    def test_weights_stay_as_they_are_stored_and_are_loaded_as_before(self, tmp_path):
+        origin = demo_checkpoint()
+        folder = export(origin, tmp_path / "export")
+        sizes = [(each / "model.safetensors").stat().st_size for each in (origin, folder)]
+        assert abs(sizes[1] - sizes[0]) < 0.01 * sizes[0]
+        loaded, expected = (TwoTowerForBlockDiffusion.from_pretrained(each, dtype="auto") for each in (folder, origin))
+        assert loaded.dtype == expected.dtype == torch.float32
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
 
     def test_shards(self, checkpoint, model, tmp_path):
         folder = export(checkpoint, tmp_path / "sharded", max_shard_size="100KB")
