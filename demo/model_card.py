@@ -192,13 +192,10 @@ def _comparison(ablations: dict[str, Any]) -> str:
 
 
 def _ablation_table(rows: list[dict[str, Any]]) -> str:
-    columns, parts = (
-        list(dict.fromkeys(name for row in rows for name in row["figures"])),
-        [row["part"] for row in rows],
-    )
-    # Of one part below each other, in whatever order they were measured.
-    rows = sorted(rows, key=lambda row: parts.index(row["part"]))
     columns = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    # Of one part below each other, in whatever order they were measured.
+    parts = [row["part"] for row in rows]
+    rows = sorted(rows, key=lambda row: parts.index(row["part"]))
     lines = [[row["part"], row["setting"], *(_figure(row["figures"], name) for name in columns)] for row in rows]
     return _markdown(["part", "setting", *(name.removesuffix(" %") for name in columns)], lines)
 
