@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .bundling import CODE_ROOT, write_code
+from .loading import WEIGHT_DTYPES
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +32,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"modeling_twotower.{TwoTowerForBlockDiffusion.__name__}",
 }
 WEIGHT_FILES = "model*.safetensors*"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 NOTICE_FILES = ("LICENSE*", "NOTICE*")
 EXPORTED_FILES = (WEIGHT_FILES, "*.json", "*.py", "*.jinja", "*.model", "*.txt", "README.md", *NOTICE_FILES)
@@ -129,7 +129,7 @@ def _stored_dtype(origin: Path) -> torch.dtype | str:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # which is no dict
                     part = tensors.get_slice(name)
-                    if (dtype := FLOATS.get(part.get_dtype())) is not None:
+                    if (dtype := WEIGHT_DTYPES.get(part.get_dtype())) is not None:
                         sizes[dtype] += math.prod(part.get_shape())
     return sizes.most_common(1)[0][0] if sizes else "auto"
 

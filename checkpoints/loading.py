@@ -35,7 +35,8 @@ from ..configuration_twotower import TwoTowerConfig, check_auto_map
 PICKLED_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_TYPES = (TwoTowerConfig.model_type, NemotronHConfig.model_type)
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+# By safetensors' names.
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EXPERT_MATRIX = re.compile(r"(.+\.mixer\.experts\.)(\d+)(\..+)")
 BACKBONE_ONLY_FIELDS = (
     "model_type architectures auto_map transformers_version num_nextn_predict_layers mtp_layers_block_type"
@@ -261,6 +262,7 @@ def config_of_backbone(backbone: NemotronHForCausalLM | NemotronHConfig, **field
 
 
 __all__ = [
+    "WEIGHT_DTYPES",
     "check_complete",
     "check_parts",
     "check_safetensors",

@@ -16,8 +16,6 @@ from .placement import CONTEXT_PARTS, Device, devices_for_towers, memory_for_tow
 from .selection import only_tensors_of, where_of
 
 TrainedTowers = Literal["denoiser", "context", "both"]
-
-
 LoadedTowers = Literal["both", "context"]
 
 
