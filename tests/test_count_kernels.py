@@ -1,12 +1,12 @@
 """`tools/count_kernels.py` counts what passes launch; it is no part of the package."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import load_script
 from tiny import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,10 +23,7 @@ ONCE_AND_NOW = {"denoiser pass": (2830, 1415), "block read": (2688, 1358), "AR s
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("count_kernels", ROOT / "tools" / "count_kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "tools" / "count_kernels.py")
 
 
 def counts(tool, folder, layers) -> dict[str, int]:

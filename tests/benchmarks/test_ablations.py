@@ -1,12 +1,12 @@
 """`benchmarks/ablations.py` at toy size: what it trains, what it asks, and that it goes on where it was stopped."""
 
-import importlib.util
 import json
 import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 from twotower.training.recipe import recipe_of
 
@@ -15,11 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ablations.py"
 
 @pytest.fixture(scope="module")
 def ablations():
-    spec = importlib.util.spec_from_file_location("ablations_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_problems_have_small_numbers_and_name_nobody_where_that_is_asked(ablations):

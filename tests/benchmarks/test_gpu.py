@@ -1,6 +1,5 @@
 """`benchmarks/gpu.py` at toy sizes: every section leaves a record, whatever becomes of the others."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -8,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 DATA = Path(__file__).resolve().parents[1]
@@ -15,11 +15,7 @@ DATA = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def predict(sizes, rates):
