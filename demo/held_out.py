@@ -6,18 +6,23 @@ No training task has the given numbers of one that is asked, in any order, nor i
 know which, what training has shown is drawn again.
 """
 
-import re
 from collections.abc import Sequence
 from functools import cache
 
-from .tasks import Skill, Task, held_out_tasks, training_skill, training_task
+from .tasks import Skill, Stream, Task, held_out_tasks, training_skill, training_task
 
-# By seed, how many tasks the runs of the context tower and of the denoiser drew: steps x batch_size x processes.
-TRAINED_ON = {0: 5000 * 128, 1: 2600 * 128, 2: 950 * 32, 3: 525 * 32, 4: 625 * 64, 5: 520 * 64}
+# By seed, what the runs of the context tower and of the denoiser drew: steps x batch_size x processes.
+TRAINED_ON: dict[int, tuple[Stream, int]] = {
+    0: ("tasks", 5000 * 128),
+    1: ("tasks", 2600 * 128),
+    2: ("tasks", 950 * 32),
+    3: ("tasks", 525 * 32),
+    4: ("tasks", 625 * 64),
+    5: ("tasks", 520 * 64),
+}
 # Of tasks nobody trained or chose anything on.
 SEEDS = (101, 102, 103)
 PROBLEMS = 2000
-_EQUATION = re.compile(r"\d+ [-+*/] \d+ = \d+")
 
 
 def asked_tasks(skill: Skill, count: int, seeds: Sequence[int]) -> list[Task]:
@@ -52,16 +57,12 @@ def shares(count: int, parts: int) -> list[int]:
 def equations_in_training() -> frozenset[str]:
     """Of all word problems that the embedded checkpoint was trained on; takes a minute or two, once."""
     equations = set[str]()
-    for seed, count in TRAINED_ON.items():
+    for seed, (stream, count) in TRAINED_ON.items():
         for number in range(count):
-            if training_skill(seed, number) == "words":
-                equations.update(equations_of(training_task(seed, number)))
+            if training_skill(seed, number, stream) == "words":
+                equations.update(training_task(seed, number, stream).equations)
     return frozenset(equations)
 
 
-def equations_of(problem: Task) -> list[str]:
-    return _EQUATION.findall(problem.answer)
-
-
 def has_unseen_equation(problem: Task, seen: frozenset[str]) -> bool:
-    return any(equation not in seen for equation in equations_of(problem))
+    return any(equation not in seen for equation in problem.equations)

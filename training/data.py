@@ -113,7 +113,7 @@ class Examples:
             return example
         from ..demo.tasks import training_task
 
-        task = training_task(self.seed, example["task"])
+        task = training_task(self.seed, example["task"], self.recipe.generated)
         return {"prompt": task.prompt, "completion": " " + task.answer}
 
 

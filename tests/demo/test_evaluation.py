@@ -7,7 +7,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from twotower.demo import evaluation, held_out
 from twotower.demo.evaluation import answer_figures, evaluate, figures_of, footnote, modes, table, title
-from twotower.demo.held_out import equations_in_training, equations_of
+from twotower.demo.held_out import equations_in_training
 from twotower.demo.marking import Marks
 from twotower.demo.tasks import SKILLS, held_out_tasks
 from twotower.evaluation.answers import Run
@@ -28,7 +28,7 @@ def model():
 def report(model, tokenizer):
     patch, tracked = pytest.MonkeyPatch(), []
     patch.setattr(evaluation, "MAX_NEW_TOKENS", 12)
-    patch.setattr(held_out, "TRAINED_ON", {0: 20})
+    patch.setattr(held_out, "TRAINED_ON", {0: ("tasks", 20)})
     equations_in_training.cache_clear()
 
     def track(batches, description):
@@ -110,7 +110,7 @@ def test_tests_of_functions_and_the_parts_of_an_evaluation_are_figures():
 
 def test_steps_that_training_has_shown_do_not_count_as_unseen(tokenizer, monkeypatch):
     tasks = held_out_tasks("words", 3, seed=0)
-    shown = frozenset(equations_of(tasks[0]) + equations_of(tasks[2]))
+    shown = frozenset(tasks[0].equations + tasks[2].equations)
     monkeypatch.setattr(evaluation, "equations_in_training", lambda: shown)
     run = Run([[5]] * 3, context_forwards=[1] * 3, batch_tokens=[3], batch_seconds=[1.0])
     figures = figures_of({"ar": run}, tasks, tokenizer, (0,), unseen=True)["ar"]

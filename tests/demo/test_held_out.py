@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from twotower.demo import held_out
-from twotower.demo.held_out import asked_tasks, equations_in_training, equations_of, has_unseen_equation, shares
+from twotower.demo.held_out import asked_tasks, equations_in_training, has_unseen_equation, shares
 from twotower.demo.tasks import held_out_tasks, training_tasks
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -16,16 +16,20 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 @pytest.fixture
 def little_training(monkeypatch):
     """As if the embedded checkpoint had been trained on few tasks, which are quickly drawn again."""
-    monkeypatch.setattr(held_out, "TRAINED_ON", {0: 20, 1: 30})
+    monkeypatch.setattr(held_out, "TRAINED_ON", {0: ("tasks", 20), 1: ("carries", 30)})
     equations_in_training.cache_clear()
     yield
     equations_in_training.cache_clear()
 
 
 def test_training_is_drawn_again(little_training):
-    tasks = [task for seed, count in held_out.TRAINED_ON.items() for task in islice(training_tasks(seed), count)]
+    tasks = [
+        task
+        for seed, (stream, count) in held_out.TRAINED_ON.items()
+        for task in islice(training_tasks(seed, stream=stream), count)
+    ]
     problems = [task for task in tasks if task.skill == "words"]
-    assert equations_in_training() == {equation for problem in problems for equation in equations_of(problem)}
+    assert equations_in_training() == {equation for problem in problems for equation in problem.equations}
     assert len(equations_in_training()) > 30
     assert not any(has_unseen_equation(problem, equations_in_training()) for problem in problems)
 
@@ -45,8 +49,8 @@ def test_a_question_that_two_seeds_ask_is_asked_once(monkeypatch):
 
 def test_equations_are_whole():
     for problem in held_out_tasks("words", 20, 0):
-        assert len(equations_of(problem)) == problem.answer.count("=")
-        assert all(re.fullmatch(r"\d+ [-+*/] \d+ = \d+", equation) for equation in equations_of(problem))
+        assert len(problem.equations) == problem.answer.count("=")
+        assert all(re.fullmatch(r"\d+ [-+*/] \d+ = \d+", equation) for equation in problem.equations)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from twotower.demo.functions import combination_held_out
-from twotower.demo.tasks import SKILLS, Task, held_out_tasks, task, training_skill, training_tasks
+from twotower.demo.tasks import SKILLS, Task, carries, held_out_tasks, task, training_skill, training_tasks
 from twotower.demo.word_problems import HE, SHE, composition_held_out, numbers_held_out
 
 TRAINING = list(islice(training_tasks(0), 600))
@@ -104,3 +104,23 @@ def test_both_skills_are_trained():
     assert 0.65 < len(WORDS) / len(TRAINING) < 0.75
     assert [training_skill(0, number) for number in range(600)] == [each.skill for each in TRAINING]
     assert task(random.Random(0), "code", held_out=False).skill == "code"
+
+
+def test_sums_that_carry_are_trained_more_often():
+    drawn = list(islice(training_tasks(0, stream="carries"), 600))
+    assert [training_skill(0, number, "carries") for number in range(600)] == [each.skill for each in drawn]
+    for skill, low, high in (("words", 0.83, 0.93), ("code", 0.07, 0.17)):
+        assert low < sum(each.skill == skill for each in drawn) / 600 < high
+    share, before = (
+        sum(each.skill == "words" and carries(each) for each in tasks) / 600 for tasks in (drawn, TRAINING)
+    )
+    assert share > 0.5 and before < 0.2
+
+
+@pytest.mark.parametrize(
+    "equation, does",
+    [("55 + 152 = 207", True), ("7 + 235 = 242", False), ("600 - 2 = 598", True), ("59 - 17 = 42", False)],
+)
+def test_what_carries(equation, does):
+    problem = Task("words", "", f"There are {equation} beads. #### 1", ())
+    assert carries(problem) is does
