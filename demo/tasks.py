@@ -15,8 +15,8 @@ SKILLS: tuple[Skill, ...] = ("words", "code")
 # Chance of a word problem in training. With 0.6 functions were learned long before sums; with 0.8 functions were
 # forgotten.
 WORDS_SHARE = 0.7
-# What a run is given: "tasks" as they are asked, or "carries", in which this share is problems with sums that carry: of
-# what the denoiser still got wrong after 450,000 tasks nearly all did, and one step in six does.
+# What a run is given: "tasks" as they are asked, or "carries", in which this share is problems whose sums carry:
+# nearly all that the denoiser still got wrong after 450,000 tasks, but only one step in six.
 Stream = Literal["tasks", "carries"]
 CARRIES_SHARE = 0.6
 _EQUATION = re.compile(r"\d+ [-+*/] \d+ = \d+")

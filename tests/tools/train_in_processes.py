@@ -94,6 +94,6 @@ def with_fsdp(result: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"accelerate": with_accelerate, "fsdp": with_fsdp}[sys.argv[1]](Path(sys.argv[2]))
-    # The group is never destroyed, here or as Python ends: torch would wait, with Python's lock, for a thread of gloo's
+    # The group is never destroyed, here or as Python ends: torch would wait, with Python's lock, for a gloo thread
     # that may wait for that lock to let go of a tensor (4 of 45 runs never ended).
     os._exit(0)
