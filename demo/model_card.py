@@ -71,15 +71,16 @@ training tasks.
 """
 TRAINING = """## Training
 
-`twotower train` with the recipes `demo_context.yaml`, `demo.yaml` and `demo_continued.yaml` of `recipes/`: Muon on
-hidden matrices, each expert one, AdamW on the rest, experts balanced by bias, warmup-stable-decay. Log:
-`benchmarks/demo_training.json`.
+`twotower train` with the recipes `demo_context.yaml`, `demo.yaml`, `demo_context_continued.yaml` and
+`demo_continued.yaml` of `recipes/`, in this order: Muon on hidden matrices, each expert one, AdamW on the rest,
+experts balanced by bias, warmup-stable-decay. Log: `benchmarks/demo_training.json`.
 
-1. **Context tower**: next-token cross-entropy on answers;
-   {context}.
-2. **Denoiser**, a copy of the context tower at first, on the frozen context tower: masked diffusion on answers
-   ({objective};
-   blocks of {blocks} tokens, begun where the prompt ends in {aligned:.0%} of the texts, else anywhere).
+1. **Context tower**: next-token cross-entropy on answers.
+{context}
+2. **Denoiser**, a copy of the context tower at first, on the frozen context tower: masked diffusion on answers (in its
+   last run {objective};
+   blocks of {blocks} tokens, begun where the prompt ends in {aligned:.0%} of the texts, else anywhere). Its last run
+   came after the context tower's last.
 {denoiser}
 3. **Confidence**: the denoiser's head is divided by {temperature:g} (temperature scaling, chosen on a validation
    seed), because so small a tower is surer than it is right. Predictions stay the same; the default threshold of 0.8
@@ -152,8 +153,8 @@ def _training_text(training: dict[str, Any]) -> str:
     recipe = training["denoiser"][-1]["recipe"]
     sizes = recipe["data"]["block_sizes"] or [16]
     return TRAINING.format(
-        context=_run_text(training["context"]),
-        denoiser="\n".join(f"   - {_run_text(run)}." for run in training["denoiser"]),
+        context=_runs_text(training["context"]),
+        denoiser=_runs_text(training["denoiser"]),
         objective=", ".join(f"{name} {value}" for name, value in _chosen(recipe["objective"]).items()),
         blocks=", ".join(map(str, sorted(set(sizes)))),
         aligned=recipe["data"]["aligned"],
@@ -171,6 +172,10 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
 
 
+def _runs_text(runs: list[dict[str, Any]]) -> str:
+    return "\n".join(f"   - {_run_text(run)}." for run in runs)
+
+
 def _run_text(run: dict[str, Any]) -> str:
     """Steps, tokens, time and loss of one run, which may have been stopped before its last step."""
     recipe, log = run["recipe"], [line for line in run["log"] if "loss" in line]
@@ -179,8 +184,9 @@ def _run_text(run: dict[str, Any]) -> str:
     last = mean([line["loss"] for line in log[-10:]])
     steps = run["step"]
     planned = "" if steps == recipe["steps"] else f" (of {recipe['steps']:,} planned)"
+    which = " with more sums that carry" if recipe["data"]["generated"] == "carries" else ""
     return (
-        f"{steps:,} steps of {tasks} tasks{planned}, about {steps * tokens / 1e6:.1f} M answer tokens, "
+        f"{steps:,} steps of {tasks} tasks{which}{planned}, about {steps * tokens / 1e6:.1f} M answer tokens, "
         f"{log[-1]['seconds'] / 60:.0f} minutes ({run['machine']}); loss {log[0]['loss']:.2f} at first, "
         f"{last.value:.4f} at the end"
     )

@@ -6,8 +6,9 @@ From finished training runs to the checkpoint that the package embeds, and its c
     twotower eval --run-code --unseen --model FOLDER --json benchmarks/demo_eval.json
     python -m twotower.demo.release card FOLDER
 
-A denoiser that was trained in several runs, each from the one before, is given as several `--denoiser`, the last of
-which is finished. The first command shows on the validation seed what mask diffusion keeps, and in how many passes, at
+A tower that was trained in several runs is given as several `--context` or `--denoiser`, in order; the last denoiser's
+run is finished. With `--more` they go on from the checkpoint whose runs benchmarks/demo_training.json has already. The
+first command shows on the validation seed what mask diffusion keeps, and in how many passes, at
 several temperatures; the second writes weights and tokenizer, and what the runs' logs say to
 benchmarks/demo_training.json; the last writes FOLDER/README.md from that, from the figures of `eval` and from
 benchmarks/demo_ablations.json and benchmarks/ablations.json, where there are such; and the table of results into the
@@ -111,15 +112,13 @@ def _without_places(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def make(folder: Path, temperature: float, context: list[str], denoiser: list[list[str]], root: Path) -> None:
-    """Of runs, each with the machine it was on: the context tower's, and the denoiser's in order."""
-    facts = {
-        "context": training_facts(Path(context[0]), context[1]),
-        "denoiser": [training_facts(Path(run), machine) for run, machine in denoiser],
-        "temperature": temperature,
-    }
-    release(Path(denoiser[-1][0]) / "model", folder, temperature)
-    write_json(root / TRAINING, facts)
+def make(folder: Path, temperature: float, runs: dict[str, list[list[str]]], more: bool, root: Path) -> None:
+    """Of both towers' runs in order, each with the machine it was on; `more` keeps those that the file of them has."""
+    facts: dict[str, Any] = json.loads((root / TRAINING).read_text()) if more else {"context": [], "denoiser": []}
+    for tower, each in runs.items():
+        facts[tower] += [training_facts(Path(run), machine) for run, machine in each]
+    release(Path(runs["denoiser"][-1][0]) / "model", folder, temperature)
+    write_json(root / TRAINING, facts | {"temperature": temperature})
 
 
 def write_card(folder: Path, root: Path) -> None:
@@ -144,16 +143,18 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     for part in (making, describing):
         part.add_argument("folder", type=Path)
     making.add_argument("--temperature", type=float, required=True)
-    ran: dict[str, Any] = {"nargs": 2, "metavar": ("RUN", "MACHINE"), "required": True}
-    making.add_argument("--context", **ran, help="the context tower's run, and where it was, in words")
-    making.add_argument("--denoiser", action="append", **ran, help="likewise; once for each of its runs, in order")
+    ran: dict[str, Any] = {"nargs": 2, "metavar": ("RUN", "MACHINE"), "action": "append"}
+    making.add_argument("--context", **ran, default=[], help="a run of the context tower, and where it was, in words")
+    making.add_argument("--denoiser", **ran, required=True, help="likewise; each is given once for each run, in order")
+    making.add_argument("--more", action="store_true", help=f"after the runs in {TRAINING}")
     given = parser.parse_args(arguments)
     if given.part == "temperatures":
         torch.set_num_threads(1)
         for skill, rows in compare_temperatures(given.model, given.values, given.problems).items():
             print(skill, *("  ".join(row) for row in rows), sep="\n")
     elif given.part == "make":
-        make(given.folder, given.temperature, given.context, given.denoiser, root)
+        runs = {"context": given.context, "denoiser": given.denoiser}
+        make(given.folder, given.temperature, runs, given.more, root)
     else:
         write_card(given.folder, root)
 

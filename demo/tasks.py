@@ -15,8 +15,9 @@ SKILLS: tuple[Skill, ...] = ("words", "code")
 # Chance of a word problem in training. With 0.6 functions were learned long before sums; with 0.8 functions were
 # forgotten.
 WORDS_SHARE = 0.7
-# What a run is given: "tasks" as they are asked, or "carries", in which this share is problems whose sums carry:
-# nearly all that the denoiser still got wrong after 450,000 tasks, but only one step in six.
+# What a run is given: "tasks" as they are asked, or "carries", in which this share is problems whose sums carry.
+# After 450,000 tasks 17 of 21 errors of the denoiser's were digits of sums and differences, and most of these carried,
+# as one step in six does.
 Stream = Literal["tasks", "carries"]
 CARRIES_SHARE = 0.6
 _EQUATION = re.compile(r"\d+ [-+*/] \d+ = \d+")

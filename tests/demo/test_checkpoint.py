@@ -57,12 +57,12 @@ def test_card_and_readme_say_what_the_files_say(folder):
 
 def runs_of_training():
     training = json.loads((ROOT / TRAINING).read_text())
-    return [training["context"], *training["denoiser"]]
+    return [*training["context"], *training["denoiser"]]
 
 
 def test_it_was_trained_by_the_recipes():
     runs = {run["recipe"]["seed"]: run["recipe"] for run in runs_of_training()}
-    for name in ("demo_context", "demo", "demo_continued"):
+    for name in ("demo_context", "demo", "demo_context_continued", "demo_continued"):
         recipe = asdict(read_recipe(ROOT / "recipes" / f"{name}.yaml"))
         for key in ("steps", "batch_size", "accumulation", "objective", "optimizer"):
             assert runs[recipe["seed"]][key] == recipe[key], (name, key)

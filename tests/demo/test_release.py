@@ -1,6 +1,7 @@
 """From runs to the embedded checkpoint and its card: what is stored, and that every figure is one of the files'."""
 
 import json
+import shutil
 from itertools import islice
 
 import pytest
@@ -22,7 +23,7 @@ RECIPE = {
     "steps": 200,
     "batch_size": 4,
     "accumulation": 2,
-    "data": {"block_sizes": [16, 8, 16], "aligned": 0.5},
+    "data": {"generated": "tasks", "block_sizes": [16, 8, 16], "aligned": 0.5},
     "objective": {"weighting": "inverse_timestep", "corruptions": 2, "distillation": 0.0},
 }
 
@@ -71,6 +72,16 @@ def test_where_runs_lay_on_their_machine_is_not_told(root):
     assert '"/' not in (release.ROOT / release.TRAINING).read_text()
 
 
+def test_a_checkpoint_may_go_on_from_another_ones_runs(root, tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(root / release.TRAINING, tmp_path / release.TRAINING)
+    more = ["--more", "--denoiser", str(root / "denoiser"), "a second GPU"]
+    release.main(["make", str(tmp_path / "made"), "--temperature", "2", *more], tmp_path)
+    before, after = (json.loads((each / release.TRAINING).read_text()) for each in (root, tmp_path))
+    assert after["denoiser"][:-1] == before["denoiser"] and after["denoiser"][-1]["machine"] == "a second GPU"
+    assert after["context"] == before["context"] and after["temperature"] == 2
+
+
 def test_the_released_denoiser_predicts_the_same_less_surely(root):
     trained = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "denoiser" / "model", dtype=torch.bfloat16)
     released = twotower.TwoTowerForBlockDiffusion.from_pretrained(root / "made")
@@ -111,7 +122,8 @@ def test_the_card_says_what_the_files_say(root, tokenizer):
     assert "- 200 steps of 8 tasks, about 0.2 M answer tokens, 2 minutes (two cores); loss" in card
     assert "divided by 1.75" in card
     assert (
-        "(weighting inverse_timestep, corruptions 2;\n   blocks of 8, 16 tokens" in card and "50% of the texts" in card
+        "last run weighting inverse_timestep, corruptions 2;\n   blocks of 8, 16 tokens" in card
+        and "50% of the texts" in card
     )
     assert "## Ablations" not in card and "{" not in card.replace('{"role": "user", "content": question}', "")
     assert [line for line in card.splitlines() if line.startswith("## ")] == [
