@@ -317,7 +317,9 @@ class Group:
         if config.mode != "self_speculative" or config.acceptance_ratio == 1:
             return tokens
         log_ratio = scores.gather(-1, draft[..., None]) - scores.gather(-1, tokens[..., None])
-        return torch.where(log_ratio[..., 0] >= math.log(config.acceptance_ratio), draft, tokens)
+        likely = log_ratio[..., 0] >= math.log(config.acceptance_ratio)
+        # Where a callback has vetoed what was drafted, the mask stands.
+        return torch.where(likely & (draft != self.request.mask_token_id), draft, tokens)
 
     def _uniform(self, ids: torch.Tensor, steps: list[int], first: int) -> torch.Tensor:
         """(R, S) noise of a pass over a canvas that begins `first` after the text's end."""
