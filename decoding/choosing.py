@@ -20,6 +20,8 @@ from .text_processors import PreparedProcessors, TextProcessors, Texts
 
 # How often tokens are guessed anew where text-reading processors change them.
 GUESSES = 2
+# In the place of a token that a draft does not have.
+ANY = -1
 # Tables by position, of a processor that has one, are no longer than this.
 LONGEST_TEXT = 2**18
 
@@ -85,7 +87,7 @@ class Group:
         # Processors that may keep state are asked about tokens that are kept, so first the rule decides without them.
         in_order = processors.keeps_state is not None
         is_draft = known > 0
-        due = 1 if is_draft else max(-(-sum(row.canvas.open) // (steps - row.step)) for row in self.rows)
+        due = [1 if is_draft else -(-sum(row.canvas.open) // (steps - row.step)) for row in self.rows]
         prediction = self.predict(logits, (ids, masked), known, only_known=in_order, due=due)
         commit = rule.commit(prediction, masked, numbers, steps, lambda: self._uniform(ids, numbers, -known))
         if processors.known_sees_text or (in_order and not is_draft):
@@ -97,7 +99,8 @@ class Group:
                 holds = holds & prediction.certain
             commit = commit_run(commit & holds, masked, left)
         if in_order and not is_draft:
-            prediction, commit = self._predict_in_order(logits, ids, prediction, commit, numbers[0] == steps - 1)
+            is_last = uploaded([number == steps - 1 for number in numbers], self.device, torch.bool)
+            prediction, commit = self._predict_in_order(logits, ids, prediction, commit, is_last)
         if request.step_callback is not None:
             assert self.timestep is not None
             state = BlockStep(
@@ -122,18 +125,17 @@ class Group:
         return self.report(prediction, commit)
 
     def _predict_in_order(
-        self, logits: torch.Tensor, ids: torch.Tensor, guess: Prediction, commit: torch.Tensor, is_last: bool
+        self, logits: torch.Tensor, ids: torch.Tensor, guess: Prediction, commit: torch.Tensor, is_last: torch.Tensor
     ) -> tuple[Prediction, torch.Tensor]:
         """
         Choose a token for a run of positions to commit, asking processors that may keep state about each once.
 
-        The run ends where they choose another token than was guessed without them, unless it must not end.
+        The run ends where they choose another token than was guessed without them, but in rows (R,) whose last step
+        this is.
         """
-        draft = None if is_last else guess.tokens.where(commit, ids)
+        draft = guess.tokens.where(commit & ~is_last[:, None], ANY)
         prediction = self.predict(logits, (ids, commit), draft=draft)
-        if draft is None:
-            return prediction, commit
-        differs = commit & (prediction.tokens != draft)
+        differs = (draft != ANY) & (prediction.tokens != draft)
         return prediction, commit & (differs.cumsum(-1) - differs.int() == 0)
 
     def predict(
@@ -144,7 +146,7 @@ class Group:
         draft: torch.Tensor | None = None,
         only_known: bool = False,
         in_step: bool = False,
-        due: int = 1,
+        due: Sequence[int] = (),
     ) -> Prediction:
         """
         Choose a token per position.
@@ -159,10 +161,12 @@ class Group:
             canvas: (R, S) ids and where they are open: choose for these, and never the mask; default S positions
                 after the text.
             known: how many of the canvas's first tokens the text holds already.
-            draft: (R, S - 1) tokens to verify; in their place what is likely enough counts as one's own choice.
+            draft: (R, at least S - 1) tokens to verify, [`ANY`] where there is none; in their place what is likely
+                enough counts as one's own choice.
             only_known: leave out processors that may keep state.
             in_step: stop for all rows where one stops.
-            due: how many of a row's open positions must be certain: chosen after what is really chosen before them.
+            due: with a canvas, how many of each row's open positions must be certain: chosen after what is really
+                chosen before them.
         """
         processors = self.request.processors
         if not (processors.known_sees_text if only_known else processors.sees_text):
@@ -198,12 +202,13 @@ class Group:
         canvas: tuple[torch.Tensor, torch.Tensor] | None,
         known: int,
         draft: torch.Tensor | None,
-        due: int,
+        due: Sequence[int],
     ) -> Prediction:
         """
         Guess all tokens, and choose them again after the guess, which is right up to the first that differs.
 
-        To verify a draft, that is all. Else each round makes certain one open position more than the last, at least.
+        To verify a draft, that is all. Else each round makes certain one open position more than the last, at least. A
+        row has as many as are due to itself: those that its neighbours need beyond repeat its last.
         """
         texts = [row.text(self.device) for row in self.rows]
         text = pad_sequence(texts, batch_first=True)
@@ -216,9 +221,10 @@ class Group:
                 tokens[:, :-1] = self._or_draft(tokens[:, :-1], draft, scores[:, :-1])
             return self._prediction(logits, scores, tokens)
         ids, masked = canvas
-        tokens = self._choose(logits, -known).where(masked, ids)
-        for _ in range(max(due, GUESSES)):
-            guess, scores = tokens, logits.clone()
+        tokens = guess = self._choose(logits, -known).where(masked, ids)
+        rounds = uploaded([[max(each, GUESSES)] for each in due], self.device)
+        for number in range(max(GUESSES, *due)):
+            guess, scores = tokens.where(number < rounds, guess), logits.clone()
             texts_seen = Texts.with_guess(text, lengths, guess[:, known:])
             scores[:, known:] = text_processors(logits[:, known:], texts_seen)
             self._forbid_mask(scores)
@@ -268,7 +274,7 @@ class Group:
                 )
             goes_on = goes_on & ~self._ends(ids[:, known : column + 1])
             if draft is not None and column < draft.shape[1]:
-                goes_on = goes_on & (ids[:, column] == draft[:, column])
+                goes_on = goes_on & ((ids[:, column] == draft[:, column]) | (draft[:, column] == ANY))
             if watched:
                 kept = kept + asked
                 goes_on = goes_on & ~self._ends_by_criterion(ids[:, : column + 1], scores, kept, in_step)
@@ -311,7 +317,9 @@ class Group:
         if config.mode != "self_speculative" or config.acceptance_ratio == 1:
             return tokens
         log_ratio = scores.gather(-1, draft[..., None]) - scores.gather(-1, tokens[..., None])
-        return torch.where(log_ratio[..., 0] >= math.log(config.acceptance_ratio), draft, tokens)
+        likely = log_ratio[..., 0] >= math.log(config.acceptance_ratio)
+        # Where a callback has vetoed what was drafted, the mask stands.
+        return torch.where(likely & (draft != self.request.mask_token_id), draft, tokens)
 
     def _uniform(self, ids: torch.Tensor, steps: list[int], first: int) -> torch.Tensor:
         """(R, S) noise of a pass over a canvas that begins `first` after the text's end."""

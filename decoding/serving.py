@@ -24,6 +24,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..cache_twotower import TwoTowerCache
+from ..checkpoints.placement import execution_device
 from ..compat_twotower import GenerationOutput, RequestStatus
 from ..inputs_twotower import as_ids
 from .config import STRATEGY_DEFAULTS
@@ -397,8 +398,8 @@ class TwoTowerEngine:
                 self._work.notify_all()
 
     def _new_engine(self) -> Engine:
-        device = self.model.context_tower.embeddings.weight.device
-        self._device = self.model.device if device.type == "meta" else device
+        embeddings = self.model.context_tower.embeddings
+        self._device = execution_device(embeddings) or embeddings.weight.device
         return Engine(self.model, TwoTowerCache(self.model.config), self._device, most_rows=self.slots)
 
     def _fits_model(self) -> bool:

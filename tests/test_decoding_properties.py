@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from mixed_requests import OF_CODE
+from tiny import random_ids, tiny_model
 
 from twotower.decoding.rules import UNMASKING_RULES
 from twotower.decoding.sampling import gumbel_noise
@@ -230,6 +231,26 @@ def test_neighbours_do_not_matter_to_real_towers_in_any_mode(real, mode, call):
     output, width = generate(real, call, call.order, **knobs)
     for place, idx in enumerate(call.order):
         assert_row(output, width, place, *generate(real, call, [idx], **knobs))
+
+
+# Settings under which rows come to different steps of their blocks, in one of which more is due than in others.
+TEXT_READERS = {
+    "vectorised": (lambda: {"repetition_penalty": 4.0}, 3),
+    "vectorised, which forbids": (lambda: {"no_repeat_ngram_size": 1}, 3),
+    "asked": (OF_CODE["stateless"], 3),
+    "stateful": (OF_CODE["per row"], 4),
+}
+
+
+@pytest.mark.parametrize("kind", list(TEXT_READERS))
+@pytest.mark.parametrize("rule", ["confidence", "left_to_right"])
+def test_neighbours_at_other_steps_do_not_matter_to_processors_that_read_the_text(real, kind, rule):
+    (make, steps), ids = TEXT_READERS[kind], random_ids(4, 5, seed=1)
+    knobs = {"block_size": 8, "steps_per_block": steps, "confidence_threshold": 0.06, "unmasking_rule": rule}
+    knobs |= {"max_new_tokens": 36, "eos_token_id": None, "pad_token_id": PAD, "return_dict_in_generate": True}
+    together = real.generate(ids, **knobs, **make())
+    for idx in range(len(ids)):
+        assert_row(together, 5, idx, real.generate(ids[idx : idx + 1], **knobs, **make()), 5)
 
 
 @settings(max_examples=20)

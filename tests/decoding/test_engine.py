@@ -309,3 +309,13 @@ def test_full_acceptance_is_exact(model, sampling):
     ids = random_ids(2, 9)
     exact = model.generate(ids, mode="self_speculative", acceptance_ratio=1.0, max_new_tokens=12, **sampling)
     assert torch.equal(exact, model.generate(ids, mode="ar", max_new_tokens=12, **sampling))
+
+
+@pytest.mark.parametrize("processor", [{}, {"repetition_penalty": 1.3}])
+def test_what_a_callback_leaves_open_of_a_draft_is_nothing_to_accept(model, processor):
+    def veto(state):
+        state.commit[:] = False
+
+    ids, knobs = random_ids(3, 5), {"max_new_tokens": 12, **processor}
+    text = model.generate(ids, mode="self_speculative", acceptance_ratio=1e-6, step_callback=veto, **knobs)
+    assert torch.equal(text, model.generate(ids, mode="ar", **knobs))

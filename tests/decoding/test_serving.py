@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from mixed_requests import Request, differences, mixed_model, mixed_request, sequences_of
 from tiny import random_ids
 from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList
@@ -426,6 +427,15 @@ def test_an_engine_at_rest_goes_on_with_a_model_that_was_cast(mode):
         handle = engine.add_request(IDS, mode=mode, max_new_tokens=5)
         run(engine)
     assert handle.result(0).shape == (1, 11)
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
+def test_an_engine_serves_a_model_that_is_offloaded(mode):
+    model = mixed_model()
+    expected = model.generate(IDS, mode=mode, max_new_tokens=5)
+    cpu_offload(model, torch.device("cpu"))
+    assert model.context_tower.embeddings.weight.device.type == "meta"
+    assert torch.equal(dict(model.generate_many([IDS], progress=False, mode=mode, max_new_tokens=5))[0], expected)
 
 
 # Callbacks that call back.
