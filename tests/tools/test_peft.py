@@ -14,6 +14,9 @@ from peft import (
 from tiny import random_ids, student_model, without_special_tokens
 from tolerances import assert_close
 
+from twotower import TwoTowerForBlockDiffusion
+from twotower.checkpoints.export import export
+
 # Attention, Mamba and shared experts by module, routed experts by the tensors that hold all of a layer.
 MODULES = r"denoiser_tower\.layers\.\d+\.mixer\.(shared_experts\.)?(q_proj|v_proj|in_proj|up_proj|down_proj)"
 EXPERTS = ["mixer.experts.up_proj", "mixer.experts.down_proj"]
@@ -150,3 +153,32 @@ def test_virtual_tokens_of_which_generate_knows_nothing_are_refused(config):
     with virtual.disable_adapter():
         text = virtual.generate(input_ids=prompt, max_new_tokens=4)
     assert torch.equal(text, model.generate(prompt, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("attach", ["get_peft_model", "add_adapter"])
+def test_a_model_with_adapters_is_not_saved_or_exported_without_them(attach, tmp_path):
+    model = without_special_tokens(student_model("all kinds"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    if attach == "add_adapter":
+        model.add_adapter(config)
+        model.save_pretrained(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+        sources = [model, tmp_path / "adapter"]
+    else:
+        adapted = get_peft_model(model, config)
+        with pytest.raises(ValueError, match="merge"):
+            model.save_pretrained(tmp_path / "base")
+        sources = [model, adapted]
+    for source in sources:
+        with pytest.raises(ValueError, match="merge"):
+            export(source, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_merged_adapter_is_exported(tmp_path):
+    model = adapted("both")
+    text = model.generate(input_ids=random_ids(2, 7), max_new_tokens=8)
+    export(model.merge_and_unload(), tmp_path / "exported")
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "exported")
+    assert torch.equal(loaded.generate(random_ids(2, 7), max_new_tokens=8), text)
