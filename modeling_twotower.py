@@ -813,6 +813,15 @@ def is_untouched(module: nn.Module) -> bool:
     return not (hooked or "forward" in vars(module) or module._compiled_call_impl or has_any_global_hook())
 
 
+def check_not_adapted(name: str, module: nn.Module) -> None:
+    """Refuse an adapter on a module whose weights are used without calling it, where it would have no effect."""
+    if "base_layer" in module._modules:  # as all of peft's have
+        raise ValueError(
+            f"an adapter ({type(module).__name__}) is on the {name} of a Mamba layer, whose weights are used without "
+            f"calling it; leave {name} out of target_modules"
+        )
+
+
 class Preparing:
     """
     A module with tensors that depend on its weights alone. They are computed at every pass, since weights may change
@@ -892,6 +901,8 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
+        check_not_adapted("conv1d", conv1d)
+        check_not_adapted("norm", norm)
         A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
@@ -1243,7 +1254,8 @@ class TimestepEmbedder(Preparing, nn.Module):
     def weights(self) -> list[torch.Tensor | None]:
         """One, which says on what device frequencies are wanted, and in what dtype."""
         first = self.mlp[0]
-        return [first._parameters["weight"]] if is_untouched(first) else []
+        # Of an adapter (peft's target_modules="all-linear") or a parametrization the weight lies elsewhere.
+        return [first._parameters.get("weight")] if is_untouched(first) else []
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         return (self._frequencies(next(self.mlp.parameters()).device),)

@@ -16,13 +16,14 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .bundling import CODE_ROOT, write_code
-from .loading import WEIGHT_DTYPES
+from .loading import ADAPTER_CONFIG, WEIGHT_DTYPES, check_no_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -64,8 +65,8 @@ def export(
         The folder's absolute path.
 
     Raises:
-        ValueError: for a source that is no folder and no TwoTower, a target that holds something else than an earlier
-            export, or an impossible repository name; before any work.
+        ValueError: for a source that is no folder and no TwoTower, or has an adapter, a target that holds something
+            else than an earlier export, or an impossible repository name; before any work.
     """
     # 1. Refuse before loading anything.
     folder = Path(folder).expanduser().absolute()
@@ -74,7 +75,7 @@ def export(
         validate_repo_id(push_to_hub)
     elif private is not None:
         raise ValueError(f"private is {private}, which is about a repository; give push_to_hub, too, or leave it out")
-    origin = None if isinstance(source, PreTrainedModel) else Path(source).expanduser()
+    origin = None if isinstance(source, nn.Module) else Path(source).expanduser()
     _check_source(source, origin)
     # 2. Load.
     model: Any = source
@@ -107,11 +108,16 @@ def export(
 
 
 def _check_source(source: str | Path | PreTrainedModel, origin: Path | None) -> None:
-    # Not isinstance of our class: a model that was itself loaded as remote code is of another one.
-    if isinstance(source, PreTrainedModel) and source.config.model_type != TwoTowerConfig.model_type:
-        raise ValueError(f"the model is a {type(source).__name__}; only TwoTower models can be exported")
+    if isinstance(source, nn.Module):
+        check_no_adapter(source)
+        # Not isinstance of our class: a model that was itself loaded as remote code is of another one.
+        kind = getattr(getattr(source, "config", None), "model_type", None)
+        if kind != TwoTowerConfig.model_type:
+            raise ValueError(f"the model is a {type(source).__name__}; only TwoTower models can be exported")
     if origin is not None and not origin.is_dir():
         raise ValueError(f"{source} is not a folder; give the folder of a TwoTower checkpoint, or a loaded model")
+    if origin is not None and (origin / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{source} holds an adapter; load it with peft and merge it (merge_and_unload()) first")
 
 
 def _load_tokenizer(origin: Path) -> PreTrainedTokenizerBase | None:

@@ -182,6 +182,16 @@ def check_complete(missing: set[str], path: str | os.PathLike) -> None:
         raise ValueError(f"{path} lacks {shown}")
 
 
+def check_no_adapter(model: nn.Module) -> None:
+    """Raise a ValueError for a model whose modules adapters have wrapped, so that its tensors have other names."""
+    for name, module in model.named_modules():
+        if {"base_layer", "original_module"} & module._modules.keys():  # as peft's wrappers have
+            raise ValueError(
+                f"{name} has an adapter; merge it first (PeftModel's merge_and_unload()), or save the PeftModel, "
+                "which writes the adapter alone"
+            )
+
+
 def merge_expert_matrices(
     experts: nn.Module,
     state_dict: dict[str, torch.Tensor],
@@ -262,8 +272,10 @@ def config_of_backbone(backbone: NemotronHForCausalLM | NemotronHConfig, **field
 
 
 __all__ = [
+    "ADAPTER_CONFIG",
     "WEIGHT_DTYPES",
     "check_complete",
+    "check_no_adapter",
     "check_parts",
     "check_safetensors",
     "config_of_backbone",

@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 from ..compat_twotower import NemotronHExperts
 from ..configuration_twotower import TwoTowerConfig
 from ..kernels.backends import check_kernels
-from .loading import check_complete, check_parts, check_safetensors, config_of_backbone, load_backbone, spare_modules
+from .loading import (
+    check_complete,
+    check_no_adapter,
+    check_parts,
+    check_safetensors,
+    config_of_backbone,
+    load_backbone,
+    spare_modules,
+)
 from .placement import CONTEXT_PARTS, Device, devices_for_towers, memory_for_towers, towers_device_map
 from .selection import only_tensors_of, where_of
 
@@ -145,9 +153,12 @@ class PretrainedInterface(PreTrainedModel):
         Write NVIDIA's layout, or with `save_original_format=False` ours; as `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: for a model without denoiser, of which a folder would be no TwoTower.
+            ValueError: for a model without denoiser, of which a folder would be no TwoTower; for one within a
+                PeftModel.
         """
         self.check_denoiser("save_pretrained")
+        if not self._hf_peft_config_loaded:  # else transformers writes the adapter that it has put there
+            check_no_adapter(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -50,8 +50,9 @@ Item = TypeVar("Item")
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
     """The items, `total` if they have no length, with a progress bar on standard error if that is a terminal."""
-    console = Console(stderr=True)
-    return progress.track(items, description, total, console=console, disable=not sys.stderr.isatty())
+    if not sys.stderr.isatty():
+        return items  # rich of older releases writes an empty line for a bar that is disabled
+    return progress.track(items, description, total, console=Console(stderr=True))
 
 
 def draft_text(token_ids: list[int], tokenizer: Any, mask_token_id: int) -> Text:

@@ -98,6 +98,11 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         for name in REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by TwoTower's generate; leave it out")
+        if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:  # so peft puts them in
+            raise ValueError(
+                "prepare_inputs_for_generation is another object's, as peft's prompt, prefix and p-tuning put their "
+                "virtual tokens in, of which TwoTower's generate knows nothing; train an adapter of weights, e.g. LoRA"
+            )
         if kwargs.get("cache_implementation") is not None:  # transformers would not come to ask our config
             raise ValueError(
                 f"cache_implementation={kwargs['cache_implementation']!r} is not supported by TwoTower's generate; "

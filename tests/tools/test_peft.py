@@ -3,9 +3,19 @@
 import fake_graphs
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tiny import random_ids, student_model, without_special_tokens
 from tolerances import assert_close
+
+from twotower import TwoTowerForBlockDiffusion
+from twotower.checkpoints.export import export
 
 # Attention, Mamba and shared experts by module, routed experts by the tensors that hold all of a layer.
 MODULES = r"denoiser_tower\.layers\.\d+\.mixer\.(shared_experts\.)?(q_proj|v_proj|in_proj|up_proj|down_proj)"
@@ -84,3 +94,91 @@ def test_an_adapter_that_is_switched_off_is_not_in_recorded_passes(monkeypatch):
     adapted_text = texts()
     with model.disable_adapter():
         assert not torch.equal(texts(), adapted_text)
+
+
+def test_adapters_on_all_linear_layers_are_used_switched_off_and_merged():
+    plain = without_special_tokens(student_model("all kinds"))
+    model = get_peft_model(
+        without_special_tokens(student_model("all kinds")),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    ).eval()
+    assert any("t_embedder" in name for name, _ in model.named_parameters() if "lora_" in name)
+
+    def texts(writer):
+        flags = {"input_ids": random_ids(2, 7), "max_new_tokens": 12}
+        return [writer.generate(**flags, mode=mode) for mode in ("ar", "mask_diffusion")]
+
+    adapted_texts = texts(model)
+    assert not any(map(torch.equal, adapted_texts, texts(plain)))
+    with model.disable_adapter():
+        assert all(map(torch.equal, texts(model), texts(plain)))
+    assert all(map(torch.equal, texts(model.merge_and_unload()), adapted_texts))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (LoraConfig(r=64, target_modules=["conv1d"]), "conv1d"),
+        (LNTuningConfig(target_modules=r".*mixer\.norm"), "norm"),
+    ],
+)
+def test_an_adapter_that_would_have_no_effect_is_refused(config, name):
+    model = get_peft_model(student_model("all kinds"), config)
+    with pytest.raises(ValueError, match=f"leave {name} out of target_modules"):
+        model(input_ids=random_ids(2, 8))
+
+
+def test_weights_saved_beside_adapters_may_be_those_used_without_a_call():
+    model = without_special_tokens(student_model("all kinds"))
+    before = logits(model)
+    saved = ["conv1d", "t_block", "t_embedder"]
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1
+    after = logits(model)
+    assert not any(map(torch.equal, before, after))
+    with model.disable_adapter():
+        assert all(map(torch.equal, before, logits(model)))
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_of_which_generate_knows_nothing_are_refused(config):
+    model = without_special_tokens(student_model("all kinds"))
+    virtual = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    prompt = random_ids(2, 7)
+    with pytest.raises(ValueError, match="prompt, prefix and p-tuning"):
+        virtual.generate(input_ids=prompt, max_new_tokens=4)
+    with virtual.disable_adapter():
+        text = virtual.generate(input_ids=prompt, max_new_tokens=4)
+    assert torch.equal(text, model.generate(prompt, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("attach", ["get_peft_model", "add_adapter"])
+def test_a_model_with_adapters_is_not_saved_or_exported_without_them(attach, tmp_path):
+    model = without_special_tokens(student_model("all kinds"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    if attach == "add_adapter":
+        model.add_adapter(config)
+        model.save_pretrained(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+        sources = [model, tmp_path / "adapter"]
+    else:
+        adapted = get_peft_model(model, config)
+        with pytest.raises(ValueError, match="merge"):
+            model.save_pretrained(tmp_path / "base")
+        sources = [model, adapted]
+    for source in sources:
+        with pytest.raises(ValueError, match="merge"):
+            export(source, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_merged_adapter_is_exported(tmp_path):
+    model = adapted("both")
+    text = model.generate(input_ids=random_ids(2, 7), max_new_tokens=8)
+    export(model.merge_and_unload(), tmp_path / "exported")
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "exported")
+    assert torch.equal(loaded.generate(random_ids(2, 7), max_new_tokens=8), text)
