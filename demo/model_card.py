@@ -73,8 +73,8 @@ TRAINING = """## Training
 
 `twotower train` with the recipes `demo_context.yaml`, `demo.yaml`, `demo_context_continued.yaml` and
 `demo_continued.yaml` of `recipes/`, in this order: Muon on hidden matrices, each expert one, AdamW on the rest,
-experts balanced by bias, warmup-stable-decay. In the last run of each tower 60 % of the tasks are word problems half of
-whose steps or more carry into the hundreds or borrow from them, since most of what the denoiser had still got wrong
+experts balanced by bias, warmup-stable-decay. In the last run of each tower 60 % of the tasks are word problems half
+of whose steps or more carry into the hundreds or borrow from them, since most of what the denoiser had still got wrong
 were digits of such sums. Log: `benchmarks/demo_training.json`.
 
 1. **Context tower**: next-token cross-entropy on answers.
