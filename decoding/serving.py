@@ -217,7 +217,8 @@ class TwoTowerEngine:
             input_ids: token ids of one prompt, a list, (n,) or (1, n), without padding.
             generation_config: as `generate`'s.
             request_id: default a new one.
-            streamer: as `generate`'s.
+            streamer: as `generate`'s, but its `end` is also called where the request fails or is cancelled: who reads
+                the stream in another thread would wait for ever.
             streaming: see `register_result_handler`.
             knobs: all other arguments of `generate`, but `past_key_values`.
 
@@ -252,6 +253,8 @@ class TwoTowerEngine:
             self._connect(handle, request, ids.repeat_interleave(len(request.rows), 0) if ids.shape[1] else None)
             self._queue.append((handle, request))
             self._work.notify_all()
+        if streamer is not None:
+            handle.add_done_callback(partial(_end_stream, streamer))
         return handle
 
     def add_requests(self, prompts: Iterable[Any], **knobs: Any) -> list[RequestHandle]:
@@ -558,6 +561,13 @@ def _give_tokens(handle: RequestHandle, row: Row, _: list[int]) -> None:
     final = request.settled() if request.stopping.shared else len(first.tokens)
     if not handle.done() and len(handle._tokens) < final:
         handle._give(first.tokens[len(handle._tokens) : final])
+
+
+def _end_stream(streamer: Any, handle: RequestHandle) -> None:
+    """Of a request that has failed or was cancelled; one that succeeds does so within [`TwoTowerEngine._result`]."""
+    if handle.cancelled() or handle.exception() is not None:
+        with suppress(Exception):  # the request has its outcome already, of the streamer perhaps
+            streamer.end()
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -689,6 +689,25 @@ def test_time_in_the_queue_is_not_counted_as_time_to_write(model):
     assert handle.result(0).shape == (1, 9)
 
 
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_a_stream_ends_with_a_request_that_does_not_succeed(model, engine, how, running):
+    def fail(ids, scores):
+        raise KeyError("a processor failed")
+
+    streamer = Streamer()
+    asked = {"logits_processor": [fail]} if how == "failed" else {}
+    handle = engine.add_request(IDS, max_new_tokens=600, mode="ar", streamer=streamer, **asked)
+    if running:
+        engine.step()
+        engine.step()
+    if how == "cancelled":
+        assert handle.cancel()
+    while not handle.done():
+        engine.step()
+    assert streamer.ended and not handle.running()
+
+
 def test_a_streamer_gets_the_text_and_its_end(model, engine):
     streamer = Streamer()
     handle = engine.add_request(IDS, max_new_tokens=6, streamer=streamer)
