@@ -57,7 +57,7 @@ def shares(count: int, parts: int) -> list[int]:
 
 @cache
 def equations_in_training() -> frozenset[str]:
-    """Of all word problems that the embedded checkpoint was trained on; takes a minute or two, once."""
+    """Of all word problems that the embedded checkpoint was trained on; takes some minutes, once."""
     equations = set[str]()
     for seed, (stream, count) in TRAINED_ON.items():
         for number in range(count):

@@ -10,7 +10,7 @@ from ..configuration_twotower import TwoTowerConfig
 from ..evaluation.figures import mean, percent, plus_minus
 from ..objective_twotower import DiffusionObjective
 from .evaluation import footnote, table
-from .tasks import Skill
+from .tasks import CARRIES_SHARE, Skill
 
 HEAD = """---
 library_name: transformers
@@ -73,9 +73,9 @@ TRAINING = """## Training
 
 `twotower train` with the recipes `demo_context.yaml`, `demo.yaml`, `demo_context_continued.yaml` and
 `demo_continued.yaml` of `recipes/`, in this order: Muon on hidden matrices, each expert one, AdamW on the rest,
-experts balanced by bias, warmup-stable-decay. In the last run of each tower 60 % of the tasks are word problems half
-of whose steps or more carry into the hundreds or borrow from them, since most of what the denoiser had still got wrong
-were digits of such sums. Log: `benchmarks/demo_training.json`.
+experts balanced by bias, warmup-stable-decay. In the last run of each tower {carries:.0%} of the tasks are word
+problems half of whose steps or more carry into the hundreds or borrow from them, since most of what the denoiser had
+still got wrong were digits of such sums. Log: `benchmarks/demo_training.json`.
 
 1. **Context tower**: next-token cross-entropy on answers.
 {context}
@@ -155,6 +155,7 @@ def _training_text(training: dict[str, Any]) -> str:
     recipe = training["denoiser"][-1]["recipe"]
     sizes = recipe["data"]["block_sizes"] or [16]
     return TRAINING.format(
+        carries=CARRIES_SHARE,
         context=_runs_text(training["context"]),
         denoiser=_runs_text(training["denoiser"]),
         objective=", ".join(f"{name} {value}" for name, value in _chosen(recipe["objective"]).items()),

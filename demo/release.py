@@ -6,13 +6,12 @@ From finished training runs to the checkpoint that the package embeds, and its c
     twotower eval --run-code --unseen --model FOLDER --json benchmarks/demo_eval.json
     python -m twotower.demo.release card FOLDER
 
-A tower that was trained in several runs is given as several `--context` or `--denoiser`, in order; the last denoiser's
+A tower that was trained in several runs is given as several `--context` or `--denoiser`, in order; the denoiser's last
 run is finished. With `--more` they go on from the checkpoint whose runs benchmarks/demo_training.json has already. The
-first command shows on the validation seed what mask diffusion keeps, and in how many passes, at
-several temperatures; the second writes weights and tokenizer, and what the runs' logs say to
-benchmarks/demo_training.json; the last writes FOLDER/README.md from that, from the figures of `eval` and from
-benchmarks/demo_ablations.json and benchmarks/ablations.json, where there are such; and the table of results into the
-README.
+first command shows on the validation seed what mask diffusion keeps, and in how many passes, at several temperatures;
+the second writes weights and tokenizer, and what the runs' logs say to benchmarks/demo_training.json; the last writes
+FOLDER/README.md from that, from the figures of `eval` and from benchmarks/demo_ablations.json and
+benchmarks/ablations.json, where there are such; and the table of results into the README.
 
 Weights are stored in bfloat16; the config asks for float32, in which a CPU runs them faster. The denoiser's confidence
 is tempered (temperature scaling, Guo et al. 2017) by its head: what it predicts stays, but it must be surer of it to

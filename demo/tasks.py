@@ -94,10 +94,10 @@ def _drawn_skill(rng: random.Random, stream: Stream) -> tuple[Skill, bool]:
 
 def carries(problem: Task) -> bool:
     """Whether half of the steps or more are sums that carry into the hundreds or differences that borrow from them."""
-    return 2 * sum(map(_carries, problem.equations)) >= len(problem.equations)
+    return 2 * sum(map(_step_carries, problem.equations)) >= len(problem.equations)
 
 
-def _carries(equation: str) -> bool:
+def _step_carries(equation: str) -> bool:
     left, sign, right, _, result = equation.split()
     if sign not in "+-":
         return False

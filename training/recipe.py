@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..demo.tasks import Stream
 from ..objective_twotower import DiffusionObjective
 
 # Changing these between two calls does not change what is trained.
@@ -125,7 +126,7 @@ class DataRecipe:
 
     files: list[str] | None = None
     dataset: str | None = None
-    generated: Literal["tasks", "carries"] | None = None
+    generated: Stream | None = None
     subset: str | None = None
     split: str = "train"
     text: str | None = None

@@ -57,8 +57,10 @@ def test_batches_answer_as_single_requests(model, tokenizer, mode):
         evaluator(model, tokenizer, size).generate_until(requests("generate_until", asked), disable_tqdm=True)
         for size in (1, 4)
     ]
-    # What mock_ar makes of a checkpoint that was not trained for it may begin with the stop.
-    assert found[0] == found[1] and sum(map(bool, found[0])) > len(found[0]) / 2
+    for alone, together in zip(*found, strict=True):
+        # What mock_ar makes of a checkpoint that was not trained for it may begin with the stop.
+        assert together == alone and (alone != "" or mode == "mock_ar")
+    assert any(found[0])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
