@@ -49,10 +49,6 @@ class Texts(NamedTuple):
         """(R, S) how many tokens stand before each position that has (R, S, V) scores."""
         return self.lengths[:, None] + torch.arange(scores.shape[1], device=self.lengths.device)
 
-    def from_position(self, position: int) -> "Texts":
-        """As seen by scores that begin at a later position."""
-        return Texts(self.ids, self.lengths + position)
-
     def select(self, rows: torch.Tensor) -> "Texts":
         """Of some rows, an index."""
         return Texts(self.ids[rows], self.lengths[rows])
@@ -314,13 +310,12 @@ class Vectorised(NamedTuple):
 
     apply: Callable[..., torch.Tensor]
     parameters: Callable[[Any, int, int], dict[str, Any] | None]
-    reads_text: bool = True
 
 
 VECTORISED = {
     logits_process.RepetitionPenaltyLogitsProcessor: Vectorised(penalise_repetition, _of_repetition_penalty),
     logits_process.EncoderRepetitionPenaltyLogitsProcessor: Vectorised(
-        penalise_tokens, _of_encoder_repetition_penalty, reads_text=False
+        penalise_tokens, _of_encoder_repetition_penalty
     ),
     logits_process.NoRepeatNGramLogitsProcessor: Vectorised(forbid_repeated_ngrams, _of_no_repeat_ngram),
     logits_process.EncoderNoRepeatNGramLogitsProcessor: Vectorised(forbid_ngrams, _of_encoder_no_repeat_ngram),
@@ -332,14 +327,9 @@ VECTORISED = {
     logits_process.ForcedBOSTokenLogitsProcessor: Vectorised(force_at, _of_forced_bos),
     logits_process.ForcedEOSTokenLogitsProcessor: Vectorised(force_at, _of_forced_eos),
     logits_process.ExponentialDecayLengthPenalty: Vectorised(favour_growingly, _of_exponential_decay),
-    logits_process.TopHLogitsWarper: Vectorised(keep_top_h, _of_top_h, reads_text=False),
-    logits_process.EtaLogitsWarper: Vectorised(keep_above_eta, _of_eta, reads_text=False),
+    logits_process.TopHLogitsWarper: Vectorised(keep_top_h, _of_top_h),
+    logits_process.EtaLogitsWarper: Vectorised(keep_above_eta, _of_eta),
 }
-
-
-def is_vectorised(processor: Any) -> bool:
-    """Whether its class answers about all positions at once; a subclass may answer otherwise."""
-    return type(processor) in VECTORISED
 
 
 # The processors of a batch.
@@ -350,7 +340,6 @@ class _Step(NamedTuple):
 
     kind: Kind
     processors: list[Any]
-    reads_text: bool = True
     apply: Callable[..., torch.Tensor] | None = None
     numbers: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -362,10 +351,6 @@ class _Step(NamedTuple):
             for name, values in self.tensors.items()
         }
         return self._replace(processors=processors, tensors=chosen)
-
-    def expanded(self, rows: int) -> dict[str, torch.Tensor]:
-        """With an entry for every row."""
-        return {name: values.expand(rows, *values.shape[1:]) for name, values in self.tensors.items()}
 
     def likeness(self) -> Hashable:
         """Equal for steps that can be one for several rows."""
@@ -394,7 +379,7 @@ class PreparedProcessors:
 def _prepared(processor: Any, vocab_size: int, longest: int) -> _Step:
     how = VECTORISED.get(type(processor))
     if how is None and type(processor) in ELEMENTWISE:
-        return _Step("elementwise", [processor], reads_text=False)
+        return _Step("elementwise", [processor])
     if not keeps_no_state(processor):
         return _Step("stateful", [processor])
     try:
@@ -406,7 +391,7 @@ def _prepared(processor: Any, vocab_size: int, longest: int) -> _Step:
         return _Step("asked", [processor])
     tensors = {name: value for name, value in parameters.items() if isinstance(value, torch.Tensor)}
     numbers = {name: value for name, value in parameters.items() if name not in tensors}
-    return _Step("vectorised", [processor], how.reads_text, how.apply, numbers, tensors)
+    return _Step("vectorised", [processor], how.apply, numbers, tensors)
 
 
 class _Group(NamedTuple):
@@ -451,11 +436,6 @@ class TextProcessors:
     def kinds(self) -> set[Kind]:
         """Of "elementwise", "vectorised", "asked" and "stateful", those that there are."""
         return {step.kind for group in self.groups for step in group.steps}
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether an answer may depend on the text, and so at a position on what is guessed before it."""
-        return any(step.reads_text for group in self.groups for step in group.steps)
 
     def select(self, rows: Sequence[int]) -> "TextProcessors":
         """Of some rows, in this order; kept, so that a later pass over the same rows prepares nothing."""
@@ -526,4 +506,4 @@ def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
     return stacked
 
 
-__all__ = ["VECTORISED", "PreparedProcessors", "TextProcessors", "Texts", "is_vectorised"]
+__all__ = ["VECTORISED", "PreparedProcessors", "TextProcessors", "Texts"]

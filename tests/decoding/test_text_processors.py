@@ -16,7 +16,6 @@ from twotower.decoding.text_processors import (
     PreparedProcessors,
     TextProcessors,
     Texts,
-    is_vectorised,
 )
 
 VOCAB = 7
@@ -170,7 +169,9 @@ def test_a_later_position_by_itself(seed):
     processors = TextProcessors([PreparedProcessors(each, VOCAB, LONGEST) for each in lists], "cpu")
     whole = processors(one.scores, one.texts())
     for position in range(5):
-        here = processors(one.scores[:, position : position + 1], one.texts().from_position(position))
+        here = processors(
+            one.scores[:, position : position + 1], one.texts()._replace(lengths=one.texts().lengths + position)
+        )
         assert same_bits(here, whole[:, position : position + 1])
     assert same_bits(processors(one.scores, one.texts()), whole), "a pass leaves what was prepared as it was"
 
@@ -291,19 +292,6 @@ def test_all_that_generate_builds_is_vectorised_but_what_runs_on_the_host():
     assert {kind for kind, how in kinds.items() if how == "vectorised"} == set(VECTORISED)
 
 
-def test_what_reads_the_text():
-    prompt = torch.tensor([[1]])
-    for processor, reads in (
-        (lp.TopKLogitsWarper(2), False),
-        (lp.TopHLogitsWarper(0.5), False),
-        (lp.EncoderRepetitionPenaltyLogitsProcessor(1.5, prompt), False),
-        (lp.RepetitionPenaltyLogitsProcessor(1.5), True),
-        (prefix_allowed([[1]]), True),
-    ):
-        prepared = PreparedProcessors([processor], VOCAB, LONGEST)
-        assert TextProcessors([PreparedProcessors([], VOCAB, LONGEST), prepared], "cpu").reads_text == reads
-
-
 # What is asked position by position.
 
 
@@ -327,16 +315,12 @@ def test_torchs_default_device_is_not_where_processors_are_prepared():
 
 
 def test_only_the_class_itself_is_vectorised():
-    assert is_vectorised(lp.MinLengthLogitsProcessor(3, 1))
-    assert not is_vectorised(Subclass(3, 1))
+    for processor, kind in ((lp.MinLengthLogitsProcessor(3, 1), "vectorised"), (Subclass(3, 1), "stateful")):
+        assert [step.kind for step in PreparedProcessors([processor], VOCAB, LONGEST).steps] == [kind]
 
 
 def watermark():
     return lp.WatermarkLogitsProcessor(VOCAB, "cpu")
-
-
-def prefix_allowed(allowed):
-    return lp.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed[len(ids) % len(allowed)], 1)
 
 
 def test_one_for_a_padded_batch_is_to_be_asked_and_so_says_that_it_cannot_answer():
