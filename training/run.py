@@ -125,7 +125,7 @@ class Run:
         return self.recipe.model.trained_towers == "context"
 
     def _check_same(self, state: dict[str, Any]) -> None:
-        changed = changed_key(state["recipe"], self.recipe)
+        changed = changed_key(state["recipe"] | {"steps": self._steps_begun_with(state)}, self.recipe)
         if changed is not None:
             key, old, new = changed
             raise ValueError(
@@ -144,6 +144,13 @@ class Run:
                 f"{self.folder} was begun with {state['processes']} processes, not {processes}; start as many, or "
                 "give another folder"
             )
+
+    def _steps_begun_with(self, state: dict[str, Any]) -> int:
+        """The recipe's, where a run begun with them would have gone as this one has until now: no rate decays yet."""
+        done, old, new = state["step"], state["recipe"]["steps"], self.recipe.steps
+        optimizer = self.recipe.optimizer
+        same = all(lr_factor(optimizer, step, old) == lr_factor(optimizer, step, new) for step in range(done))
+        return new if same and done < min(old, new) else old
 
     def _model(self) -> tuple[TwoTowerForBlockDiffusion, PreTrainedTokenizerBase]:
         """The model without adapters: with them, a checkpoint holds nothing else."""

@@ -142,6 +142,16 @@ def test_other_recipes_data_and_processes_are_refused_by_name(inputs, tmp_path):
         train(recipe(own, folder, steps=1))
 
 
+def test_steps_may_change_until_the_rate_decays(inputs, tmp_path):
+    train(recipe(inputs, tmp_path / "whole", steps=8))
+    interrupted_after_step(3, recipe(inputs, tmp_path / "parts", steps=20))
+    train(recipe(inputs, tmp_path / "parts", steps=8))
+    assert_equal(weights(tmp_path / "parts" / "model"), weights(tmp_path / "whole" / "model"))
+    interrupted_after_step(7, recipe(inputs, tmp_path / "late", steps=8))
+    with pytest.raises(ValueError, match=r"steps is 9, but .* was begun with 8; put it back"):
+        train(recipe(inputs, tmp_path / "late", steps=9))
+
+
 def test_a_file_more_that_a_pattern_names_is_other_data(tmp_path):
     own = make_inputs(tmp_path / "own", "only -")
     asked = {"data__files": [str(own / "*.jsonl")], "steps": 1}
