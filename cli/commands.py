@@ -262,7 +262,7 @@ def train(
     """
     Train as a recipe says; called again, it goes on where it was stopped, killed or not.
 
-    The embedded checkpoint is what recipes/demo_context.yaml, demo.yaml and demo_continued.yaml make.
+    The embedded checkpoint is what the recipes/demo*.yaml make, one after the other.
     """
     from ..training.recipe import HubRecipe, read_recipe
 

@@ -71,11 +71,12 @@ training tasks.
 """
 TRAINING = """## Training
 
-`twotower train` with the recipes `demo_context.yaml`, `demo.yaml`, `demo_context_continued.yaml` and
-`demo_continued.yaml` of `recipes/`, in this order: Muon on hidden matrices, each expert one, AdamW on the rest,
-experts balanced by bias, warmup-stable-decay. In the last run of each tower {carries:.0%} of the tasks are word
-problems half of whose steps or more carry into the hundreds or borrow from them, since most of what the denoiser had
-still got wrong were digits of such sums. Log: `benchmarks/demo_training.json`.
+`twotower train` with the recipes `demo_context.yaml`, `demo.yaml`, `demo_context_continued.yaml`,
+`demo_continued.yaml` and `demo_balanced.yaml` of `recipes/`, in this order: Muon on hidden matrices, each expert one,
+AdamW on the rest, experts balanced by bias, warmup-stable-decay. Where a share of carrying problems is told below, so
+many of the tasks are word problems half of whose steps or more carry into the hundreds or borrow from them: at first
+most of what the denoiser got wrong were digits of such sums, and after a run that was mostly of them, sums that carry
+nothing. Log: `benchmarks/demo_training.json`.
 
 1. **Context tower**: next-token cross-entropy on answers.
 {context}
@@ -155,7 +156,6 @@ def _training_text(training: dict[str, Any]) -> str:
     recipe = training["denoiser"][-1]["recipe"]
     sizes = recipe["data"]["block_sizes"] or [16]
     return TRAINING.format(
-        carries=CARRIES_SHARE,
         context=_runs_text(training["context"]),
         denoiser=_runs_text(training["denoiser"]),
         objective=", ".join(f"{name} {value}" for name, value in _chosen(recipe["objective"]).items()),
@@ -187,7 +187,8 @@ def _run_text(run: dict[str, Any]) -> str:
     last = mean([line["loss"] for line in log[-10:]])
     steps = run["step"]
     planned = "" if steps == recipe["steps"] else f" (of {recipe['steps']:,} planned)"
-    which = " with more sums that carry" if recipe["data"]["generated"] == "carries" else ""
+    carrying = CARRIES_SHARE[recipe["data"]["generated"]]
+    which = f", {carrying:.0%} of them carrying" if carrying else ""
     return (
         f"{steps:,} steps of {tasks} tasks{which}{planned}, about {steps * tokens / 1e6:.1f} M answer tokens, "
         f"{log[-1]['seconds'] / 60:.0f} minutes ({run['machine']}); loss {log[0]['loss']:.3g} at first, "

@@ -109,7 +109,7 @@ class DataRecipe:
         files: paths or patterns, all .jsonl (or .json), .txt or .parquet.
         dataset, subset, split: a Hub repository, or a folder of files, its configuration and split.
         generated: word problems and Python functions without end, as the embedded checkpoint was trained on:
-            "tasks", or "carries", with more of the sums that carry (demo/tasks.py).
+            "tasks", or with more of the sums that carry "some carries" or "carries" (demo/tasks.py).
         text: the column with the text; or
         prompt, completion: the columns of a beginning that is read and of what is to be written.
         text_by: what of a .txt file is a document.

@@ -62,7 +62,7 @@ def runs_of_training():
 
 def test_it_was_trained_by_the_recipes():
     runs = {run["recipe"]["seed"]: run["recipe"] for run in runs_of_training()}
-    for name in ("demo_context", "demo", "demo_context_continued", "demo_continued"):
+    for name in ("demo_context", "demo", "demo_context_continued", "demo_continued", "demo_balanced"):
         recipe = asdict(read_recipe(ROOT / "recipes" / f"{name}.yaml"))
         for key in ("steps", "batch_size", "accumulation", "objective", "optimizer"):
             assert runs[recipe["seed"]][key] == recipe[key], (name, key)

@@ -106,15 +106,15 @@ def test_both_skills_are_trained():
     assert task(random.Random(0), "code", held_out=False).skill == "code"
 
 
-def test_sums_that_carry_are_trained_more_often():
-    drawn = list(islice(training_tasks(0, stream="carries"), 600))
-    assert [training_skill(0, number, "carries") for number in range(600)] == [each.skill for each in drawn]
-    for skill, low, high in (("words", 0.83, 0.93), ("code", 0.07, 0.17)):
-        assert low < sum(each.skill == skill for each in drawn) / 600 < high
+@pytest.mark.parametrize("stream, words, carrying", [("carries", 0.89, 0.64), ("some carries", 0.76, 0.28)])
+def test_sums_that_carry_are_trained_more_often(stream, words, carrying):
+    drawn = list(islice(training_tasks(0, stream=stream), 600))
+    assert [training_skill(0, number, stream) for number in range(600)] == [each.skill for each in drawn]
+    assert abs(sum(each.skill == "words" for each in drawn) / 600 - words) < 0.05
     share, before = (
         sum(each.skill == "words" and carries(each) for each in tasks) / 600 for tasks in (drawn, TRAINING)
     )
-    assert share > 0.5 and before < 0.2
+    assert abs(share - carrying) < 0.05 and before < 0.2
 
 
 @pytest.mark.parametrize(
