@@ -893,6 +893,8 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         self.time_step_limit = tuple(config.time_step_limit)
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
+        check_not_adapted("conv1d", self.conv1d)
+        check_not_adapted("norm", self.norm)
         return -torch.exp(at_least_float32(self.A_log)), at_least_float32(self.dt_bias)
 
     @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
@@ -901,8 +903,6 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
-        check_not_adapted("conv1d", conv1d)
-        check_not_adapted("norm", norm)
         A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
