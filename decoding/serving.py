@@ -19,6 +19,7 @@ from threading import Condition, Lock, RLock, Thread, get_ident
 from traceback import walk_tb
 from types import FrameType, SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import GenerationConfig
@@ -64,13 +65,16 @@ class RequestHandle(Future):
     Iterating gives the new tokens, ints, from the first one on, as they become final, and ends with the request; of
     several sequences (`num_return_sequences`) those of the first. Then what went wrong is raised, `CancelledError` if
     it was cancelled.
+
+    Whoever waits for a token, the result or the exception of an engine without a thread takes its steps meanwhile.
     """
 
-    def __init__(self, request_id: str, turn: _Turn, prompt_ids: list[int], streaming: bool):
+    def __init__(self, request_id: str, engine: "TwoTowerEngine", prompt_ids: list[int], streaming: bool):
         super().__init__()
         self.request_id, self.prompt_ids, self.streaming = request_id, prompt_ids, streaming
         self._report: Callable[[GenerationOutput], Any] | None = None
-        self._turn = turn  # not the engine, whose memory a result must not keep
+        self._turn = engine._turn
+        self._engine = ref(engine)  # whose memory a result must not keep
         self._tokens: list[int] = []
         self._news = Condition()
         self._admitted = False
@@ -92,11 +96,34 @@ class RequestHandle(Future):
 
     def result(self, timeout: float | None = None) -> Any:
         self._check_may_wait()
-        return super().result(timeout)
+        return super().result(self._take_steps(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         self._check_may_wait()
-        return super().exception(timeout)
+        return super().exception(self._take_steps(timeout))
+
+    def _take_steps(self, timeout: float | None) -> float | None:
+        """Take steps until it is done or the time is over, of which what is left is returned."""
+        if timeout is None:
+            while self._step_if_nobody_else():
+                pass
+            return None
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and self._step_if_nobody_else():
+            pass
+        return max(0.0, end - time.monotonic())
+
+    def _step_if_nobody_else(self) -> bool:
+        """A step of an engine without a thread, which would otherwise be waited for in vain; whether it was taken."""
+        if self.done():
+            return False
+        engine = self._engine()
+        if engine is None:
+            raise RuntimeError(f"{self.request_id} has not been done, and its engine is gone; keep the engine")
+        if engine.is_running():
+            return False
+        engine.step()
+        return True
 
     def _check_may_wait(self) -> None:
         if self._turn.is_mine() and not self.done():
@@ -109,6 +136,8 @@ class RequestHandle(Future):
         self._check_may_wait()
         given = 0
         while True:
+            while len(self._tokens) == given and self._step_if_nobody_else():
+                pass
             with self._news:
                 while len(self._tokens) == given and not self.done():
                     self._news.wait()
@@ -166,7 +195,8 @@ class TwoTowerEngine:
         max_queue: most requests that wait for one, at least 1; default without bound.
         generation_config: of requests that bring none; default the model's.
 
-    `start` and `stop`, or `with engine:`, let a thread of its own do the work; or call `step` until it is False.
+    `start` and `stop`, or `with engine:`, let a thread of its own do the work; or call `step` until it is False, or
+    wait for a handle, which does.
     """
 
     def __init__(
@@ -246,7 +276,7 @@ class TwoTowerEngine:
             self._check_room(request_id)
             if request_id is None:
                 request_id = next(name for name in map("request-{}".format, self._ids) if not self._holds(name))
-            handle = RequestHandle(request_id, self._turn, ids[0].tolist(), streaming)
+            handle = RequestHandle(request_id, self, ids[0].tolist(), streaming)
             if report is not None:
                 handle.report_to(report)
             # As they came, where `generate` has taken padding from them, or begun an empty one.

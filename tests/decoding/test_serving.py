@@ -183,7 +183,8 @@ def test_a_handle_is_a_future(model, engine):
     handle.add_done_callback(called.append)
     assert not handle.done() and not handle.running()
     with pytest.raises(TimeoutError):
-        handle.result(timeout=0.01)
+        handle.result(timeout=0)
+    assert not handle.running()
     engine.step()
     assert handle.running()
     run(engine)
@@ -247,6 +248,31 @@ def test_tokens_come_as_they_become_final(engine):
         engine.step()
         assert len(handle._tokens) == number + 1 and next(tokens) == handle._tokens[-1]
     assert list(tokens) == []
+
+
+@pytest.mark.parametrize("way", ["result", "result in time", "exception", "tokens"])
+def test_whoever_waits_for_an_engine_without_a_thread_takes_its_steps(model, engine, way):
+    """It was waited for in vain."""
+    before, handle = engine.add_requests([random_ids(9), IDS], max_new_tokens=5, mode="ar")
+    alone = model.generate(IDS, max_new_tokens=5, mode="ar")
+    if way == "tokens":
+        tokens = iter(handle)
+        assert [next(tokens)] == handle._tokens  # a step at a time
+        assert [*handle._tokens, *tokens] == alone[0, 6:].tolist()
+    elif way == "exception":
+        assert handle.exception() is None
+    else:
+        assert torch.equal(handle.result(WAIT if way == "result in time" else None), alone)
+    assert handle.done() and before._admitted
+
+
+def test_nobody_waits_for_an_engine_that_is_gone(model):
+    handle = TwoTowerEngine(model).add_request(IDS, max_new_tokens=5)
+    gc.collect()
+    with pytest.raises(RuntimeError, match="request-0 has not been done, and its engine is gone; keep the engine"):
+        handle.result()
+    with pytest.raises(RuntimeError, match="keep the engine"):
+        next(iter(handle))
 
 
 def test_tokens_that_a_criterion_about_all_rows_takes_back_are_never_given(model):
