@@ -176,7 +176,7 @@ def generate(
     prompt = _prompt(prompt)
     two_towers, tokenizer = _load(model, towers)
     _check_sampling(options, two_towers.generation_config.do_sample)
-    inputs = _encode(prompt, tokenizer, raw).to(two_towers.device)
+    inputs = _encode(prompt, tokenizer, raw)  # which generate brings to the model
     console = output_console()
     if trace:
         _trace(two_towers, tokenizer, inputs, options, console)
@@ -576,7 +576,7 @@ def _generate_lines(
 
     def check_by_model(line: jsonl.Line) -> None:
         asked = arguments(line)
-        ids = torch.tensor([asked.pop("input_ids")], device=two_towers.device)
+        ids = torch.tensor([asked.pop("input_ids")])
         two_towers.generate(ids, engine=engine, **asked)  # makes the request, and no more
 
     for line in left:

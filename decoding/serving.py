@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..cache_twotower import TwoTowerCache
-from ..checkpoints.placement import execution_device
+from ..checkpoints.placement import prompts_device
 from ..compat_twotower import GenerationOutput, RequestStatus
 from ..inputs_twotower import as_ids
 from .config import STRATEGY_DEFAULTS
@@ -431,8 +431,7 @@ class TwoTowerEngine:
                 self._work.notify_all()
 
     def _new_engine(self) -> Engine:
-        embeddings = self.model.context_tower.embeddings
-        self._device = execution_device(embeddings) or embeddings.weight.device
+        self._device = prompts_device(self.model)
         return Engine(self.model, TwoTowerCache(self.model.config), self._device, most_rows=self.slots)
 
     def _fits_model(self) -> bool:
