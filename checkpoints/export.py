@@ -18,14 +18,12 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from ..compat_twotower import logger
 from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .bundling import CODE_ROOT, write_code
 from .loading import ADAPTER_CONFIG, WEIGHT_DTYPES, check_no_adapter
-
-logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": f"configuration_twotower.{TwoTowerConfig.__name__}",
