@@ -53,6 +53,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
     strategies: dict[str, Any]
     prepared: Callable[[], Any]
     has_denoiser: bool
+    check_dtypes: Callable[[], None]
 
     @accepts_past_key_values
     @torch.no_grad()
@@ -292,6 +293,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 f"mode is {config.mode!r}, which needs the denoiser, and this model was loaded without "
                 '(towers="context"); use mode="ar", or load it with towers="both", the default'
             )
+        if config.mode != "ar":
+            self.check_dtypes()
         for name, modes in (
             ("starting_block", ("mask_diffusion",)),
             ("step_callback", ("mask_diffusion", "self_speculative")),
