@@ -43,6 +43,9 @@ class _Turn:
     def is_mine(self) -> bool:
         return self._owner == get_ident()
 
+    def is_free(self) -> bool:
+        return not self._lock.locked()
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         if self.is_mine():
@@ -114,7 +117,7 @@ class RequestHandle(Future):
         return max(0.0, end - time.monotonic())
 
     def _step_if_nobody_else(self) -> bool:
-        """A step of an engine without a thread, which would otherwise be waited for in vain; whether it was taken."""
+        """A step of an engine without a thread, which would be waited for in vain; whether one has passed, perhaps."""
         if self.done():
             return False
         engine = self._engine()
@@ -122,7 +125,11 @@ class RequestHandle(Future):
             raise RuntimeError(f"{self.request_id} has not been done, and its engine is gone; keep the engine")
         if engine.is_running():
             return False
-        engine.step()
+        if self._turn.is_free():
+            engine.step()
+        else:  # of another thread, which may be waiting for this one, and for no longer than it was told to
+            with self._news:
+                self._news.wait(0.01)
         return True
 
     def _check_may_wait(self) -> None:
@@ -261,7 +268,6 @@ class TwoTowerEngine:
         for name in ("cache", "past_key_values"):
             if knobs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by an engine, which holds all rows in a cache of its own")
-        report = None if request_id is None else self._reports.pop(request_id, None)
         ids = as_ids("input_ids", input_ids).to(self._device)
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or len(ids) != 1:
@@ -277,7 +283,7 @@ class TwoTowerEngine:
             if request_id is None:
                 request_id = next(name for name in map("request-{}".format, self._ids) if not self._holds(name))
             handle = RequestHandle(request_id, self, ids[0].tolist(), streaming)
-            if report is not None:
+            if (report := self._reports.pop(request_id, None)) is not None:
                 handle.report_to(report)
             # As they came, where `generate` has taken padding from them, or begun an empty one.
             self._connect(handle, request, ids.repeat_interleave(len(request.rows), 0) if ids.shape[1] else None)
@@ -551,16 +557,17 @@ class TwoTowerEngine:
                     number, prompt = item
                     own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
                     try:
-                        handle = self.add_request(**{**knobs, **own})
+                        with _said_of(number):
+                            handle = self.add_request(**{**knobs, **own})
                     except Full:
                         break
-                    except Exception as error:
-                        error.add_note(f"It is about prompt {number}, counted from 0.")
-                        raise
                     waiting[handle] = number
                     item = next(coming, None)
                 for done in sorted(self._some_done(waiting), key=waiting.__getitem__):
-                    yield waiting.pop(done), done.result()
+                    number = waiting.pop(done)
+                    with _said_of(number):
+                        result = done.result()
+                    yield number, result
         finally:
             for left in waiting:
                 left.cancel()
@@ -575,6 +582,16 @@ class TwoTowerEngine:
             with self._work:  # of others, with which the queue is full
                 self._work.wait(timeout=1.0)
         return {handle for handle in waiting if handle.done()}
+
+
+@contextmanager
+def _said_of(number: int) -> Iterator[None]:
+    """What goes wrong says which prompt it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It is about prompt {number}, counted from 0.")
+        raise
 
 
 def _wake(handle: Any) -> None:
