@@ -183,9 +183,10 @@ def _foreign_files(folder: Path) -> str | None:
 
 def _names_our_code(config_file: Path) -> bool:
     try:
-        return json.loads(config_file.read_text(encoding="utf-8")).get("auto_map") == AUTO_MAP
+        config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and config.get("auto_map") == AUTO_MAP
 
 
 def _replace(folder: Path, staged: Path, replaced: Path) -> None:
