@@ -220,6 +220,9 @@ class PretrainedInterface(PreTrainedModel):
             trained_towers: see [`~TwoTowerForBlockDiffusion.set_trained_towers`].
             kwargs: `block_size`, `mask_token_id` and what else [`TwoTowerConfig`] adds to the backbone's config; with
                 a path also arguments of `from_pretrained`, such as `dtype`.
+
+        Raises:
+            ValueError: for unknown `trained_towers`, a backbone that is incomplete or spread over devices.
         """
         check_towers("trained_towers", trained_towers, TrainedTowers)
         added = {name: kwargs.pop(name) for name in TwoTowerConfig.__annotations__ if name in kwargs}
@@ -227,7 +230,7 @@ class PretrainedInterface(PreTrainedModel):
         backbone = load_backbone(path_or_model, **kwargs)
         with torch.device("meta"):
             model = cls(config_of_backbone(backbone, **added)).to(backbone.dtype)
-        device = backbone.device
+        device = _device_of_all(backbone)
         cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
         if not given:
             # The context tower's now; a second reading is the denoiser's.
@@ -251,6 +254,18 @@ class PretrainedInterface(PreTrainedModel):
                 # Whatever transformers does.
                 tensors[name] = tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=copy)
             part.load_state_dict(tensors, assign=True)
+
+
+def _device_of_all(backbone: PreTrainedModel) -> torch.device:
+    """A ValueError for a backbone on several devices or offloaded, whose hooks its tensors would leave behind."""
+    devices = {tensor.device for tensor in backbone.state_dict().values()}
+    if len(devices) > 1 or backbone.device.type == "meta":
+        places = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"the backbone is spread over {places}; load it on one device (leave device_map out), and place the "
+            "TwoTower: save it, and give device_map to from_pretrained"
+        )
+    return backbone.device
 
 
 def _without_adapter(path: str | os.PathLike, kwargs: dict[str, Any]) -> str | os.PathLike:
