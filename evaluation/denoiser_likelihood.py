@@ -89,6 +89,6 @@ def _masked_sums(
 
 
 def _denoised(model: TwoTowerForBlockDiffusion, canvases: torch.Tensor, cache: object) -> torch.Tensor:
-    """(N + 1, S, V) logits: all canvases behind the one context."""
+    """(N + 1, S, V) logits: all canvases behind the one context; where those are, wherever the denoiser is."""
     rows = cache.copy_rows([0] * len(canvases))  # type: ignore[attr-defined]
-    return model.denoise(canvases, rows)
+    return model.denoise(canvases, rows).to(canvases.device)
