@@ -357,6 +357,7 @@ class TwoTowerForBlockDiffusion(
         check_arguments({"output_attentions": self.config.output_attentions, **kwargs})
         if labels is not None:
             self.check_denoiser("the training objective (labels)")
+            self.check_dtypes()
         if labels is not None and cache is not None:
             raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
         input_ids = self._ids_or_placeholders(input_ids, inputs_embeds, labels)
@@ -445,6 +446,7 @@ class TwoTowerForBlockDiffusion(
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
         self.check_denoiser("denoise")
+        self.check_dtypes()
         self._check_ids("block_ids", block_ids, cache)
         packed, mask = PackedTokens(block_ids), None
         if attention_mask is not None:

@@ -7,7 +7,6 @@ a [`DiffusionObjective`] adds to it are options.
 Shapes: B batch, T tokens (a multiple of S), S block, R blocks, M masked positions, V vocabulary, H hidden size.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 
+from .compat_twotower import logger
 from .decoding.rules import commit_confident, entropy_of
 from .decoding.sampling import content_seeds, derived_seeds, uniform_noise
 from .inputs_twotower import check_attention_mask, check_ids
@@ -385,10 +385,9 @@ def weighted_mean(
 
 
 def _warn_of_fixed_masks(gradient: torch.Tensor) -> None:
-    warnings.warn(
+    logger.warning_once(
         "backward through a loss of eval() mode, whose masks are the same at every step; call model.train(), or give "
-        "a generator",
-        stacklevel=2,
+        "a generator"
     )
 
 

@@ -53,6 +53,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
     strategies: dict[str, Any]
     prepared: Callable[[], Any]
     has_denoiser: bool
+    check_dtypes: Callable[[], None]
 
     @accepts_past_key_values
     @torch.no_grad()
@@ -228,14 +229,14 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 "return_dict_in_generate is true, but generate_batch gives results of its own; leave it out, or take "
                 "generate_many, which gives generate's"
             )
-        prompts = [as_ids("inputs", one).flatten().tolist() for one in inputs]
+        prompts = [as_ids("inputs", one) for one in inputs]
         knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
         results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))
         return {
             f"req_{number}": GenerationOutput(
                 request_id=f"req_{number}",
-                prompt_ids=prompt,
-                generated_tokens=results[number][0, max(len(prompt), 1) :].tolist(),  # an empty one begins with bos
+                prompt_ids=prompt.flatten().tolist(),
+                generated_tokens=results[number][0, max(prompt.numel(), 1) :].tolist(),  # an empty one begins with bos
                 status=RequestStatus.FINISHED,
             )
             for number, prompt in enumerate(prompts)
@@ -292,6 +293,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 f"mode is {config.mode!r}, which needs the denoiser, and this model was loaded without "
                 '(towers="context"); use mode="ar", or load it with towers="both", the default'
             )
+        if config.mode != "ar":
+            self.check_dtypes()
         for name, modes in (
             ("starting_block", ("mask_diffusion",)),
             ("step_callback", ("mask_diffusion", "self_speculative")),

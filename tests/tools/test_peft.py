@@ -69,6 +69,19 @@ def test_adapters_train_save_load_and_merge(targets, tmp_path):
         assert_close(actual, expected)
 
 
+def test_an_adapters_folder_is_placed_by_the_model_it_is_of(tmp_path):
+    """It has no config.json of its own, which the map was made from."""
+    model = adapted("modules")
+    train(model)
+    expected = logits(model)
+    student_model("all kinds").save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "adapter", device_map="towers")
+    for found, wanted in zip(logits(loaded), expected, strict=True):
+        assert_close(found, wanted)
+
+
 def test_self_speculative_of_an_adapted_denoiser_still_equals_ar():
     model = adapted("both")
     train(model)

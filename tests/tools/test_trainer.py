@@ -115,7 +115,6 @@ def test_the_best_model_is_loaded_at_the_end(shards, tmp_path):
     assert_equal(weights(model), weights(best))
 
 
-@pytest.mark.filterwarnings("ignore:backward through a loss of eval")
 def test_accumulated_batches_are_one_batch(tmp_path):
     """Of rows with unlike numbers of labels, under the same masks."""
     rows = [{**row, "labels": row["labels"].clone()} for row in ROWS[:3]]
