@@ -74,7 +74,7 @@ from .kernels.precision import at_least_float32, may_give_out
 from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .mirror_twotower import views_on
-from .objective_twotower import DiffusionObjective, LossWeighting, diffusion_loss
+from .objective_twotower import DiffusionObjective, LossWeighting, check_heads, diffusion_loss
 
 
 @dataclass
@@ -355,6 +355,8 @@ class TwoTowerForBlockDiffusion(
             [`TwoTowerOutput`], or with `return_dict=False` a tuple of what is not None in it; logits float32.
         """
         check_arguments({"output_attentions": self.config.output_attentions, **kwargs})
+        if self.training and torch.is_grad_enabled():
+            check_heads(self)
         if labels is not None:
             self.check_denoiser("the training objective (labels)")
         if labels is not None and cache is not None:

@@ -96,6 +96,22 @@ def check_objective(weighting: str, corruptions: int) -> None:
         raise ValueError(f"corruptions is {corruptions}; it must be at least 1")
 
 
+def check_heads(model: Any) -> None:
+    """
+    Refuse to train on where peft has taken both heads for the denoiser's: it goes by how names end, so that
+    `modules_to_save=["lm_head"]` also makes the context tower's head, `context_lm_head`, a copy that is trained.
+    """
+    if not any(parameter.requires_grad for parameter in model.context_lm_head.parameters()):
+        return
+    for config in getattr(model, "peft_config", {}).values():
+        saved = getattr(config, "modules_to_save", None) or ()
+        if "lm_head" in saved and "context_lm_head" not in saved:
+            raise ValueError(
+                'modules_to_save=["lm_head"] also makes context_lm_head trained, whose name ends so; put lm_head into '
+                "target_modules instead, freeze it by model.context_lm_head.requires_grad_(False), or name it, too"
+            )
+
+
 def diffusion_loss(
     model: Any,
     input_ids: torch.Tensor,
@@ -405,3 +421,4 @@ __all__ = [
     "sample_masked",
     "weighted_mean",
 ]
+    "check_heads",
