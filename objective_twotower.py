@@ -132,7 +132,16 @@ def diffusion_loss(
 
     Returns:
         The loss, a scalar, and the number of masked tokens.
+
+    Raises:
+        ValueError: for labels that are not the tokens, for labels of padding that are counted as items, and for noise
+            in the context tower's embeddings (NEFTune).
     """
+    if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):  # as transformers' Trainer sets it
+        raise ValueError(
+            "neftune_noise_alpha puts noise into the context tower's embeddings, of which the objective trains "
+            "nothing; leave it out"
+        )
     corruptions, fixed = objective.corruptions, generator is None and not model.training
     mask_token_id = model.config.mask_token_id
     # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
