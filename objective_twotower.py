@@ -146,6 +146,11 @@ def diffusion_loss(
     mask_token_id = model.config.mask_token_id
     # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
     ids, mask, trainable = _whole_blocks(input_ids, attention_mask, labels, block_size)
+    if num_items_in_batch is not None and mask is not None and int(trainable.sum()) != int((labels != -100).sum()):
+        raise ValueError(
+            "labels has tokens where attention_mask is 0, which num_items_in_batch counts, but none is trained on; "
+            "set labels to -100 there"
+        )
     # 2. What each block finds in the context tower's cache.
     with torch.no_grad():
         hidden_states, presents = model.context_tower.read_blocks(ids, mask, block_size, all_hidden_states)
@@ -421,6 +426,7 @@ __all__ = [
     "Corruption",
     "DiffusionObjective",
     "LossWeighting",
+    "check_heads",
     "check_objective",
     "content_masked",
     "decoded_corruption",
@@ -430,4 +436,3 @@ __all__ = [
     "sample_masked",
     "weighted_mean",
 ]
-    "check_heads",

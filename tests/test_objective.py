@@ -294,6 +294,7 @@ def test_the_loss_per_item_is_the_mean_in_expectation(weighting):
     expected = mean if weighting == "mean" else mean * 4 / 5
     assert abs(per_item / expected - 1) < 0.03
 
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
 
 def test_items_repeated_for_several_devices_count_once():
     model = tiny_model("only -")
@@ -304,6 +305,14 @@ def test_items_repeated_for_several_devices_count_once():
 
 
 def test_items_without_labels_are_refused_with_the_flag_that_does_it():
+def test_labels_of_padding_that_a_trainer_counts_are_refused():
+    """The step's loss would be divided by more than is trained on."""
+    model, inputs = tiny_model("only -"), batch(12, "right")
+    items = int((inputs["labels"] != -100).sum())
+    with pytest.raises(ValueError, match=r"labels has tokens where attention_mask is 0.*; set labels to -100 there"):
+        model(**inputs, num_items_in_batch=items)
+
+
     ids = random_ids(1, 6)
     with pytest.raises(ValueError, match=r"without labels.*label_smoothing_factor or compute_loss_func"):
         tiny_model()(ids, num_items_in_batch=6)
