@@ -43,7 +43,12 @@ class FolderLock:
             )
         import fcntl
 
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"folder is {self.file.parent}, where a file is in the way; give another folder"
+            ) from error
         self.opened = open(self.file, "a+")
         try:
             fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

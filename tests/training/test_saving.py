@@ -30,6 +30,13 @@ def test_a_system_without_locks_is_named(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("folder", ["run", "run/within"])
+def test_a_file_where_the_folder_is_to_be_is_named(folder, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match=f"folder is .*{folder}, where a file is in the way; give another folder"):
+        FolderLock(tmp_path / folder).__enter__()
+
+
 def test_lines_of_later_steps_and_a_broken_one_are_cut(tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
