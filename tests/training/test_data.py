@@ -192,6 +192,11 @@ def test_what_is_wrong_with_a_document_is_named(case, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         documents(tokenizer, DataRecipe(files=[write(tmp_path, rows)], **options))
     assert "\n" not in str(caught.value)
+    "paragraphs of lines that are documents": (
+        [{"text": TEXTS[0]}],
+        {"text_by": "paragraph"},
+        "data.text_by is paragraph, which goes with .txt, but data.files has .*data.jsonl; leave it out",
+    ),
 
 
 def test_unusable_documents_may_be_skipped_and_short_ones_filled(tokenizer, tmp_path):
