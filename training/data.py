@@ -149,6 +149,8 @@ class Documents:
         ids = self._ids(texts[0], special=True)
         prompt = 0
         if len(texts) == 2:
+            if ids[-1:] == [self.tokenizer.eos_token_id] != self._ids(texts[0], special=False)[-1:]:
+                del ids[-1]  # of a tokenizer that ends every text; this one goes on
             prompt, ids = len(ids), ids + self._ids(texts[1], special=False)
         problem = self._problem(texts, ids, prompt)
         if problem is not None:
