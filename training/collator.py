@@ -135,10 +135,9 @@ def _first_trained(prompt: int, lead: int, size: int) -> int:
 
 def document_of(row: Mapping[str, Any]) -> Document:
     """A document of a row that a Trainer's dataset has."""
-    if "input_ids" not in row:
-        raise ValueError(
-            f"a row has {', '.join(map(str, row)) or 'nothing'}, but no input_ids; tokenize the texts first"
-        )
+    if row.get("input_ids") is None:
+        others = ", ".join(str(name) for name in row if name != "input_ids")
+        raise ValueError(f"a row has {others or 'nothing'}, but no input_ids; tokenize the texts first")
     lengths = row.get("seq_lengths")
     if lengths is not None and len(lengths) > 1:
         raise ValueError("a row holds several texts, packed (seq_lengths); give each a row of its own: packing=False")
