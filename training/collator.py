@@ -74,8 +74,9 @@ class BlockCollator:
         """
         Args:
             rows: documents, or mappings with "input_ids" and, where a prompt is not to be trained on, "labels" (-100
-                on it) or TRL's "completion_mask" or "assistant_masks" (0 on it). What an "attention_mask" of theirs
-                says is padding is left out.
+                on it) or TRL's "completion_mask" or "assistant_masks" (0 on it; transformers' Trainer removes such
+                columns, but with `remove_unused_columns=False`). What an "attention_mask" of theirs says is padding is
+                left out.
             salt: another one lays the same documents out otherwise, in another epoch say.
 
         Returns:

@@ -52,12 +52,17 @@ class FolderLock:
         self.opened = open(self.file, "a+")
         try:
             fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.opened.seek(0)
             owner = self.opened.read().strip() or "another process"
             self.opened.close()
             raise ValueError(
                 f"{self.file.parent} is being trained in by {owner}; wait for it, stop it, or give another folder"
+            ) from error
+        except OSError as error:  # as of some network file systems
+            self.opened.close()
+            raise ValueError(
+                f"{self.file} cannot be locked ({error.strerror}); give a folder on a file system that has locks"
             ) from error
         self.opened.truncate(0)
         self.opened.write(f"process {os.getpid()} on {os.uname().nodename}")
