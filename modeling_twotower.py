@@ -74,7 +74,7 @@ from .kernels.precision import at_least_float32, may_give_out
 from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .mirror_twotower import views_on
-from .objective_twotower import DiffusionObjective, LossWeighting, diffusion_loss
+from .objective_twotower import DiffusionObjective, LossWeighting, check_heads, diffusion_loss
 
 
 @dataclass
@@ -355,6 +355,8 @@ class TwoTowerForBlockDiffusion(
             [`TwoTowerOutput`], or with `return_dict=False` a tuple of what is not None in it; logits float32.
         """
         check_arguments({"output_attentions": self.config.output_attentions, **kwargs})
+        if self.training and torch.is_grad_enabled():
+            check_heads(self)
         if labels is not None:
             self.check_denoiser("the training objective (labels)")
             self.check_dtypes()
@@ -508,6 +510,7 @@ class TwoTowerForBlockDiffusion(
     def _pasts(self, cache: TwoTowerCache) -> Sequence[Past]:
         """What each layer of the denoiser finds in the cache; beside the layer, where a model is in several places."""
         if torch.is_grad_enabled():
+            self.context_tower.check_past_gets_gradients(cache)
             cache.share()
         places = getattr(self, "hf_device_map", None)
         if places is None or len(set(places.values())) < 2:
@@ -726,6 +729,8 @@ class ContextTower(TwoTowerBackbone):
         # What is read tentatively is cut to a row's tokens later; to those, what stands behind them does not matter.
         ends = None if own is None or tentative else uploaded(own, input_ids.device)
         lengths = None if cache is None else cache.context_lengths()
+        if cache is not None:
+            self.check_past_gets_gradients(cache)
         pasts = None if cache is None else cache.slots(input_ids)
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
@@ -734,6 +739,19 @@ class ContextTower(TwoTowerBackbone):
             cache.sign(self)
             cache.append(input_ids, presents, own, tentative)
         return hidden_states
+
+    def check_past_gets_gradients(self, cache: TwoTowerCache) -> None:
+        """Refuse reentrant checkpointing of what is read after a cache: it gives none to what is in a tuple."""
+        if not (self.training and torch.is_grad_enabled() and cache.width):
+            return
+        layer = self.layers[0]
+        function = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant")
+        if reentrant and any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True gives no gradients to what a cache holds; set "
+                "use_reentrant to False, or train on each text in one piece"
+            )
 
     def reading_pass(
         self,

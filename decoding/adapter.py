@@ -104,6 +104,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 "prepare_inputs_for_generation is another object's, as peft's prompt, prefix and p-tuning put their "
                 "virtual tokens in, of which TwoTower's generate knows nothing; train an adapter of weights, e.g. LoRA"
             )
+        _check_adapters(self)
         if kwargs.get("cache_implementation") is not None:  # transformers would not come to ask our config
             raise ValueError(
                 f"cache_implementation={kwargs['cache_implementation']!r} is not supported by TwoTower's generate; "
@@ -507,6 +508,23 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 f"input_ids, of at most block_size {config.block_size} tokens"
             )
         self._check_vocabulary("starting_block", block)
+
+
+def _check_adapters(model: Any) -> None:
+    """Refuse an adapter per row: peft gives layers those of the prompt's rows, by hooks, and passes have others."""
+    refused: set[str] = set()
+    for module in model.modules():
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if names := getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"}:
+                refused |= names
+                # After an error peft leaves them where they are.
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+    if refused:
+        raise ValueError(
+            f"{refused.pop()} is not supported by TwoTower's generate, whose passes have other rows than the prompt; "
+            "give the rows of each adapter to a call of their own, after set_adapter"
+        )
 
 
 def _check_kinds(config: Any, processors: Any, criteria: Any, allowed: Any, given: dict[str, Any]) -> None:

@@ -156,3 +156,8 @@ def test_label_smoothing_is_refused_by_name(tmp_path):
         model.set_trained_towers(towers)
         with pytest.raises(ValueError, match="set label_smoothing_factor to 0"):
             trainer(model, tmp_path, label_smoothing_factor=0.1).train()
+
+
+def test_noise_in_the_embeddings_of_what_is_not_trained_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="neftune_noise_alpha puts noise into the context tower's embeddings"):
+        trainer(student_model("only -"), tmp_path, neftune_noise_alpha=5.0).train()
