@@ -295,12 +295,23 @@ class TwoTowerForBlockDiffusion(
             self.reset_time_conditioning()
 
     def check_denoiser(self, wanted: str) -> None:
-        """Raise a ValueError that `wanted` needs what a model of `towers="context"` lacks."""
+        """
+        Raise a ValueError where `wanted` cannot be had: of a model of `towers="context"`, which lacks the denoiser, or
+        of towers in different dtypes, of which one computes with what the other has read.
+        """
         if not self.has_denoiser:
             raise ValueError(
                 f'{wanted} needs the denoiser, which this model was loaded without (towers="context"): its tower, '
                 'head and time conditioning are missing; load it with towers="both", the default'
             )
+        context, denoiser = self.context_tower.embeddings.weight, self.denoiser_tower.embeddings.weight
+        if context.dtype != denoiser.dtype:
+            kind = context.device.type
+            if kind == "meta" or not torch.is_autocast_enabled(kind):  # in which both compute in one
+                raise ValueError(
+                    f"the context tower is in {context.dtype}, the denoiser in {denoiser.dtype}; bring both to one "
+                    f"dtype, e.g. model.to({context.dtype})"
+                )
 
     @can_return_tuple
     @accepts_past_key_values
@@ -359,7 +370,6 @@ class TwoTowerForBlockDiffusion(
             check_heads(self)
         if labels is not None:
             self.check_denoiser("the training objective (labels)")
-            self.check_dtypes()
         if labels is not None and cache is not None:
             raise ValueError("labels and past_key_values were both given; the training loss starts from no cache")
         input_ids = self._ids_or_placeholders(input_ids, inputs_embeds, labels)
@@ -448,7 +458,6 @@ class TwoTowerForBlockDiffusion(
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
         self.check_denoiser("denoise")
-        self.check_dtypes()
         self._check_ids("block_ids", block_ids, cache)
         packed, mask = PackedTokens(block_ids), None
         if attention_mask is not None:
@@ -729,7 +738,7 @@ class ContextTower(TwoTowerBackbone):
         # What is read tentatively is cut to a row's tokens later; to those, what stands behind them does not matter.
         ends = None if own is None or tentative else uploaded(own, input_ids.device)
         lengths = None if cache is None else cache.context_lengths()
-        if cache is not None:
+        if cache is not None and self.training and torch.is_grad_enabled():
             self.check_past_gets_gradients(cache)
         pasts = None if cache is None else cache.slots(input_ids)
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -742,7 +751,7 @@ class ContextTower(TwoTowerBackbone):
 
     def check_past_gets_gradients(self, cache: TwoTowerCache) -> None:
         """Refuse reentrant checkpointing of what is read after a cache: it gives none to what is in a tuple."""
-        if not (self.training and torch.is_grad_enabled() and cache.width):
+        if not (self.training and cache.width):
             return
         layer = self.layers[0]
         function = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None

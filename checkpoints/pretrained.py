@@ -164,17 +164,6 @@ class PretrainedInterface(PreTrainedModel):
             check_no_adapter(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def check_dtypes(self) -> None:
-        """Raise a ValueError for towers of different dtypes, of which one computes with what the other has read."""
-        context, denoiser = (tower.embeddings.weight for tower in (self.context_tower, self.denoiser_tower))
-        kind = context.device.type
-        in_one_anyway = kind != "meta" and torch.is_autocast_enabled(kind)
-        if context.dtype != denoiser.dtype and not in_one_anyway:
-            raise ValueError(
-                f"the context tower is in {context.dtype}, the denoiser in {denoiser.dtype}; bring both to one dtype, "
-                f"e.g. model.to({context.dtype})"
-            )
-
     def to(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().to(*args, **kwargs)
