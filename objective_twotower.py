@@ -137,11 +137,6 @@ def diffusion_loss(
         ValueError: for labels that are not the tokens, for labels of padding that are counted as items, and for noise
             in the context tower's embeddings (NEFTune).
     """
-    if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):  # as transformers' Trainer sets it
-        raise ValueError(
-            "neftune_noise_alpha puts noise into the context tower's embeddings, of which the objective trains "
-            "nothing; leave it out"
-        )
     corruptions, fixed = objective.corruptions, generator is None and not model.training
     mask_token_id = model.config.mask_token_id
     # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
@@ -150,6 +145,11 @@ def diffusion_loss(
         raise ValueError(
             "labels has tokens where attention_mask is 0, which num_items_in_batch counts, but none is trained on; "
             "set labels to -100 there"
+        )
+    if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):  # as transformers' Trainer sets it
+        raise ValueError(
+            "neftune_noise_alpha puts noise into the context tower's embeddings, of which the objective trains "
+            "nothing; leave it out"
         )
     # 2. What each block finds in the context tower's cache.
     with torch.no_grad():
