@@ -69,11 +69,16 @@ from transformers.utils import (
     cached_file,
     can_return_tuple,
     extract_commit_hash,
+    find_adapter_config_file,
     is_accelerate_available,
+    is_peft_available,
     requires_backends,
 )
-from transformers.utils.logging import tqdm
+from transformers.utils.logging import get_logger, tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+# One name for all that we say, below transformers' own: its verbosity and handlers are ours, too, also in remote code.
+logger = get_logger("transformers.twotower")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -155,12 +160,15 @@ __all__ = [
     "cached_file",
     "can_return_tuple",
     "extract_commit_hash",
+    "find_adapter_config_file",
     "force_accelerate_hooks",
     "get_checkpoint_conversion_mapping",
     "get_relative_imports",
     "grouped_mm",
     "grouped_mm_experts_forward",
     "is_accelerate_available",
+    "is_peft_available",
+    "logger",
     "logits_process",
     "register_checkpoint_conversion_mapping",
     "requires_backends",

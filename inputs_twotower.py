@@ -187,6 +187,8 @@ def check_position_ids(position_ids: torch.Tensor, input_ids: torch.Tensor, mask
         input_ids: (B, T).
         mask: (B, T) bool, True on tokens; None when all are.
     """
+    if not isinstance(position_ids, torch.Tensor):
+        raise _no_tensor("position_ids", position_ids, "positions")
     if position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; expected that of the tokens, "

@@ -74,7 +74,7 @@ from .kernels.precision import at_least_float32, may_give_out
 from .kernels.rms_norm import rms_norm
 from .kernels.ssd import ssd_scan
 from .mirror_twotower import views_on
-from .objective_twotower import DiffusionObjective, LossWeighting, diffusion_loss
+from .objective_twotower import DiffusionObjective, LossWeighting, check_heads, diffusion_loss
 
 
 @dataclass
@@ -295,12 +295,23 @@ class TwoTowerForBlockDiffusion(
             self.reset_time_conditioning()
 
     def check_denoiser(self, wanted: str) -> None:
-        """Raise a ValueError that `wanted` needs what a model of `towers="context"` lacks."""
+        """
+        Raise a ValueError where `wanted` cannot be had: of a model of `towers="context"`, which lacks the denoiser, or
+        of towers in different dtypes, of which one computes with what the other has read.
+        """
         if not self.has_denoiser:
             raise ValueError(
                 f'{wanted} needs the denoiser, which this model was loaded without (towers="context"): its tower, '
                 'head and time conditioning are missing; load it with towers="both", the default'
             )
+        context, denoiser = self.context_tower.embeddings.weight, self.denoiser_tower.embeddings.weight
+        if context.dtype != denoiser.dtype:
+            kind = context.device.type
+            if kind == "meta" or not torch.is_autocast_enabled(kind):  # in which both compute in one
+                raise ValueError(
+                    f"the context tower is in {context.dtype}, the denoiser in {denoiser.dtype}; bring both to one "
+                    f"dtype, e.g. model.to({context.dtype})"
+                )
 
     @can_return_tuple
     @accepts_past_key_values
@@ -355,6 +366,8 @@ class TwoTowerForBlockDiffusion(
             [`TwoTowerOutput`], or with `return_dict=False` a tuple of what is not None in it; logits float32.
         """
         check_arguments({"output_attentions": self.config.output_attentions, **kwargs})
+        if self.training and torch.is_grad_enabled():
+            check_heads(self)
         if labels is not None:
             self.check_denoiser("the training objective (labels)")
         if labels is not None and cache is not None:
@@ -506,6 +519,7 @@ class TwoTowerForBlockDiffusion(
     def _pasts(self, cache: TwoTowerCache) -> Sequence[Past]:
         """What each layer of the denoiser finds in the cache; beside the layer, where a model is in several places."""
         if torch.is_grad_enabled():
+            self.context_tower.check_past_gets_gradients(cache)
             cache.share()
         places = getattr(self, "hf_device_map", None)
         if places is None or len(set(places.values())) < 2:
@@ -724,6 +738,8 @@ class ContextTower(TwoTowerBackbone):
         # What is read tentatively is cut to a row's tokens later; to those, what stands behind them does not matter.
         ends = None if own is None or tentative else uploaded(own, input_ids.device)
         lengths = None if cache is None else cache.context_lengths()
+        if cache is not None and self.training and torch.is_grad_enabled():
+            self.check_past_gets_gradients(cache)
         pasts = None if cache is None else cache.slots(input_ids)
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states, presents = self.reading_pass(embedded, pasts, lengths, ends, tentative, all_hidden_states)
@@ -732,6 +748,19 @@ class ContextTower(TwoTowerBackbone):
             cache.sign(self)
             cache.append(input_ids, presents, own, tentative)
         return hidden_states
+
+    def check_past_gets_gradients(self, cache: TwoTowerCache) -> None:
+        """Refuse reentrant checkpointing of what is read after a cache: it gives none to what is in a tuple."""
+        if not (self.training and cache.width):
+            return
+        layer = self.layers[0]
+        function = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant")
+        if reentrant and any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True gives no gradients to what a cache holds; set "
+                "use_reentrant to False, or train on each text in one piece"
+            )
 
     def reading_pass(
         self,
@@ -893,6 +922,8 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         self.time_step_limit = tuple(config.time_step_limit)
 
     def of_weights(self) -> tuple[torch.Tensor, ...]:
+        check_not_adapted("conv1d", self.conv1d)
+        check_not_adapted("norm", self.norm)
         return -torch.exp(at_least_float32(self.A_log)), at_least_float32(self.dt_bias)
 
     @force_accelerate_hooks(["conv1d", "norm"])  # whose weights are used without calling them
@@ -901,8 +932,6 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
-        check_not_adapted("conv1d", conv1d)
-        check_not_adapted("norm", norm)
         A, dt_bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size

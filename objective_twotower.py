@@ -7,7 +7,6 @@ a [`DiffusionObjective`] adds to it are options.
 Shapes: B batch, T tokens (a multiple of S), S block, R blocks, M masked positions, V vocabulary, H hidden size.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 
+from .compat_twotower import logger
 from .decoding.rules import commit_confident, entropy_of
 from .decoding.sampling import content_seeds, derived_seeds, uniform_noise
 from .inputs_twotower import check_attention_mask, check_ids
@@ -96,6 +96,22 @@ def check_objective(weighting: str, corruptions: int) -> None:
         raise ValueError(f"corruptions is {corruptions}; it must be at least 1")
 
 
+def check_heads(model: Any) -> None:
+    """
+    Refuse to train on where peft has taken both heads for the denoiser's: it goes by how names end, so that
+    `modules_to_save=["lm_head"]` also makes the context tower's head, `context_lm_head`, a copy that is trained.
+    """
+    if not any(parameter.requires_grad for parameter in model.context_lm_head.parameters()):
+        return
+    for config in getattr(model, "peft_config", {}).values():
+        saved = getattr(config, "modules_to_save", None) or ()
+        if "lm_head" in saved and "context_lm_head" not in saved:
+            raise ValueError(
+                'modules_to_save=["lm_head"] also makes context_lm_head trained, whose name ends so; put lm_head into '
+                "target_modules instead, freeze it by model.context_lm_head.requires_grad_(False), or name it, too"
+            )
+
+
 def diffusion_loss(
     model: Any,
     input_ids: torch.Tensor,
@@ -116,11 +132,25 @@ def diffusion_loss(
 
     Returns:
         The loss, a scalar, and the number of masked tokens.
+
+    Raises:
+        ValueError: for labels that are not the tokens, for labels of padding that are counted as items, and for noise
+            in the context tower's embeddings (NEFTune).
     """
     corruptions, fixed = objective.corruptions, generator is None and not model.training
     mask_token_id = model.config.mask_token_id
     # 1. Whole blocks; the padding this adds is masked out of the context and of the loss.
     ids, mask, trainable = _whole_blocks(input_ids, attention_mask, labels, block_size)
+    if num_items_in_batch is not None and mask is not None and int(trainable.sum()) != int((labels != -100).sum()):
+        raise ValueError(
+            "labels has tokens where attention_mask is 0, which num_items_in_batch counts, but none is trained on; "
+            "set labels to -100 there"
+        )
+    if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):  # as transformers' Trainer sets it
+        raise ValueError(
+            "neftune_noise_alpha puts noise into the context tower's embeddings, of which the objective trains "
+            "nothing; leave it out"
+        )
     # 2. What each block finds in the context tower's cache.
     with torch.no_grad():
         hidden_states, presents = model.context_tower.read_blocks(ids, mask, block_size, all_hidden_states)
@@ -385,10 +415,9 @@ def weighted_mean(
 
 
 def _warn_of_fixed_masks(gradient: torch.Tensor) -> None:
-    warnings.warn(
+    logger.warning_once(
         "backward through a loss of eval() mode, whose masks are the same at every step; call model.train(), or give "
-        "a generator",
-        stacklevel=2,
+        "a generator"
     )
 
 
@@ -396,6 +425,7 @@ __all__ = [
     "Corruption",
     "DiffusionObjective",
     "LossWeighting",
+    "check_heads",
     "check_objective",
     "content_masked",
     "decoded_corruption",

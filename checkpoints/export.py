@@ -18,14 +18,12 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from ..compat_twotower import logger
 from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .bundling import CODE_ROOT, write_code
 from .loading import ADAPTER_CONFIG, WEIGHT_DTYPES, check_no_adapter
-
-logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": f"configuration_twotower.{TwoTowerConfig.__name__}",
@@ -185,9 +183,10 @@ def _foreign_files(folder: Path) -> str | None:
 
 def _names_our_code(config_file: Path) -> bool:
     try:
-        return json.loads(config_file.read_text(encoding="utf-8")).get("auto_map") == AUTO_MAP
+        config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and config.get("auto_map") == AUTO_MAP
 
 
 def _replace(folder: Path, staged: Path, replaced: Path) -> None:

@@ -103,6 +103,12 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if device is None else torch.empty(0, device=device).device  # "cuda" as "cuda:0"
 
 
+def prompts_device(model: Any) -> torch.device:
+    """Where a model's token ids go: not to the meta device, where offloaded embeddings are while nobody computes."""
+    embeddings = model.context_tower.embeddings
+    return execution_device(embeddings) or embeddings.weight.device
+
+
 def _checked(devices: Sequence[Device]) -> list[Device]:
     if isinstance(devices, str | int | torch.device) or len(devices) == 0:
         raise ValueError(f"devices for the towers are {devices!r}; give a list of one or more, such as [0, 1]")
@@ -215,5 +221,6 @@ __all__ = [
     "devices_for_towers",
     "execution_device",
     "memory_for_towers",
+    "prompts_device",
     "towers_device_map",
 ]

@@ -1,14 +1,16 @@
 """How a TwoTower comes from files, or from a backbone's, and goes to files: the class methods of its models."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..compat_twotower import NemotronHExperts
+from ..compat_twotower import CONFIG_NAME, NemotronHExperts, find_adapter_config_file, is_peft_available
 from ..configuration_twotower import TwoTowerConfig
 from ..kernels.backends import check_kernels
 from .loading import (
@@ -107,7 +109,8 @@ class PretrainedInterface(PreTrainedModel):
         """`device_map="towers"` of a checkpoint that `from_pretrained(path, **kwargs)` is to load."""
         config, max_memory = kwargs.get("config"), kwargs.get("max_memory")
         if not isinstance(config, TwoTowerConfig):
-            config = TwoTowerConfig.from_pretrained(path if config is None else config, **where_of(kwargs))
+            place = _without_adapter(path, kwargs) if config is None else config
+            config = TwoTowerConfig.from_pretrained(place, **where_of(kwargs))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         dtype = config.dtype if dtype == "auto" or isinstance(dtype, dict) else dtype
         # How many bytes quantised weights will have, only their quantiser knows.
@@ -206,6 +209,9 @@ class PretrainedInterface(PreTrainedModel):
             trained_towers: see [`~TwoTowerForBlockDiffusion.set_trained_towers`].
             kwargs: `block_size`, `mask_token_id` and what else [`TwoTowerConfig`] adds to the backbone's config; with
                 a path also arguments of `from_pretrained`, such as `dtype`.
+
+        Raises:
+            ValueError: for unknown `trained_towers`, a backbone that is incomplete or spread over devices.
         """
         check_towers("trained_towers", trained_towers, TrainedTowers)
         added = {name: kwargs.pop(name) for name in TwoTowerConfig.__annotations__ if name in kwargs}
@@ -213,7 +219,7 @@ class PretrainedInterface(PreTrainedModel):
         backbone = load_backbone(path_or_model, **kwargs)
         with torch.device("meta"):
             model = cls(config_of_backbone(backbone, **added)).to(backbone.dtype)
-        device = backbone.device
+        device = _device_of_all(backbone)
         cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
         if not given:
             # The context tower's now; a second reading is the denoiser's.
@@ -237,6 +243,26 @@ class PretrainedInterface(PreTrainedModel):
                 # Whatever transformers does.
                 tensors[name] = tensor.to(torch.float32 if in_float32 else backbone.dtype, copy=copy)
             part.load_state_dict(tensors, assign=True)
+
+
+def _device_of_all(backbone: PreTrainedModel) -> torch.device:
+    """A ValueError for a backbone on several devices or offloaded, whose hooks its tensors would leave behind."""
+    devices = {tensor.device for tensor in backbone.state_dict().values()}
+    if len(devices) > 1 or backbone.device.type == "meta":
+        places = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"the backbone is spread over {places}; load it on one device (leave device_map out), and place the "
+            "TwoTower: save it, and give device_map to from_pretrained"
+        )
+    return backbone.device
+
+
+def _without_adapter(path: str | os.PathLike, kwargs: dict[str, Any]) -> str | os.PathLike:
+    """Where transformers finds the model: a place that holds no more than peft's adapter names the one it is of."""
+    file = find_adapter_config_file(str(path), **where_of(kwargs)) if is_peft_available() else None
+    if file is None or Path(path, CONFIG_NAME).is_file():
+        return path
+    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 __all__ = ["TWOTOWER_PARTS", "LoadedTowers", "PretrainedInterface", "TrainedTowers", "check_towers"]

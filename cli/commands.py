@@ -176,7 +176,7 @@ def generate(
     prompt = _prompt(prompt)
     two_towers, tokenizer = _load(model, towers)
     _check_sampling(options, two_towers.generation_config.do_sample)
-    inputs = _encode(prompt, tokenizer, raw).to(two_towers.device)
+    inputs = _encode(prompt, tokenizer, raw)  # which generate brings to the model
     console = output_console()
     if trace:
         _trace(two_towers, tokenizer, inputs, options, console)
@@ -542,7 +542,7 @@ def _generate_lines(
     def check(line: jsonl.Line) -> None:
         if unknown := [name for name in line.knobs if name not in known or name.startswith("_")]:
             raise ValueError(f"{unknown[0]} is no knob of a line; leave it out")
-        TwoTowerGenerationConfig(**options | line.knobs).validate()
+        TwoTowerGenerationConfig(**_knobs_of_line(options, line.knobs)).validate()
         if towers == "context" and line.knobs.get("mode", "ar") != "ar":
             raise ValueError(f"mode is {line.knobs['mode']!r}, which --towers context has no denoiser for; use ar")
 
@@ -556,7 +556,7 @@ def _generate_lines(
     two_towers, tokenizer = _load(model, towers)
 
     def arguments(line: jsonl.Line) -> dict[str, Any]:
-        knobs = options | line.knobs
+        knobs = _knobs_of_line(options, line.knobs)
         _check_sampling(knobs, two_towers.generation_config.do_sample)
         ids = line.input_ids if line.prompt is None else _encode(line.prompt, tokenizer, raw).input_ids[0].tolist()
         needs = {"tokenizer": tokenizer} if knobs.get("stop_strings") else {}
@@ -576,7 +576,7 @@ def _generate_lines(
 
     def check_by_model(line: jsonl.Line) -> None:
         asked = arguments(line)
-        ids = torch.tensor([asked.pop("input_ids")], device=two_towers.device)
+        ids = torch.tensor([asked.pop("input_ids")])
         two_towers.generate(ids, engine=engine, **asked)  # makes the request, and no more
 
     for line in left:
@@ -593,6 +593,15 @@ def _generate_lines(
     if failed:
         typer.echo(f'error: {failed} lines failed; see "error" in {output_file}', err=True)
         raise typer.Exit(1)
+
+
+def _knobs_of_line(options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A line's own go before the options, also before those of other names that they leave without an effect."""
+    dropped = ["max_new_tokens"] if "max_length" in own else []
+    if own.get("do_sample") is False:
+        draws = (options | own).get("unmasking_rule") == "posterior"
+        dropped += [*SAMPLERS, *["seed"] * (not draws)]
+    return {name: value for name, value in options.items() if name not in dropped} | own
 
 
 def _show_costs(model: str | None, anew: bool, console: Any) -> None:

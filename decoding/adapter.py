@@ -53,6 +53,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
     strategies: dict[str, Any]
     prepared: Callable[[], Any]
     has_denoiser: bool
+    check_denoiser: Callable[[str], None]
 
     @accepts_past_key_values
     @torch.no_grad()
@@ -103,6 +104,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 "prepare_inputs_for_generation is another object's, as peft's prompt, prefix and p-tuning put their "
                 "virtual tokens in, of which TwoTower's generate knows nothing; train an adapter of weights, e.g. LoRA"
             )
+        _check_adapters(self)
         if kwargs.get("cache_implementation") is not None:  # transformers would not come to ask our config
             raise ValueError(
                 f"cache_implementation={kwargs['cache_implementation']!r} is not supported by TwoTower's generate; "
@@ -228,14 +230,14 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 "return_dict_in_generate is true, but generate_batch gives results of its own; leave it out, or take "
                 "generate_many, which gives generate's"
             )
-        prompts = [as_ids("inputs", one).flatten().tolist() for one in inputs]
+        prompts = [as_ids("inputs", one) for one in inputs]
         knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
         results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))
         return {
             f"req_{number}": GenerationOutput(
                 request_id=f"req_{number}",
-                prompt_ids=prompt,
-                generated_tokens=results[number][0, max(len(prompt), 1) :].tolist(),  # an empty one begins with bos
+                prompt_ids=prompt.flatten().tolist(),
+                generated_tokens=results[number][0, max(prompt.numel(), 1) :].tolist(),  # an empty one begins with bos
                 status=RequestStatus.FINISHED,
             )
             for number, prompt in enumerate(prompts)
@@ -292,6 +294,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 f"mode is {config.mode!r}, which needs the denoiser, and this model was loaded without "
                 '(towers="context"); use mode="ar", or load it with towers="both", the default'
             )
+        if config.mode != "ar":
+            self.check_denoiser(config.mode)
         for name, modes in (
             ("starting_block", ("mask_diffusion",)),
             ("step_callback", ("mask_diffusion", "self_speculative")),
@@ -504,6 +508,23 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 f"input_ids, of at most block_size {config.block_size} tokens"
             )
         self._check_vocabulary("starting_block", block)
+
+
+def _check_adapters(model: Any) -> None:
+    """Refuse an adapter per row: peft gives layers those of the prompt's rows, by hooks, and passes have others."""
+    refused: set[str] = set()
+    for module in model.modules():
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if names := getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"}:
+                refused |= names
+                # After an error peft leaves them where they are.
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+    if refused:
+        raise ValueError(
+            f"{refused.pop()} is not supported by TwoTower's generate, whose passes have other rows than the prompt; "
+            "give the rows of each adapter to a call of their own, after set_adapter"
+        )
 
 
 def _check_kinds(config: Any, processors: Any, criteria: Any, allowed: Any, given: dict[str, Any]) -> None:

@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import CompileConfig, GenerationConfig
-from transformers.utils import logging
 
+from ..compat_twotower import logger
 from .rules import PARAMETERS, UNMASKING_DEFAULTS, UNMASKING_RULES, Parameter, number_that, one_of, whole_number_from
-
-logger = logging.get_logger(__name__)
 
 MODES = ("mask_diffusion", "self_speculative", "mock_ar", "ar")
 # Flags that count something, ours and transformers', and the least each may be.

@@ -10,7 +10,6 @@ import os
 import platform
 import tempfile
 import time
-import warnings
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ import torch
 from huggingface_hub import constants
 
 from ..cache_twotower import TwoTowerCache
+from ..compat_twotower import logger
 from .kept import Kept
 
 Pass = Literal["denoise", "verify", "step"]
@@ -171,9 +171,7 @@ class PassCosts:
             except torch.OutOfMemoryError:
                 if not measured["step"]:
                     raise
-                warnings.warn(
-                    f"passes over {count} rows do not fit into the memory; their cost is extrapolated", stacklevel=2
-                )
+                logger.warning(f"passes over {count} rows do not fit into the memory; their cost is extrapolated")
                 break
             for (kind, tokens), seconds in fastest.items():
                 measured[kind].setdefault(tokens, {})[count] = seconds
@@ -407,11 +405,9 @@ def _tables(file: Path) -> dict[str, Any]:
 
 
 def _warn(file: Path, error: Exception) -> None:
-    # Python shows a warning of the same words once.
-    warnings.warn(
+    logger.warning_once(
         f"costs of passes can not be kept in {file}: {error!r}; they are measured once in every process. Delete the "
-        "file or make it writable",
-        stacklevel=2,
+        "file or make it writable"
     )
 
 

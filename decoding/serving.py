@@ -19,12 +19,13 @@ from threading import Condition, Lock, RLock, Thread, get_ident
 from traceback import walk_tb
 from types import FrameType, SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import GenerationConfig
 
 from ..cache_twotower import TwoTowerCache
-from ..checkpoints.placement import execution_device
+from ..checkpoints.placement import prompts_device
 from ..compat_twotower import GenerationOutput, RequestStatus
 from ..inputs_twotower import as_ids
 from .config import STRATEGY_DEFAULTS
@@ -41,6 +42,9 @@ class _Turn:
 
     def is_mine(self) -> bool:
         return self._owner == get_ident()
+
+    def is_free(self) -> bool:
+        return not self._lock.locked()
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -64,13 +68,16 @@ class RequestHandle(Future):
     Iterating gives the new tokens, ints, from the first one on, as they become final, and ends with the request; of
     several sequences (`num_return_sequences`) those of the first. Then what went wrong is raised, `CancelledError` if
     it was cancelled.
+
+    Whoever waits for a token, the result or the exception of an engine without a thread takes its steps meanwhile.
     """
 
-    def __init__(self, request_id: str, turn: _Turn, prompt_ids: list[int], streaming: bool):
+    def __init__(self, request_id: str, engine: "TwoTowerEngine", prompt_ids: list[int], streaming: bool):
         super().__init__()
         self.request_id, self.prompt_ids, self.streaming = request_id, prompt_ids, streaming
         self._report: Callable[[GenerationOutput], Any] | None = None
-        self._turn = turn  # not the engine, whose memory a result must not keep
+        self._turn = engine._turn
+        self._engine = ref(engine)  # whose memory a result must not keep
         self._tokens: list[int] = []
         self._news = Condition()
         self._admitted = False
@@ -92,11 +99,38 @@ class RequestHandle(Future):
 
     def result(self, timeout: float | None = None) -> Any:
         self._check_may_wait()
-        return super().result(timeout)
+        return super().result(self._take_steps(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         self._check_may_wait()
-        return super().exception(timeout)
+        return super().exception(self._take_steps(timeout))
+
+    def _take_steps(self, timeout: float | None) -> float | None:
+        """Take steps until it is done or the time is over, of which what is left is returned."""
+        if timeout is None:
+            while self._step_if_nobody_else():
+                pass
+            return None
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and self._step_if_nobody_else():
+            pass
+        return max(0.0, end - time.monotonic())
+
+    def _step_if_nobody_else(self) -> bool:
+        """A step of an engine without a thread, which would be waited for in vain; whether one has passed, perhaps."""
+        if self.done():
+            return False
+        engine = self._engine()
+        if engine is None:
+            raise RuntimeError(f"{self.request_id} has not been done, and its engine is gone; keep the engine")
+        if engine.is_running():
+            return False
+        if self._turn.is_free():
+            engine.step()
+        else:  # of another thread, which may be waiting for this one, and for no longer than it was told to
+            with self._news:
+                self._news.wait(0.01)
+        return True
 
     def _check_may_wait(self) -> None:
         if self._turn.is_mine() and not self.done():
@@ -109,6 +143,8 @@ class RequestHandle(Future):
         self._check_may_wait()
         given = 0
         while True:
+            while len(self._tokens) == given and self._step_if_nobody_else():
+                pass
             with self._news:
                 while len(self._tokens) == given and not self.done():
                     self._news.wait()
@@ -166,7 +202,8 @@ class TwoTowerEngine:
         max_queue: most requests that wait for one, at least 1; default without bound.
         generation_config: of requests that bring none; default the model's.
 
-    `start` and `stop`, or `with engine:`, let a thread of its own do the work; or call `step` until it is False.
+    `start` and `stop`, or `with engine:`, let a thread of its own do the work; or call `step` until it is False, or
+    wait for a handle, which does.
     """
 
     def __init__(
@@ -231,7 +268,6 @@ class TwoTowerEngine:
         for name in ("cache", "past_key_values"):
             if knobs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by an engine, which holds all rows in a cache of its own")
-        report = None if request_id is None else self._reports.pop(request_id, None)
         ids = as_ids("input_ids", input_ids).to(self._device)
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or len(ids) != 1:
@@ -246,8 +282,8 @@ class TwoTowerEngine:
             self._check_room(request_id)
             if request_id is None:
                 request_id = next(name for name in map("request-{}".format, self._ids) if not self._holds(name))
-            handle = RequestHandle(request_id, self._turn, ids[0].tolist(), streaming)
-            if report is not None:
+            handle = RequestHandle(request_id, self, ids[0].tolist(), streaming)
+            if (report := self._reports.pop(request_id, None)) is not None:
                 handle.report_to(report)
             # As they came, where `generate` has taken padding from them, or begun an empty one.
             self._connect(handle, request, ids.repeat_interleave(len(request.rows), 0) if ids.shape[1] else None)
@@ -401,8 +437,7 @@ class TwoTowerEngine:
                 self._work.notify_all()
 
     def _new_engine(self) -> Engine:
-        embeddings = self.model.context_tower.embeddings
-        self._device = execution_device(embeddings) or embeddings.weight.device
+        self._device = prompts_device(self.model)
         return Engine(self.model, TwoTowerCache(self.model.config), self._device, most_rows=self.slots)
 
     def _fits_model(self) -> bool:
@@ -522,16 +557,17 @@ class TwoTowerEngine:
                     number, prompt = item
                     own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
                     try:
-                        handle = self.add_request(**{**knobs, **own})
+                        with _said_of(number):
+                            handle = self.add_request(**{**knobs, **own})
                     except Full:
                         break
-                    except Exception as error:
-                        error.add_note(f"It is about prompt {number}, counted from 0.")
-                        raise
                     waiting[handle] = number
                     item = next(coming, None)
                 for done in sorted(self._some_done(waiting), key=waiting.__getitem__):
-                    yield waiting.pop(done), done.result()
+                    number = waiting.pop(done)
+                    with _said_of(number):
+                        result = done.result()
+                    yield number, result
         finally:
             for left in waiting:
                 left.cancel()
@@ -546,6 +582,16 @@ class TwoTowerEngine:
             with self._work:  # of others, with which the queue is full
                 self._work.wait(timeout=1.0)
         return {handle for handle in waiting if handle.done()}
+
+
+@contextmanager
+def _said_of(number: int) -> Iterator[None]:
+    """What goes wrong says which prompt it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It is about prompt {number}, counted from 0.")
+        raise
 
 
 def _wake(handle: Any) -> None:

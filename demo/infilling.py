@@ -100,7 +100,7 @@ def _requests(model: TwoTowerForBlockDiffusion) -> dict[str, Callable[[Gap], dic
 
     def of_diffusion(gap: Gap) -> dict[str, Any]:
         masks = [model.config.mask_token_id] * (gap.last - gap.first)
-        block = torch.tensor([[*gap.block[: gap.first], *masks, *gap.block[gap.last :]]], device=model.device)
+        block = torch.tensor([[*gap.block[: gap.first], *masks, *gap.block[gap.last :]]])
         wanted = {"starting_block": block, "max_new_tokens": len(gap.block)}
         return {"mode": "mask_diffusion", "input_ids": gap.before, **wanted}
 

@@ -15,6 +15,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..bench.timing import timed
+from ..checkpoints.placement import prompts_device
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .figures import Estimate, mean, quotient
 
@@ -217,7 +218,8 @@ def same_answers(runs: Iterable[Run]) -> int:
 def tokenized(
     prompts: Sequence[str], batch_size: int, tokenizer: PreTrainedTokenizerBase, model: TwoTowerForBlockDiffusion
 ) -> list[BatchEncoding]:
-    """Batches, padded on the left, on the model's device."""
+    """Batches, padded on the left, where the model takes them."""
     layout: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     batches = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
-    return [tokenizer(list(batch), **layout, return_token_type_ids=False).to(model.device) for batch in batches]
+    device = prompts_device(model)
+    return [tokenizer(list(batch), **layout, return_token_type_ids=False).to(device) for batch in batches]

@@ -23,11 +23,22 @@ def baseline_variant(model: TwoTowerForBlockDiffusion, options: dict[str, Any] |
 
 
 def context_tower_in_transformers(model: TwoTowerForBlockDiffusion) -> NemotronHForCausalLM:
-    """transformers' NemotronH over the context tower's own tensors, with the Mamba step clamped as the config says."""
+    """
+    transformers' NemotronH over the context tower's own tensors, with the Mamba step clamped as the config says.
+
+    Raises:
+        ValueError: for a context tower that is offloaded or on several devices: who moves its tensors stays with it.
+    """
     with torch.device("meta"):
         baseline = NemotronHForCausalLM(nemotron_config(model.config))
     state = {f"model.{name}": tensor for name, tensor in model.context_tower.state_dict().items()}
     state |= {f"lm_head.{name}": tensor for name, tensor in model.context_lm_head.state_dict().items()}
+    places = {str(tensor.device) for tensor in state.values()}
+    if len(places) > 1 or "meta" in places:
+        raise ValueError(
+            f"the context tower is on {', '.join(sorted(places))}, and transformers' NemotronH needs it on one "
+            "device; load it so, or leave transformers out (--modes)"
+        )
     baseline.load_state_dict(state, assign=True)
     for layer in baseline.model.layers:
         if layer.block_type == "linear_attention":

@@ -18,6 +18,7 @@ from zlib import crc32
 
 import torch
 
+from ..checkpoints.placement import prompts_device
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 
 
@@ -51,7 +52,7 @@ def denoiser_log_likelihood(
         [`LikelihoodEstimate`]; a block of one token needs no mask drawn, and has no error.
     """
     size = block_size or model.config.block_size
-    ids = torch.tensor(context + continuation, device=model.device)
+    ids = torch.tensor(context + continuation, device=prompts_device(model))
     generator = torch.Generator().manual_seed(crc32(str(ids.tolist()).encode()))
     value, variance, first_guess = 0.0, 0.0, True
     cache = model(ids[None, : len(context)], use_cache=True, logits_to_keep=1).cache
@@ -88,6 +89,6 @@ def _masked_sums(
 
 
 def _denoised(model: TwoTowerForBlockDiffusion, canvases: torch.Tensor, cache: object) -> torch.Tensor:
-    """(N + 1, S, V) logits: all canvases behind the one context."""
+    """(N + 1, S, V) logits: all canvases behind the one context; where those are, wherever the denoiser is."""
     rows = cache.copy_rows([0] * len(canvases))  # type: ignore[attr-defined]
-    return model.denoise(canvases, rows)
+    return model.denoise(canvases, rows).to(canvases.device)

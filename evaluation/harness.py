@@ -11,7 +11,6 @@ with this model, too:
 """
 
 import inspect
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,8 @@ from zlib import crc32
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
+from ..checkpoints.placement import prompts_device
+from ..compat_twotower import logger
 from ..decoding.config import STRATEGY_DEFAULTS
 from ..generation_twotower import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
@@ -31,8 +32,6 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ImportError('evaluation.harness needs lm-evaluation-harness; pip install "twotower[eval]"') from error
-
-logger = logging.getLogger(__name__)
 
 # What lm-eval's tasks call the most new tokens, the first one given counts.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -88,7 +87,7 @@ class TwoTowerLM(HFLM):
         self.knobs = {name: options.pop(name) for name in KNOBS if name in options}
         known = inspect.signature(HFLM.__init__).parameters
         reading = {name: options.pop(name) for name in READING if name in options and name in known}
-        TwoTowerGenerationConfig(**self.knobs).validate()
+        TwoTowerGenerationConfig(**_with_do_sample(self.knobs)).validate()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size!r}; give a whole number of at least 1")
         if likelihood not in LIKELIHOODS:
@@ -98,11 +97,14 @@ class TwoTowerLM(HFLM):
         self.likelihood, self.likelihood_samples = likelihood, likelihood_samples
         self.likelihood_errors: list[float] = []
         name, model = _loaded(pretrained, device, dtype, revision, options)
+        if tokenizer is None and not name:
+            raise ValueError("the model was made here, and says of no place where its tokenizer is; give tokenizer")
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, revision=revision)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=int(batch_size), backend="causal", **reading
         )
+        self._device = prompts_device(model)  # lm-eval takes the weights', the meta device if they are offloaded
         self._stops: dict[tuple[str, ...], StopStringCriteria] = {}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -128,17 +130,17 @@ class TwoTowerLM(HFLM):
 
     def _arguments(self, context: str, settings: dict[str, Any], repetitions: Counter[str]) -> dict[str, Any]:
         """Of `generate`, for one request."""
-        knobs = self.knobs | {name: value for name, value in settings.items() if name not in ("until", *LENGTHS)}
+        kept = {name: value for name, value in settings.items() if value is not None}
+        own = {name: value for name, value in kept.items() if name not in ("until", *LENGTHS)}
         most = next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), self.max_gen_toks)
         if most >= self.max_length:
             raise TooLong(
                 f"{most} new tokens were asked of a model of {self.max_length}; give a smaller max_gen_toks, or a "
                 "larger max_length"
             )
-        temperature = float(knobs.pop("temperature", None) or 0)
-        # As in lm-eval, a temperature alone asks to sample, and 0 or none not to.
-        if knobs.setdefault("do_sample", temperature > 0) and temperature:
-            knobs["temperature"] = temperature
+        knobs: dict[str, Any] = {"do_sample": False} | _with_do_sample(self.knobs) | _with_do_sample(own)
+        if not knobs["do_sample"]:
+            knobs.pop("temperature", None)
         if knobs["do_sample"] or knobs.get("unmasking_rule") == "posterior":
             knobs["seed"] = crc32(context.encode(), (int(knobs.get("seed") or 0) + repetitions[context]) % 2**32)
             repetitions[context] += 1
@@ -179,8 +181,9 @@ class TwoTowerLM(HFLM):
         answers = []
         for texts, context, continuation in requests:
             room = self.max_length - len(continuation)
-            if room < 1:
+            if room < 0:
                 raise TooLong(f"a continuation has {len(continuation)} tokens, the model room for {self.max_length}")
+            room = max(1, room)  # of a rolling window, which is all continuation, one token comes before
             estimate = denoiser_log_likelihood(self.model, context[-room:], continuation, samples, block_size)
             self.likelihood_errors.append(estimate.stderr)
             answers.append((estimate.value, estimate.is_first_guess))
@@ -222,6 +225,14 @@ def _loaded(
     options.setdefault("device_map", device or ("auto" if has_gpu else None))
     model = TwoTowerForBlockDiffusion.from_pretrained(name, dtype=dtype, revision=revision, **options)
     return name, model.eval()
+
+
+def _with_do_sample(knobs: dict[str, Any]) -> dict[str, Any]:
+    """As in lm-eval, a temperature alone asks to sample, and 0 not to."""
+    if knobs.get("temperature") is None:
+        return knobs
+    temperature = float(knobs["temperature"])
+    return {"do_sample": temperature > 0, **knobs, "temperature": temperature}
 
 
 def _until(settings: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Fixtures and rules for every test."""
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """Tiny models are up to ten times slower on many threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def warned(caplog, monkeypatch):
+    """What transformers' logger is told, of which it keeps to itself what it has shown, outside CI all."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
+    logging.Logger.warning_once.cache_clear()
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -109,6 +109,8 @@ def test_position_ids_of_packed_texts_are_refused(labels):
 def test_position_ids_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(3, 1, 4\)"):
         tiny_model()(random_ids(1, 4), position_ids=torch.zeros(3, 1, 4))
+    with pytest.raises(ValueError, match="position_ids is a list; give a tensor of positions"):
+        tiny_model()(random_ids(1, 4), position_ids=[[0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

@@ -1,12 +1,13 @@
 """Decoding: NVIDIA's numbers token for token, what every row is promised, and what is refused."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from tiny import random_ids, tiny_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from twotower.configuration_twotower import TwoTowerConfig
@@ -311,15 +312,37 @@ def test_the_checkpoints_generation_config_decides_unless_the_call_does(model, t
     assert loaded.generate(prompt, generation_config=plain).shape == (1, 9)
 
 
-def test_a_larger_block_than_trained_is_warned_of(model, caplog):
-    logging.getLogger("transformers").propagate = True
+def test_a_larger_block_than_trained_is_warned_of(model, warned):
     prompt = prompts([5])[0][None]
-    with caplog.at_level(logging.WARNING, logger="transformers"):
-        generate(model, prompt, block_size=9)
-    assert "block_size 9 is larger than the 8" in caplog.text
-    caplog.clear()
+    generate(model, prompt, block_size=9)
+    assert "block_size 9 is larger than the 8" in warned.text
+    warned.clear()
     generate(model, prompt, block_size=8)
-    assert "block_size" not in caplog.text
+    assert "block_size" not in warned.text
+
+
+@pytest.mark.parametrize("call", ["generate", "labels", "denoise"])
+def test_towers_of_different_dtypes_are_refused(call):
+    """Some calls failed within torch, others computed in whichever was wider."""
+    model = tiny_model("all kinds")
+    for part in (model.denoiser_tower, model.lm_head, model.t_embedder, model.t_block, model.scale_shift_tables):
+        part.to(torch.bfloat16)
+    ids = random_ids(1, 6)
+    calls = {
+        "generate": lambda: model.generate(ids, max_new_tokens=4),
+        "labels": lambda: model(ids, labels=ids),
+        "denoise": lambda: model.denoise(ids, model(ids).cache),
+    }
+    said = r"context tower is in torch.float32, the denoiser in torch.bfloat16; .* model.to\(torch.float32\)"
+    with pytest.raises(ValueError, match=said):
+        calls[call]()
+    assert model.generate(ids, mode="ar", max_new_tokens=4).shape[0] == 1, "which needs the context tower alone"
+
+
+def test_our_warnings_go_by_transformers_verbosity(model, warned):
+    transformers.logging.set_verbosity_error()
+    generate(model, prompts([5])[0][None], block_size=9)
+    assert not warned.records
 
 
 @pytest.mark.parametrize(

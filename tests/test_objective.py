@@ -181,6 +181,29 @@ def test_either_kind_of_checkpointing_gives_the_same_gradients(trained, geometry
         assert torch.equal(checkpointed[name], gradient), name
 
 
+def test_reentrant_checkpointing_of_a_text_in_pieces_is_refused():
+    """The layers' states are in tuples, to which it gives no gradients: those of the first piece would be lost."""
+    model, ids = tiny_model("all kinds").train(), random_ids(2, 8)
+
+    def gradients(**kwargs):
+        model.activation_checkpointing_enable(kwargs)
+        model.zero_grad()
+        cache = model(ids[:, :4]).cache
+        (model(ids[:, 4:], cache=cache).logits.square().mean() + model.denoise(ids, cache).square().mean()).backward()
+        return learning(model)
+
+    expected = gradients(use_reentrant=False)
+    assert len(expected) == len(list(model.parameters()))
+    with pytest.raises(ValueError, match="set use_reentrant to False, or train on each text in one piece"):
+        gradients(use_reentrant=True)
+    cache = model(ids).cache
+    with pytest.raises(ValueError, match="set use_reentrant to False"):
+        model.denoise(ids, cache)
+    # Of a frozen context tower nothing is lost.
+    model.set_trained_towers("denoiser")
+    model.denoise(ids, cache).square().mean().backward()
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_checkpointing_computes_every_denoiser_layer_twice_and_no_context_layer():
     model = student_model("all kinds").train()
@@ -266,11 +289,11 @@ def test_every_trained_parameter_gets_a_gradient_at_every_step(labelled, geometr
 
 @pytest.mark.parametrize("weighting", ["mean", "inverse_timestep"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1)])
-@pytest.mark.filterwarnings("ignore:backward through a loss of eval")
 def test_batches_of_a_step_sum_to_the_step(sizes, weighting):
     """With the items of the whole step, and the same masks: those of eval() depend on a row alone."""
     model = tiny_model("all kinds")
     inputs = batch(18, "right")
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
     items = int((inputs["labels"] != -100).sum())
     chosen = {"loss_weighting": weighting, "num_items_in_batch": items, "corruptions": 2}
     whole = model(**inputs, **chosen).loss
@@ -279,6 +302,14 @@ def test_batches_of_a_step_sum_to_the_step(sizes, weighting):
     losses = [model(**dict(zip(inputs, part, strict=True)), **chosen).loss for part in parts]
     assert_close(sum(losses), whole)
     assert_close(torch.autograd.grad(sum(losses), model.lm_head.weight)[0], gradient, slack=GRADIENTS)
+
+
+def test_labels_of_padding_that_a_trainer_counts_are_refused():
+    """The step's loss would be divided by more than is trained on."""
+    model, inputs = tiny_model("only -"), batch(12, "right")
+    items = int((inputs["labels"] != -100).sum())
+    with pytest.raises(ValueError, match=r"labels has tokens where attention_mask is 0.*; set labels to -100 there"):
+        model(**inputs, num_items_in_batch=items)
 
 
 @pytest.mark.parametrize("weighting", ["mean", "inverse_timestep"])
@@ -323,11 +354,11 @@ def test_an_evaluation_masks_the_same_every_time():
     assert model(**inputs, corruptions=2).loss != model(**inputs, corruptions=2).loss
 
 
-def test_training_on_the_masks_of_an_evaluation_warns():
+def test_training_on_the_masks_of_an_evaluation_warns(warned):
     model = tiny_model("only -")
     ids = random_ids(2, 8)
-    with pytest.warns(UserWarning, match=r"masks are the same at every step; call model.train\(\)"):
-        model(ids, labels=ids).loss.backward()
+    model(ids, labels=ids).loss.backward()
+    assert "masks are the same at every step; call model.train()" in warned.text
 
 
 def test_a_seeded_generator_is_reproducible():

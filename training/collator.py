@@ -74,8 +74,9 @@ class BlockCollator:
         """
         Args:
             rows: documents, or mappings with "input_ids" and, where a prompt is not to be trained on, "labels" (-100
-                on it) or TRL's "completion_mask" or "assistant_masks" (0 on it). What an "attention_mask" of theirs
-                says is padding is left out.
+                on it) or TRL's "completion_mask" or "assistant_masks" (0 on it; transformers' Trainer removes such
+                columns, but with `remove_unused_columns=False`). What an "attention_mask" of theirs says is padding is
+                left out.
             salt: another one lays the same documents out otherwise, in another epoch say.
 
         Returns:
@@ -135,10 +136,9 @@ def _first_trained(prompt: int, lead: int, size: int) -> int:
 
 def document_of(row: Mapping[str, Any]) -> Document:
     """A document of a row that a Trainer's dataset has."""
-    if "input_ids" not in row:
-        raise ValueError(
-            f"a row has {', '.join(map(str, row)) or 'nothing'}, but no input_ids; tokenize the texts first"
-        )
+    if row.get("input_ids") is None:
+        others = ", ".join(str(name) for name in row if name != "input_ids")
+        raise ValueError(f"a row has {others or 'nothing'}, but no input_ids; tokenize the texts first")
     lengths = row.get("seq_lengths")
     if lengths is not None and len(lengths) > 1:
         raise ValueError("a row holds several texts, packed (seq_lengths); give each a row of its own: packing=False")

@@ -51,6 +51,11 @@ class Examples:
             files = found_files(recipe.files)
             self.origin = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
             kind = BUILDERS[Path(files[0]).suffix]
+            if kind != "text" and recipe.text_by != "line":
+                raise ValueError(
+                    f"data.text_by is {recipe.text_by}, which goes with .txt, but data.files has {files[0]}; leave it "
+                    "out"
+                )
             # `datasets` would take the brackets of a name for a pattern, and read no such file.
             options = {"data_files": [glob.escape(file) for file in files]}
             if kind == "text":
@@ -144,6 +149,8 @@ class Documents:
         ids = self._ids(texts[0], special=True)
         prompt = 0
         if len(texts) == 2:
+            if ids[-1:] == [self.tokenizer.eos_token_id] != self._ids(texts[0], special=False)[-1:]:
+                del ids[-1]  # of a tokenizer that ends every text; this one goes on
             prompt, ids = len(ids), ids + self._ids(texts[1], special=False)
         problem = self._problem(texts, ids, prompt)
         if problem is not None:

@@ -202,6 +202,8 @@ class OptimizerRecipe:
             raise ValueError(f"last_lr is {self.last_lr}; it must lie between 0 and lr, {self.lr}")
         if self.other_lr is not None and self.name != "muon":
             raise ValueError(f"other_lr is {self.other_lr}, which goes with name: muon; leave it out")
+        if self.other_lr is not None and not 0 < self.other_lr < float("inf"):
+            raise ValueError(f"other_lr is {self.other_lr}; it must be positive and finite")
         _at_least(self, 0, "warmup", "weight_decay", "balance_experts")
         _shares(self, "decay")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -43,16 +43,26 @@ class FolderLock:
             )
         import fcntl
 
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"folder is {self.file.parent}, where a file is in the way; give another folder"
+            ) from error
         self.opened = open(self.file, "a+")
         try:
             fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.opened.seek(0)
             owner = self.opened.read().strip() or "another process"
             self.opened.close()
             raise ValueError(
                 f"{self.file.parent} is being trained in by {owner}; wait for it, stop it, or give another folder"
+            ) from error
+        except OSError as error:  # as of some network file systems
+            self.opened.close()
+            raise ValueError(
+                f"{self.file} cannot be locked ({error.strerror}); give a folder on a file system that has locks"
             ) from error
         self.opened.truncate(0)
         self.opened.write(f"process {os.getpid()} on {os.uname().nodename}")

@@ -224,9 +224,11 @@ class TestWhereItIsWritten:
                 export(checkpoint, tmp_path, overwrite=overwrite)
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
-    def test_model_folder_that_is_no_export(self, checkpoint):
-        with pytest.raises(ValueError, match=r"its config\.json does not name our code"):
-            export(checkpoint, checkpoint, overwrite=True)
+    def test_model_folder_that_is_no_export(self, checkpoint, tmp_path):
+        (tmp_path / "config.json").write_text("[1]")
+        for folder in (checkpoint, tmp_path):
+            with pytest.raises(ValueError, match=r"its config\.json does not name our code"):
+                export(checkpoint, folder, overwrite=True)
 
     def test_earlier_export(self, checkpoint, exported, tmp_path):
         target = shutil.copytree(exported, tmp_path / "target")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from tiny import GEOMETRIES, random_block, random_ids, randomize, tiny_config, tiny_model
 from tolerances import assert_close
@@ -400,6 +401,20 @@ def test_from_a_loaded_backbone():
     model.context_tower.embeddings.weight.data.fill_(1.0)
     assert model.denoiser_tower.embeddings.weight.abs().max() > 1
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_backbone_that_is_spread_over_devices_is_refused(loaded, tmp_path):
+    """Its tensors were taken, and the hooks that fill them were not: they held no data."""
+    source, arguments = nemotron_h(), {}
+    if loaded:
+        cpu_offload(source, torch.device("cpu"))
+    else:
+        source.save_pretrained(tmp_path / "backbone")
+        arguments = {"device_map": {"model": "disk", "lm_head": "cpu"}, "offload_folder": tmp_path / "offload"}
+        source = tmp_path / "backbone"
+    with pytest.raises(ValueError, match=r"the backbone is spread over .*meta.*; load it on one device"):
+        TwoTowerForBlockDiffusion.from_backbone(source, **arguments)
 
 
 def test_from_backbone_in_bfloat16(tmp_path):

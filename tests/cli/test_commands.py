@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -112,6 +113,23 @@ def test_generate_with_the_context_tower_alone(checkpoint, tmp_path, monkeypatch
     files = ("--input", tmp_path / "in", "--output", tmp_path / "other")
     assert "no denoiser" in run("generate", *files, *flags, "--towers", "context", code=2).stderr
     assert len(loaded) == 3, "refused before loading"
+
+
+def test_generate_with_an_offloaded_model(checkpoint, tmp_path, monkeypatch):
+    """As where a GPU holds less than the model: prompts went to the meta device."""
+    arguments = ("generate", "--model", checkpoint, "--max-new-tokens", 6)
+    source, target, load = tmp_path / "in.jsonl", tmp_path / "out.jsonl", commands._load
+    source.write_text(json.dumps({"prompt": QUESTION}) + "\n")
+    plain = run(*arguments, QUESTION).stdout
+
+    def offloaded(*asked):
+        model, tokenizer = load(*asked)
+        return cpu_offload(model, torch.device("cpu")), tokenizer
+
+    monkeypatch.setattr(commands, "_load", offloaded)
+    assert run(*arguments, QUESTION).stdout == plain
+    run(*arguments, "--input", source, "--output", target)
+    assert json.loads(target.read_text())["text"] == plain.strip()
 
 
 def test_generate_hands_the_knobs_on(checkpoint):

@@ -306,6 +306,21 @@ def test_options_that_do_not_go_together(arguments, message):
     assert message in result.stderr
 
 
+def test_a_line_goes_before_options_of_other_names_too(checkpoint, files):
+    """A greedy line among sampled ones was refused, a max_length had no effect beside the option's max_new_tokens."""
+    source, target = files
+    greedy = {"input_ids": [5, 6, 7], "mode": "ar"}
+    lines = [greedy | {"do_sample": False, "id": "greedy"}, greedy | {"max_length": 5, "id": "short"}, greedy]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(checkpoint, source, target, "--do-sample", "--temperature", 9, "--seed", 1)
+    answers = written(target)
+    alone = TwoTowerForBlockDiffusion.from_pretrained(checkpoint).generate(
+        torch.tensor([[5, 6, 7]]), mode="ar", max_new_tokens=12
+    )
+    assert answers["id", "greedy"]["token_ids"] == alone[0, 3:].tolist() != answers["index", 2]["token_ids"]
+    assert answers["id", "short"]["tokens"] == 2
+
+
 def test_options_are_of_all_lines_and_a_line_goes_before_them(checkpoint, files, monkeypatch):
     source, target = files
     seen = []

@@ -183,7 +183,8 @@ def test_a_handle_is_a_future(model, engine):
     handle.add_done_callback(called.append)
     assert not handle.done() and not handle.running()
     with pytest.raises(TimeoutError):
-        handle.result(timeout=0.01)
+        handle.result(timeout=0)
+    assert not handle.running()
     engine.step()
     assert handle.running()
     run(engine)
@@ -247,6 +248,31 @@ def test_tokens_come_as_they_become_final(engine):
         engine.step()
         assert len(handle._tokens) == number + 1 and next(tokens) == handle._tokens[-1]
     assert list(tokens) == []
+
+
+@pytest.mark.parametrize("way", ["result", "result in time", "exception", "tokens"])
+def test_whoever_waits_for_an_engine_without_a_thread_takes_its_steps(model, engine, way):
+    """It was waited for in vain."""
+    before, handle = engine.add_requests([random_ids(9), IDS], max_new_tokens=5, mode="ar")
+    alone = model.generate(IDS, max_new_tokens=5, mode="ar")
+    if way == "tokens":
+        tokens = iter(handle)
+        assert [next(tokens)] == handle._tokens  # a step at a time
+        assert [*handle._tokens, *tokens] == alone[0, 6:].tolist()
+    elif way == "exception":
+        assert handle.exception() is None
+    else:
+        assert torch.equal(handle.result(WAIT if way == "result in time" else None), alone)
+    assert handle.done() and before._admitted
+
+
+def test_nobody_waits_for_an_engine_that_is_gone(model):
+    handle = TwoTowerEngine(model).add_request(IDS, max_new_tokens=5)
+    gc.collect()
+    with pytest.raises(RuntimeError, match="request-0 has not been done, and its engine is gone; keep the engine"):
+        handle.result()
+    with pytest.raises(RuntimeError, match="keep the engine"):
+        next(iter(handle))
 
 
 def test_tokens_that_a_criterion_about_all_rows_takes_back_are_never_given(model):
@@ -460,6 +486,20 @@ def test_callbacks_may_ask_cancel_and_stop_but_not_wait(model, engine):
     assert gone.cancelled() and more[0].result(0).shape == (1, 9) and handle.result(0).shape == (1, 10)
 
 
+def test_a_callback_may_wait_for_a_thread_that_waits_no_longer_than_it_was_told_to(engine):
+    said = []
+
+    def call_back(step):
+        if not said:
+            waiter = threading.Thread(target=lambda: said.append(outcome(lambda: handle.result(0.05))))
+            waiter.start()
+            waiter.join(WAIT)
+
+    handle = engine.add_request(IDS, max_new_tokens=4, block_size=4, steps_per_block=1, step_callback=call_back)
+    run(engine)
+    assert said == ["TimeoutError: "]
+
+
 @pytest.mark.parametrize("finish", [True, False])
 def test_a_callback_may_stop_the_engine(engine, finish):
     with engine:
@@ -586,6 +626,24 @@ def test_a_thread_that_was_ended_is_known_by_its_error(model, monkeypatch):
     engine.start()
     engine._thread and engine._thread.join(WAIT)
     assert isinstance(engine.background_thread_status.fatal_error, SystemExit)
+
+
+def test_a_result_handler_outlives_a_request_that_was_refused(model):
+    """As by a full queue, after which it is asked again."""
+    told = []
+
+    async def ask():
+        engine = TwoTowerEngine(model, slots=1, max_queue=1)
+        engine.register_result_handler("again", told.append)
+        engine.add_request(IDS, max_new_tokens=2)
+        with pytest.raises(Full):
+            engine.add_request(IDS, request_id="again", max_new_tokens=2)
+        run(engine)
+        engine.add_request(IDS, request_id="again", max_new_tokens=2).result()
+        await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(ask(), WAIT))
+    assert [output.request_id for output in told] == ["again"]
 
 
 # What is refused.
@@ -825,6 +883,13 @@ def test_what_is_wrong_with_one_of_many_says_which(model):
     assert caught.value.__notes__ == ["It is about prompt 2, counted from 0."]
 
 
+def test_what_goes_wrong_with_one_of_many_later_says_which_too(model):
+    failing = {"input_ids": [5], "logits_processor": [Stateless(fails_beyond(2, lambda scores: scores))]}
+    with pytest.raises(KeyError, match="text of 3 tokens") as caught:
+        list(model.generate_many([[4], failing, [6]], progress=False, max_new_tokens=9, mode="ar"))
+    assert caught.value.__notes__ == ["It is about prompt 1, counted from 0."]
+
+
 @pytest.mark.parametrize("running", [True, False])
 def test_a_workload_shares_an_engine_with_a_short_queue_and_other_requests(model, running):
     engine = model.init_continuous_batching(slots=2, max_queue=1)
@@ -882,6 +947,8 @@ def test_prompts_of_very_different_lengths_read_in_chunks_or_whole(model, engine
 def test_generate_batch_gives_one_text_per_prompt(model):
     with pytest.raises(ValueError, match="num_return_sequences is 2; generate_batch gives one"):
         model.generate_batch([[5, 6]], num_return_sequences=2, do_sample=True)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(2, 3\); a request is one prompt"):
+        model.generate_batch([random_ids(2, 3)], max_new_tokens=2)
     with pytest.raises(ValueError, match="return_dict_in_generate is true, but generate_batch gives"):
         model.generate_batch([[5, 6]], return_dict_in_generate=True)
     several = mixed_model()

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from tiny import tiny_model, tiny_tokenizer
 from transformers import BatchEncoding
 
 from twotower.evaluation.answers import (
@@ -16,6 +18,7 @@ from twotower.evaluation.answers import (
     pass_figures,
     same_answers,
     speed_figures,
+    tokenized,
 )
 
 
@@ -89,6 +92,14 @@ def test_passes_saved_are_paired_by_problem():
     reference, run = Run([[5]] * 3, [], [10, 20, 30]), Run([[5]] * 3, [1, 2, 3], [1, 2, 3])
     assert fewer_passes(run, reference) == {"fewer_passes": 5.0, "fewer_passes_stderr": pytest.approx(0, abs=1e-12)}
     assert fewer_passes(Run([[5]] * 3), reference)["fewer_passes"] is None, "where they are not counted"
+
+
+def test_prompts_go_where_an_offloaded_model_takes_them():
+    model = tiny_model()
+    cpu_offload(model, torch.device("cpu"))
+    assert model.device.type == "meta"
+    (batch,) = tokenized(["Mia"], 1, tiny_tokenizer(), model)
+    assert batch.input_ids.device.type == "cpu"
 
 
 def test_answers_of_several_runs_are_compared_whole():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import tiny_config, tiny_model
 from tolerances import assert_close
 from transformers import BatchEncoding
@@ -34,6 +35,12 @@ def test_transformers_runs_the_same_tensors_to_the_same_logits(model):
         baseline.model.layers[layer].mixer.time_step_limit = (0.001, math.inf)
     with pytest.raises(AssertionError, match="relative error"):
         assert_close(baseline(ids).logits[0], ours[0])
+
+
+def test_an_offloaded_tower_is_refused():
+    offloaded = cpu_offload(tiny_model("all kinds", vocab_size=280), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the context tower is on cpu, meta, .* needs it on one device; .*--modes"):
+        context_tower_in_transformers(offloaded)
 
 
 def test_nemotron_config_describes_one_tower(model):

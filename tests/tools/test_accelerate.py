@@ -1,6 +1,5 @@
 """`accelerate launch` with two processes on a CPU trains as one process does."""
 
-import pytest
 import torch
 from tiny import student_model
 from tolerances import GRADIENTS, assert_close
@@ -8,7 +7,6 @@ from tools.processes import SCRIPT, launch
 from tools.train_in_processes import optimizer_of, train
 
 
-@pytest.mark.filterwarnings("ignore:backward through a loss of eval")
 def test_two_processes_train_as_one(tmp_path):
     """Many steps without `find_unused_parameters`, one of them without a label on any row, one on one row alone."""
     command = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"

@@ -1,6 +1,5 @@
 """FSDP2 with two processes on a CPU trains as one process does, and its weights are saved and loaded."""
 
-import pytest
 import torch
 from tiny import student_model
 from tolerances import GRADIENTS, assert_close
@@ -10,7 +9,6 @@ from tools.train_in_processes import optimizer_of, train
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 
-@pytest.mark.filterwarnings("ignore:backward through a loss of eval")
 def test_two_processes_train_as_one(tmp_path):
     result = launch(f"-m torch.distributed.run --standalone --nproc-per-node 2 {SCRIPT} fsdp", tmp_path)
     assert result["processes"] == 2

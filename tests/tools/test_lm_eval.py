@@ -11,13 +11,16 @@ from functools import partial
 import lm_eval
 import pytest
 import torch
+from accelerate import cpu_offload
 from grammars import PROMPTS
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tiny import tiny_model
 
 import twotower
+from twotower import TwoTowerForBlockDiffusion
 from twotower.evaluation import harness
 from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.evaluation.denoiser_likelihood import denoiser_log_likelihood
@@ -147,6 +150,11 @@ def test_sampling_depends_on_seed_prompt_and_repetition(model, tokenizer):
         ours(model, tokenizer, mode="ar", temperature=4.0).generate_until([one], True) for one in (cold, hot)
     )
     assert drawn == texts[0, 1][0] != greedy, "what the request says goes first"
+    sampling = ours(model, tokenizer, mode="ar", do_sample=True, temperature=4.0)
+    assert sampling.generate_until([cold], True) == [greedy], "0 asks not to sample, and not to do so at 1"
+    torn = Instance("generate_until", {}, (PROMPTS[0], {"max_gen_toks": 24, "do_sample": True, "temperature": 0.0}), 0)
+    with pytest.raises(ValueError, match="sampling needs it above 0"):
+        sampling.generate_until([torn], True)
 
 
 def test_a_long_prompt_is_cut_on_the_left(model, tokenizer):
@@ -164,6 +172,25 @@ def test_a_long_prompt_is_cut_on_the_left(model, tokenizer):
     assert kept[0][0] == denoiser_log_likelihood(model, ids[:-3], ids[-3:], samples=2).value
     with pytest.raises(ValueError, match=r"a continuation has \d+ tokens, the model room for 8"):
         estimating.loglikelihood([Instance("loglikelihood", {}, ("a", PROMPTS[0]), 0)], True)
+
+
+def test_estimates_of_whole_texts_have_windows_as_long_as_the_model_reads(model, tokenizer):
+    estimating = TwoTowerLM(model, tokenizer, max_length=8, likelihood="denoiser", likelihood_samples=2)
+    text = Instance("loglikelihood_rolling", {}, (PROMPTS[0],), 0)
+    ids = [estimating.prefix_token_id, *estimating.tok_encode(PROMPTS[0])]
+    assert len(ids) > 9
+    assert estimating.loglikelihood_rolling([text], True)[0] < 0
+    whole = denoiser_log_likelihood(model, ids[:1], ids[1:9], samples=2)
+    assert estimating.likelihood_errors[0] == whole.stderr
+
+
+def test_an_offloaded_model_is_asked_where_it_computes(model, tokenizer):
+    offloaded = TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint(), dtype=torch.float32)
+    cpu_offload(offloaded, torch.device("cpu"))
+    for likelihood in ("context", "denoiser"):
+        asked, options = requests("loglikelihood", " 21")[:1], {"likelihood": likelihood, "likelihood_samples": 2}
+        expected = ours(model, tokenizer, **options).loglikelihood(asked, True)
+        assert ours(offloaded, tokenizer, **options).loglikelihood(asked, True) == expected
 
 
 def test_estimates_come_with_their_errors(model, tokenizer):
@@ -190,6 +217,11 @@ def test_estimates_come_with_their_errors(model, tokenizer):
 def test_arguments_that_mean_nothing_are_refused(model, tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         TwoTowerLM(model, tokenizer, **arguments)
+
+
+def test_a_model_from_nowhere_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="says of no place where its tokenizer is; give tokenizer"):
+        TwoTowerLM(tiny_model())
 
 
 TASK = """

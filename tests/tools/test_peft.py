@@ -69,6 +69,19 @@ def test_adapters_train_save_load_and_merge(targets, tmp_path):
         assert_close(actual, expected)
 
 
+def test_an_adapters_folder_is_placed_by_the_model_it_is_of(tmp_path):
+    """It has no config.json of its own, which the map was made from."""
+    model = adapted("modules")
+    train(model)
+    expected = logits(model)
+    student_model("all kinds").save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "adapter", device_map="towers")
+    for found, wanted in zip(logits(loaded), expected, strict=True):
+        assert_close(found, wanted)
+
+
 def test_self_speculative_of_an_adapted_denoiser_still_equals_ar():
     model = adapted("both")
     train(model)
@@ -141,6 +154,38 @@ def test_weights_saved_beside_adapters_may_be_those_used_without_a_call():
     assert not any(map(torch.equal, before, after))
     with model.disable_adapter():
         assert all(map(torch.equal, before, logits(model)))
+
+
+def test_a_head_that_is_saved_because_its_name_ends_so_is_refused():
+    def losses(**options):
+        model = get_peft_model(student_model("all kinds"), LoraConfig(r=4, task_type="CAUSAL_LM", **options)).train()
+        ids = random_ids(2, 8)
+        return model, model(input_ids=ids, labels=ids).loss, model(input_ids=ids).logits.sum()
+
+    with pytest.raises(ValueError, match="put lm_head into target_modules instead"):
+        losses(target_modules=r"denoiser_tower\..*\.q_proj", modules_to_save=["lm_head"])
+    model, loss, other = losses(target_modules=r"denoiser_tower\..*\.q_proj|lm_head")
+    loss.backward()
+    assert model.lm_head.lora_B["default"].weight.grad.any()
+    assert not other.requires_grad
+    *_, other = losses(target_modules=r"denoiser_tower\..*\.q_proj", modules_to_save=["lm_head", "context_lm_head"])
+    assert other.requires_grad
+
+
+def test_an_adapter_for_each_row_is_refused_where_a_batch_has_other_rows():
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(without_special_tokens(student_model("all kinds")), config)
+    model.add_adapter("other", config)
+    model.eval()
+    prompt, names = random_ids(2, 7), ["other", "__base__"]
+    with pytest.raises(ValueError, match="adapter_names is not supported by TwoTower's generate"):
+        model.generate(input_ids=prompt, max_new_tokens=4, adapter_names=names)
+    # A pass of the model has the rows of its input.
+    mixed = model(input_ids=prompt, adapter_names=names).logits
+    model.set_adapter("other")
+    assert_close(mixed[:1], model(input_ids=prompt[:1]).logits)
+    with model.disable_adapter():
+        assert_close(mixed[1:], model(input_ids=prompt[1:]).logits)
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])

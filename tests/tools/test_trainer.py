@@ -115,7 +115,6 @@ def test_the_best_model_is_loaded_at_the_end(shards, tmp_path):
     assert_equal(weights(model), weights(best))
 
 
-@pytest.mark.filterwarnings("ignore:backward through a loss of eval")
 def test_accumulated_batches_are_one_batch(tmp_path):
     """Of rows with unlike numbers of labels, under the same masks."""
     rows = [{**row, "labels": row["labels"].clone()} for row in ROWS[:3]]
@@ -157,3 +156,8 @@ def test_label_smoothing_is_refused_by_name(tmp_path):
         model.set_trained_towers(towers)
         with pytest.raises(ValueError, match="set label_smoothing_factor to 0"):
             trainer(model, tmp_path, label_smoothing_factor=0.1).train()
+
+
+def test_noise_in_the_embeddings_of_what_is_not_trained_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="neftune_noise_alpha puts noise into the context tower's embeddings"):
+        trainer(student_model("only -"), tmp_path, neftune_noise_alpha=5.0).train()

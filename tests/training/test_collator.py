@@ -104,6 +104,7 @@ def test_padding_of_rows_is_no_text(side):
     ("row", "message"),
     [
         ({"text": "a"}, "a row has text, but no input_ids; tokenize the texts first"),
+        ({"input_ids": None, "labels": [1]}, "a row has labels, but no input_ids; tokenize the texts first"),
         ({"input_ids": [1, 2], "labels": [1]}, "a row has 2 input_ids and 1 labels"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, "a row has 2 input_ids and 1 attention_mask; make them"),
         ({"input_ids": [1, 2, 3], "completion_mask": [1, 0, 1]}, "a row's labels have a gap"),

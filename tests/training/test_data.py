@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from twotower.training.collator import BlockCollator, Document
 from twotower.training.data import Batches, Documents, found_files
@@ -75,6 +76,19 @@ def test_a_prompt_and_its_completion(tokenizer, tmp_path):
     prompt = tokenizer(TEXTS[0]).input_ids
     answer = tokenizer(" He has 3.", add_special_tokens=False).input_ids
     assert document == Document(prompt + answer, len(prompt))
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(tmp_path):
+    rows = [{"question": "Tom has 3 apples.", "answer": " How many apples?"}]
+    recipe = DataRecipe(files=[write(tmp_path, rows)], prompt="question", completion="answer")
+    ending = tiny_tokenizer()
+    [expected] = documents(ending, recipe)
+    bos, eos = ending.bos_token, ending.eos_token
+    ending._tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(bos, ending.bos_token_id), (eos, ending.eos_token_id)]
+    )
+    assert ending("Tom").input_ids[-1] == ending.eos_token_id
+    assert documents(ending, recipe) == [expected]
 
 
 def test_long_texts_are_cut_and_lose_nothing(tokenizer, tmp_path):
@@ -177,6 +191,11 @@ WRONG = {
         [{"text": TEXTS[0]}],
         {"max_tokens": 7},
         "data.max_tokens is 7, less than a block of 8 tokens",
+    ),
+    "paragraphs of lines that are documents": (
+        [{"text": TEXTS[0]}],
+        {"text_by": "paragraph"},
+        "data.text_by is paragraph, which goes with .txt, but data.files has .*data.jsonl; leave it out",
     ),
     "a prompt too long": (
         [{"q": " ".join(TEXTS), "a": "b"}],

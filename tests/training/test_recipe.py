@@ -140,6 +140,10 @@ WRONG = {
         content(optimizer={"other_lr": 1e-3}),
         "optimizer.other_lr is 0.001, which goes with name: muon; leave it out",
     ),
+    "a rate that is no number": (
+        content(optimizer={"name": "muon", "other_lr": float("nan")}),
+        "optimizer.other_lr is nan; it must be positive and finite",
+    ),
     "documents longer than they may be": (
         content(data={"files": ["a"], "min_tokens": 4096}),
         "data.min_tokens is 4096, more than max_tokens, 2048, to which documents are cut; lower it",

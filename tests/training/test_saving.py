@@ -1,6 +1,8 @@
 """A run's folder: optimiser state through files, and checkpoints that are broken named as such."""
 
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -28,6 +30,22 @@ def test_a_system_without_locks_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="cannot lock and sync a run's folder, as Windows cannot; train on Linux"):
         FolderLock(tmp_path / "run").__enter__()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_system_without_locks_is_no_other_process(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ValueError, match=r"lock cannot be locked \(No locks available\); give a folder on"):
+        FolderLock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("folder", ["run", "run/within"])
+def test_a_file_where_the_folder_is_to_be_is_named(folder, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match=f"folder is .*{folder}, where a file is in the way; give another folder"):
+        FolderLock(tmp_path / folder).__enter__()
 
 
 def test_lines_of_later_steps_and_a_broken_one_are_cut(tmp_path):
