@@ -295,23 +295,24 @@ class TwoTowerForBlockDiffusion(
             self.reset_time_conditioning()
 
     def check_denoiser(self, wanted: str) -> None:
-        """
-        Raise a ValueError where `wanted` cannot be had: of a model of `towers="context"`, which lacks the denoiser, or
-        of towers in different dtypes, of which one computes with what the other has read.
-        """
+        """Raise a ValueError that `wanted` needs what a model of `towers="context"` lacks."""
         if not self.has_denoiser:
             raise ValueError(
                 f'{wanted} needs the denoiser, which this model was loaded without (towers="context"): its tower, '
                 'head and time conditioning are missing; load it with towers="both", the default'
             )
+
+    def check_dtypes(self) -> None:
+        """Raise a ValueError for towers of different dtypes, of which one computes with what the other has read."""
         context, denoiser = self.context_tower.embeddings.weight, self.denoiser_tower.embeddings.weight
-        if context.dtype != denoiser.dtype:
-            kind = context.device.type
-            if kind == "meta" or not torch.is_autocast_enabled(kind):  # in which both compute in one
-                raise ValueError(
-                    f"the context tower is in {context.dtype}, the denoiser in {denoiser.dtype}; bring both to one "
-                    f"dtype, e.g. model.to({context.dtype})"
-                )
+        if context.dtype == denoiser.dtype:
+            return
+        kind = context.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):  # in which both compute in one
+            raise ValueError(
+                f"the context tower is in {context.dtype}, the denoiser in {denoiser.dtype}; bring both to one dtype, "
+                f"e.g. model.to({context.dtype})"
+            )
 
     @can_return_tuple
     @accepts_past_key_values
@@ -458,6 +459,7 @@ class TwoTowerForBlockDiffusion(
             (B, S, V) float32 logits for the same positions; meaningless on padding.
         """
         self.check_denoiser("denoise")
+        self.check_dtypes()
         self._check_ids("block_ids", block_ids, cache)
         packed, mask = PackedTokens(block_ids), None
         if attention_mask is not None:

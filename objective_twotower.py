@@ -146,6 +146,7 @@ def diffusion_loss(
             "labels has tokens where attention_mask is 0, which num_items_in_batch counts, but none is trained on; "
             "set labels to -100 there"
         )
+    model.check_dtypes()
     if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):  # as transformers' Trainer sets it
         raise ValueError(
             "neftune_noise_alpha puts noise into the context tower's embeddings, of which the objective trains "

@@ -53,7 +53,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
     strategies: dict[str, Any]
     prepared: Callable[[], Any]
     has_denoiser: bool
-    check_denoiser: Callable[[str], None]
+    check_dtypes: Callable[[], None]
 
     @accepts_past_key_values
     @torch.no_grad()
@@ -295,7 +295,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 '(towers="context"); use mode="ar", or load it with towers="both", the default'
             )
         if config.mode != "ar":
-            self.check_denoiser(config.mode)
+            self.check_dtypes()
         for name, modes in (
             ("starting_block", ("mask_diffusion",)),
             ("step_callback", ("mask_diffusion", "self_speculative")),

@@ -147,9 +147,10 @@ def test_steps_may_change_until_the_rate_decays(inputs, tmp_path):
     interrupted_after_step(3, recipe(inputs, tmp_path / "parts", steps=20))
     train(recipe(inputs, tmp_path / "parts", steps=8))
     assert_equal(weights(tmp_path / "parts" / "model"), weights(tmp_path / "whole" / "model"))
-    interrupted_after_step(7, recipe(inputs, tmp_path / "late", steps=8))
+    late = {"optimizer": {"lr": 1e-2, "decay": 0.5}}
+    interrupted_after_step(6, recipe(inputs, tmp_path / "late", steps=8, **late))
     with pytest.raises(ValueError, match=r"steps is 9, but .* was begun with 8; put it back"):
-        train(recipe(inputs, tmp_path / "late", steps=9))
+        train(recipe(inputs, tmp_path / "late", steps=9, **late))
 
 
 def test_a_file_more_that_a_pattern_names_is_other_data(tmp_path):
