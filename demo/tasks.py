@@ -17,7 +17,7 @@ SKILLS: tuple[Skill, ...] = ("words", "code")
 WORDS_SHARE = 0.7
 # What a run is given: tasks as they are asked, or with this share of problems whose sums carry. After 450,000 tasks 17
 # of 21 errors of the denoiser's were digits of sums and differences, and most of these carried, as one step in six
-# does; after 173,000 with most carrying, 1 of 49 did, and sums that carry nothing were wrong as if they did.
+# does; after 173,000 with most carrying, 1 of 49 did, and 15 were of sums that carry nothing.
 Stream = Literal["tasks", "carries", "some carries"]
 CARRIES_SHARE: dict[Stream, float] = {"tasks": 0.0, "carries": 0.6, "some carries": 0.2}
 _EQUATION = re.compile(r"\d+ [-+*/] \d+ = \d+")
