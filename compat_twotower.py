@@ -44,7 +44,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 from transformers.integrations.moe import _grouped_mm as grouped_mm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import _add_variant as add_variant
@@ -156,7 +156,6 @@ __all__ = [
     "WeightConverter",
     "accepts_past_key_values",
     "add_variant",
-    "batched_mm_experts_forward",
     "cached_file",
     "can_return_tuple",
     "extract_commit_hash",

@@ -47,10 +47,8 @@ from .compat_twotower import (
     NemotronHRMSNorm,
     NemotronHTopkRouter,
     accepts_past_key_values,
-    batched_mm_experts_forward,
     can_return_tuple,
     force_accelerate_hooks,
-    grouped_mm,
     grouped_mm_experts_forward,
     slice_logits_to_keep,
 )
@@ -72,7 +70,9 @@ from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32, may_give_out
 from .kernels.rms_norm import rms_norm
+from .kernels.routed_experts import routed_experts
 from .kernels.ssd import ssd_scan
+from .kernels.top_k_routing import top_k_routing
 from .mirror_twotower import views_on
 from .objective_twotower import DiffusionObjective, LossWeighting, check_heads, diffusion_loss
 
@@ -200,7 +200,7 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
         """
         chosen = check_kernels(kernels)
         for module in self.modules():
-            if isinstance(module, TwoTowerPreTrainedModel | TwoTowerMamba | TwoTowerAttention | TwoTowerRMSNorm):
+            if isinstance(getattr(module, "kernels", None), Mapping):
                 module.kernels = chosen
 
 
@@ -954,7 +954,10 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             return_inputs=layout.keep != "state",
             backend=self.kernels["causal_conv"],
         )
-        x, B, C = at_least_float32(convolved).split_with_sizes([channels, states, states], -1)
+        scan_backend = self.kernels["ssd_step" if inputs.shape[1] == 1 and layout.state_every is None else "ssd_scan"]
+        if is_torch(scan_backend, convolved):
+            convolved = at_least_float32(convolved)  # kernels read it as it is, and round y to its dtype
+        x, B, C = convolved.split_with_sizes([channels, states, states], -1)
         tokens = x.shape[:2]
         x = x.view(*tokens, self.num_heads, self.head_dim)
         B, C = B.view(*tokens, self.n_groups, -1), C.view(*tokens, self.n_groups, -1)
@@ -970,7 +973,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             layout.state_every or self.chunk_size,
             return_state=layout.keep == "state",
             return_chunk_states=layout.state_every is not None,
-            backend=self.kernels["ssd_step" if x.shape[1] == 1 and layout.state_every is None else "ssd_scan"],
+            backend=scan_backend,
         )
         y = gated_rms_norm(
             scan.y,
@@ -1059,7 +1062,9 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
 
 
 class TwoTowerRouter(Preparing, NemotronHTopkRouter):
-    """Expert choice in float64, as NVIDIA's code computes it; the correction bias decides, but does not weigh."""
+    """transformers' choice of experts, in float64 as NVIDIA's code computes it."""
+
+    kernels = AUTO_KERNELS
 
     def __init__(self, config: TwoTowerConfig):
         super().__init__(config)
@@ -1074,116 +1079,41 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
-        weight, bias = self.prepared()
-        logits = F.linear(hidden_states.flatten(0, -2).double(), weight)
-        scores = logits.sigmoid()
-        choice = scores + bias
-        if self.num_group != self.topk_group:
-            choice = self._without_weak_groups(choice)
-        indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(1, indices)
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        if self.norm_topk_prob:
-            total = weights.sum(-1, keepdim=True) + 1e-20
-            if self.routed_scaling_factor == 1 and may_give_out(weights):
-                return logits, torch.div(weights, total, out=torch.empty_like(weights, dtype=dtype)), indices
-            weights = weights / total
-        if self.routed_scaling_factor != 1:
-            weights = weights * self.routed_scaling_factor
-        return logits, weights.to(dtype), indices
-
-    def _without_weak_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        """Score 0, as NVIDIA's code does, outside the `topk_group` groups whose best two experts score highest."""
-        grouped = choice.unflatten(-1, (self.num_group, -1))
-        strongest = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1, sorted=False).indices
-        weak = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, strongest, False)
-        return grouped.masked_fill(weak[..., None], 0.0).flatten(-2)
-
-
-# On a CPU, fewer needless products, or fewer weights of all experts or copied ones, cost less than to sort tokens.
-FEW_PRODUCTS, FEW_WEIGHTS = 2**20, 2**17
-# On a GPU torch groups products in bfloat16; of other dtypes the host would wait to learn where each expert's tokens
-# end, which takes longer than so many products (unmeasured), and cannot be recorded.
-FEW_PRODUCTS_ON_A_GPU = 2**34
+        tokens, backend = hidden_states.flatten(0, -2), self.kernels["top_k_routing"]
+        # Kernels read weights as they are, of which there are fewer bytes.
+        own = (self.weight, self.e_score_correction_bias)
+        weight, bias = self.prepared() if is_torch(backend, tokens) else own
+        return top_k_routing(
+            tokens,
+            weight,
+            bias,
+            self.top_k,
+            self.num_group,
+            self.topk_group,
+            self.norm_topk_prob,
+            self.routed_scaling_factor,
+            backend,
+        )
 
 
 def grouped_mm_or_all(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """
-    (T, H) tokens through their experts: torch's grouped product, or on a CPU where that takes less time a lone
-    token's experts copied, or all experts' products, most of which weigh nothing; so on a GPU in other dtypes than
-    bfloat16. What torch does not group, float64, token by token. Grouped outputs are not rounded to tokens' dtype yet.
-    """
-    tokens, chosen = indices.shape
-    size = math.prod(experts.up_proj.shape[1:])
+    """(T, H) tokens through their experts, see [`routed_experts`]; as transformers does where ranks share them."""
     if experts._is_expert_parallel:
         return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
-    if hidden_states.device.type == "cpu":
-        if tokens == 1 and chosen * size < FEW_WEIGHTS:
-            return _copied_experts(experts, hidden_states, indices, weights)
-        needless = tokens * (experts.num_experts - chosen) * size
-        if tokens > 1 and experts.num_experts * size < FEW_WEIGHTS and needless < FEW_PRODUCTS:
-            return _all_experts(experts, hidden_states, indices, weights)
-    elif hidden_states.dtype != torch.bfloat16 and tokens * experts.num_experts * size < FEW_PRODUCTS_ON_A_GPU:
-        return _all_experts(experts, hidden_states, indices, weights)
-    if hidden_states.dtype == torch.float64:
-        return batched_mm_experts_forward(experts, hidden_states, indices, weights)
-    return _grouped_experts(experts, hidden_states, indices, weights)
-
-
-def _copied_experts(
-    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    # (K, I, H) and (K, H, I) of the chosen experts alone; which they are, the host need not know.
-    chosen = indices.view(-1)
-    up_proj, down_proj = experts.up_proj.index_select(0, chosen), experts.down_proj.index_select(0, chosen)
-    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))
-    outputs = torch.bmm(activated.view(up_proj.shape[0], 1, -1), down_proj.transpose(1, 2)).squeeze(1)
-    return (weights @ outputs.to(weights.dtype)).to(hidden_states.dtype)
-
-
-def _all_experts(
-    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Every expert's output for every token, times its weight, which may be none."""
-    up_proj, down_proj = experts.up_proj, experts.down_proj
-    shares = weights.new_zeros(len(weights), len(up_proj)).scatter(1, indices, weights)
-    activated = experts.act_fn(F.linear(hidden_states, up_proj.flatten(0, 1)))  # (T, E * I)
-    by_expert = activated.unflatten(-1, (len(up_proj), -1)).transpose(0, 1)  # (E, T, I); of no token, too
-    outputs = torch.bmm(by_expert, down_proj.transpose(1, 2))  # (E, T, H)
-    # What an expert that was not chosen makes of a token may be no number.
-    weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)
-    return weighted.sum(0).to(hidden_states.dtype)
-
-
-def _grouped_experts(
-    experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
-    # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
-    chosen, order = indices.flatten().sort()
-    (numbers,) = experts.prepared()
-    ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
-    # A lone token's need no indices.
-    lone = len(indices) == 1
-    grouped = hidden_states.expand(len(order), -1).contiguous() if lone else hidden_states[order // indices.shape[1]]
-    activated = experts.act_fn(grouped_mm(grouped, experts.up_proj.transpose(1, 2), ends))
-    outputs = grouped_mm(activated, experts.down_proj.transpose(1, 2), ends)
-    by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
-    # Weights are of NVIDIA's precision, float32, so the outputs are summed in it.
-    return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]
+    backend, own = experts.kernels["routed_experts"], (experts.up_proj, experts.down_proj, experts.act_fn)
+    return routed_experts(hidden_states, indices, weights, *own, backend)
 
 
 GROUPED_MM_OR_ALL = "grouped_mm_or_all"
 ExpertsInterface.register(GROUPED_MM_OR_ALL, grouped_mm_or_all)
 
 
-class TwoTowerExperts(Preparing, NemotronHExperts):
+class TwoTowerExperts(NemotronHExperts):
     """transformers' experts; the way they are computed is looked up by name."""
 
-    def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (torch.arange(self.num_experts, device=self.up_proj.device),)
+    kernels = AUTO_KERNELS
 
 
 class TwoTowerMoE(NemotronHMoE):

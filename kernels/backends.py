@@ -21,6 +21,7 @@ import torch
 
 from ._attention_triton import attention_with_triton, triton_cannot_attend
 from ._causal_conv1d import causal_conv1d_cannot, causal_conv_with_package
+from ._experts_triton import experts_with_triton, triton_cannot_route
 from ._flash_attn import attention_with_flash_attn, flash_attn_cannot
 from ._mamba_ssm import (
     gated_rms_norm_with_mamba_ssm,
@@ -30,6 +31,7 @@ from ._mamba_ssm import (
     scan_with_mamba_ssm,
     step_with_mamba_ssm,
 )
+from ._routing_triton import route_with_triton, triton_cannot_choose
 from ._ssd_triton import scan_with_triton, state_with_triton, triton_cannot_scan
 
 
@@ -92,6 +94,8 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     "rms_norm": _by_name(
         Backend("mamba-ssm", rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H200)
     ),
+    "top_k_routing": _by_name(Backend("triton", route_with_triton, triton_cannot_choose, in_triton=True)),
+    "routed_experts": _by_name(Backend("triton", experts_with_triton, triton_cannot_route, in_triton=True)),
     "block_attention": _by_name(
         Backend("triton", attention_with_triton, triton_cannot_attend, in_triton=True),
         Backend("flash-attn", attention_with_flash_attn, flash_attn_cannot),

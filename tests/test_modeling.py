@@ -25,7 +25,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from twotower.cache_twotower import KeyValues, TwoTowerCache
-from twotower.modeling_twotower import TwoTowerExperts, TwoTowerForBlockDiffusion, _all_experts
+from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 MASK = 3
 
@@ -878,11 +878,3 @@ def test_a_fake_pass_leaves_nothing_behind():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(ids), use_cache=False)
     assert type(model(ids, use_cache=False).logits) is torch.Tensor
-
-
-def test_all_experts_of_no_token_are_none():
-    (experts, *_) = [each for each in tiny_model("all kinds").modules() if isinstance(each, TwoTowerExperts)]
-    nothing = torch.zeros(0, experts.up_proj.shape[2])
-    assert (
-        _all_experts(experts, nothing, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)).shape == nothing.shape
-    )

@@ -17,7 +17,9 @@ from twotower.kernels.block_attention import block_attention
 from twotower.kernels.causal_conv import causal_conv
 from twotower.kernels.gated_rms_norm import gated_rms_norm
 from twotower.kernels.rms_norm import rms_norm
+from twotower.kernels.routed_experts import routed_experts
 from twotower.kernels.ssd import ssd_scan, ssd_state
+from twotower.kernels.top_k_routing import top_k_routing
 
 ROOT = Path(__file__).resolve().parents[2]
 X = torch.ones(1, 2, 3)
@@ -28,9 +30,14 @@ CALLS = {
     "causal_conv": lambda **backend: causal_conv(X, torch.ones(3, 2), **backend),
     "gated_rms_norm": lambda **backend: gated_rms_norm(X, X, X[0, 0], 3, 1e-5, **backend),
     "rms_norm": lambda **backend: rms_norm(X, X[0, 0], 1e-5, **backend),
+    "top_k_routing": lambda **backend: top_k_routing(X[0], X[0], X[0, :, 0], 1, **backend),
+    "routed_experts": lambda **backend: routed_experts(
+        X[0], *ROUTES, *[torch.ones(2, 3, 3)] * 2, torch.relu, **backend
+    ),
     "block_attention": lambda **backend: block_attention(*[torch.ones(1, 2, 3, 4)] * 3, **backend),
 }
 SCAN = [torch.ones(1, 2, 3, 4), X, -torch.ones(3), torch.ones(1, 2, 1, 5), torch.ones(1, 2, 1, 5), torch.ones(3)]
+ROUTES = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
 
 
 def fake(name, measured="", cannot=None):
@@ -164,7 +171,7 @@ class TestCheckKernels:
 
     def test_one_backend_is_of_all_that_have_it(self):
         chosen = check_kernels("triton")
-        ours = {"ssd_scan", "ssd_step", "ssd_state", "block_attention"}
+        ours = {"ssd_scan", "ssd_step", "ssd_state", "top_k_routing", "routed_experts", "block_attention"}
         assert {op for op, backend in chosen.items() if backend == "triton"} == ours
         assert set(check_kernels("torch").values()) == {"torch"}
 
@@ -188,7 +195,7 @@ TRITON = dict.fromkeys(("ssd_scan", "ssd_step", "ssd_state"), "triton")
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(hybrid_override_pattern="M*", block_size=4).eval()
+    return tiny_model(hybrid_override_pattern="ME*", block_size=4).eval()
 
 
 class TestOfAModel:
@@ -299,5 +306,6 @@ class TestTables:
     def test_packages_and_versions(self, monkeypatch):
         monkeypatch.setattr(backends, "package_version", {"triton": "3.9.0"}.get)
         rows = {row[0]: row[1:] for row in package_table()}
-        assert rows["triton"] == ("3.9.0", "ssd_scan, ssd_step, ssd_state, block_attention", "H200, 2026-11-26")
+        ours = "ssd_scan, ssd_step, ssd_state, top_k_routing, routed_experts, block_attention"
+        assert rows["triton"] == ("3.9.0", ours, "H200, 2026-11-26")
         assert rows["flash-attn"] == ("not installed", "block_attention", "never")

@@ -1,0 +1,120 @@
+"""A mixture of experts: each token through the few experts that were chosen for it, summed by weight.
+
+    out[t] = sum_k weights[t, k] * down[e] act(up[e] x[t]),     e = indices[t, k]
+
+Of a few tokens most of the work is to read the weights of those experts once. Tokens are therefore grouped by expert;
+or, where that costs more than it saves, all experts compute all tokens, and most of what they compute weighs nothing.
+
+Shapes: T tokens, K experts of each, E experts, H hidden size, I intermediate size.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ..compat_twotower import grouped_mm
+from .backends import choose
+
+# On a CPU, fewer needless products, or fewer weights of all experts or copied ones, cost less than to sort tokens.
+FEW_PRODUCTS, FEW_WEIGHTS = 2**20, 2**17
+# On a GPU torch groups products in bfloat16; of other dtypes the host would wait to learn where each expert's tokens
+# end, which takes longer than so many products (unmeasured), and cannot be recorded.
+FEW_PRODUCTS_ON_A_GPU = 2**34
+
+
+def routed_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    backend: str = "auto",
+) -> torch.Tensor:
+    """
+    Send tokens through their experts.
+
+    Args:
+        x: (T, H).
+        indices: (T, K) int64, of experts; those of a token differ.
+        weights: (T, K) float32, or float64.
+        up_proj: (E, I, H).
+        down_proj: (E, H, I).
+        act_fn: between the two, elementwise.
+        backend: who computes it, see `backends.py`.
+
+    Returns:
+        (T, H) in the dtype of weights where tokens are grouped, whose sums are not rounded to x's yet, or x's.
+    """
+    arguments = (x, indices, weights, up_proj, down_proj, act_fn)
+    kernel = choose("routed_experts", backend, *arguments)
+    if kernel is not None:
+        return kernel(*arguments)
+    (tokens, chosen), size = indices.shape, up_proj[0].numel()
+    if x.device.type == "cpu":
+        if tokens == 1 and chosen * size < FEW_WEIGHTS:
+            return copied_experts(*arguments)
+        needless = tokens * (len(up_proj) - chosen) * size
+        if tokens > 1 and len(up_proj) * size < FEW_WEIGHTS and needless < FEW_PRODUCTS:
+            return all_experts(*arguments)
+    elif x.dtype != torch.bfloat16 and tokens * up_proj.numel() < FEW_PRODUCTS_ON_A_GPU:
+        return all_experts(*arguments)
+    # torch does not group what is float64.
+    return all_experts(*arguments) if x.dtype == torch.float64 else grouped_experts(*arguments)
+
+
+def copied_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Of a lone token: the (K, I, H) and (K, H, I) of its experts alone; which they are, the host need not know."""
+    chosen = indices.view(-1)
+    up_proj, down_proj = up_proj.index_select(0, chosen), down_proj.index_select(0, chosen)
+    activated = act_fn(F.linear(x, up_proj.flatten(0, 1)))
+    outputs = torch.bmm(activated.view(up_proj.shape[0], 1, -1), down_proj.transpose(1, 2)).squeeze(1)
+    return (weights @ outputs.to(weights.dtype)).to(x.dtype)
+
+
+def all_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Every expert's output for every token, times its weight, which may be none."""
+    shares = weights.new_zeros(len(weights), len(up_proj)).scatter(1, indices, weights)
+    activated = act_fn(F.linear(x, up_proj.flatten(0, 1)))  # (T, E * I)
+    by_expert = activated.unflatten(-1, (len(up_proj), -1)).transpose(0, 1)  # (E, T, I); of no token, too
+    outputs = torch.bmm(by_expert, down_proj.transpose(1, 2))  # (E, T, H)
+    # What an expert that was not chosen makes of a token may be no number.
+    weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)
+    return weighted.sum(0).to(x.dtype)
+
+
+def grouped_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
+    # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
+    chosen, order = indices.flatten().sort()
+    ends = torch._convert_indices_from_coo_to_csr(chosen, len(up_proj), out_int32=True)[1:]
+    # A lone token's need no indices.
+    lone = len(indices) == 1
+    grouped = x.expand(len(order), -1).contiguous() if lone else x[order // indices.shape[1]]
+    activated = act_fn(grouped_mm(grouped, up_proj.transpose(1, 2), ends))
+    outputs = grouped_mm(activated, down_proj.transpose(1, 2), ends)
+    by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
+    # Weights are of NVIDIA's precision, float32, so the outputs are summed in it.
+    return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]
