@@ -934,12 +934,17 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
-        A, dt_bias = self.prepared()
+        A, bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
         gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
-        dt = F.softplus(dt + dt_bias)
-        if self.time_step_limit != (0.0, math.inf):
+        scan_backend = self.kernels["ssd_step" if inputs.shape[1] == 1 and layout.state_every is None else "ssd_scan"]
+        limited = self.time_step_limit != (0.0, math.inf)
+        # Kernels make step sizes themselves, of tokens alone, where these are as they come.
+        finished = limited or layout.mask is not None or layout.keep == "update" or is_torch(scan_backend, inputs)
+        if finished:
+            dt = F.softplus(dt + bias)
+        if limited:
             dt = dt.clamp(*self.time_step_limit)
         if layout.mask is not None:
             inputs, dt = inputs * layout.mask[..., None], dt * layout.mask[..., None]
@@ -954,7 +959,6 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             return_inputs=layout.keep != "state",
             backend=self.kernels["causal_conv"],
         )
-        scan_backend = self.kernels["ssd_step" if inputs.shape[1] == 1 and layout.state_every is None else "ssd_scan"]
         if is_torch(scan_backend, convolved):
             convolved = at_least_float32(convolved)  # kernels read it as it is, and round y to its dtype
         x, B, C = convolved.split_with_sizes([channels, states, states], -1)
@@ -973,6 +977,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             layout.state_every or self.chunk_size,
             return_state=layout.keep == "state",
             return_chunk_states=layout.state_every is not None,
+            dt_bias=None if finished else bias,
             backend=scan_backend,
         )
         y = gated_rms_norm(

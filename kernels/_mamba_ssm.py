@@ -7,7 +7,7 @@ Differences from our torch code, as read in mamba-ssm 2.3.2 and seen in Triton's
 - Its products name no precision, so that a GPU with TF32 multiplies float32 in TF32, with 10 bits: errors of 4e-4 of
   the largest y and state, emulated. The environment variable TRITON_F32_DEFAULT=ieee, set before Triton compiles,
   avoids it.
-- The step takes no `dt_limit`, and fails without a `dt_bias`: it is handed finished step sizes and a bias of zeros. It
+- The step takes no `dt_limit`, and fails without a `dt_bias`: finished step sizes are handed a bias of zeros. It
   writes into the state it is given, so that it gets a copy. Its sums are float32.
 - The gated norm multiplies by the weight before it rounds to bfloat16, we (and NVIDIA's code) after it.
 
@@ -34,6 +34,7 @@ def scan_with_mamba_ssm(
     chunk_size: int = 128,
     return_state: bool = True,
     return_chunk_states: bool = False,
+    dt_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
     """What [`ssd_scan`] does, with its arguments, but of whole chunks' states: y and as asked the state."""
     combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
@@ -41,8 +42,9 @@ def scan_with_mamba_ssm(
     length = min(max(16, 1 << (min(chunk_size, x.shape[1]) - 1).bit_length()), 256)
     x32, dt32, A32, B32, C32, D32 = (part.float() for part in (x, dt, A, B, C, D))
     before = None if state is None else state.float().contiguous()
+    steps = {"dt_bias": dt_bias, "dt_softplus": dt_bias is not None}
     y, after = combined(
-        x32, dt32, A32, B32, C32, length, D=D32, initial_states=before, dt_softplus=False, return_final_states=True
+        x32, dt32, A32, B32, C32, length, D=D32, initial_states=before, return_final_states=True, **steps
     )
     return y.to(x.dtype), after if return_state else None, None
 
@@ -58,6 +60,7 @@ def step_with_mamba_ssm(
     chunk_size: int = 128,
     return_state: bool = True,
     return_chunk_states: bool = False,
+    dt_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
     """What [`ssd_scan`] does for one token, with its arguments: y and as asked the state."""
     update = import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
@@ -76,8 +79,8 @@ def step_with_mamba_ssm(
         B[:, 0],
         C[:, 0],
         D=D[:, None].expand(heads, head_dim),
-        dt_bias=torch.zeros_like(A)[:, None].expand(heads, head_dim),
-        dt_softplus=False,
+        dt_bias=(torch.zeros_like(A) if dt_bias is None else dt_bias)[:, None].expand(heads, head_dim),
+        dt_softplus=dt_bias is not None,
     )
     return y[:, None], after if return_state else None, None
 
@@ -108,6 +111,7 @@ def mamba_ssm_cannot_scan(
     chunk_size: int = 128,
     return_state: bool = True,
     return_chunk_states: bool = False,
+    dt_bias: torch.Tensor | None = None,
 ) -> str | None:
     """Why its scan or its step cannot take these arguments of [`ssd_scan`]; None if they can."""
     if x.dtype == torch.float64:

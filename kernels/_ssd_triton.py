@@ -26,10 +26,21 @@ TRITON_TOKENS = 64
 
 if triton is not None:
 
+    @triton.jit
+    def softplus(x):
+        """log(1 + exp(x)) as max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|): exact where it is small, too."""
+        e = tl.exp(-tl.abs(x))
+        s = e / (2.0 + e)  # at most 1/3
+        square = s * s
+        series = 1 / 11 + square * (1 / 13 + square / 15)
+        series = 1 / 5 + square * (1 / 7 + square * (1 / 9 + square * series))
+        return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + square * (1 / 3 + square * series))
+
     @triton.jit(do_not_specialize=["tokens"])
     def ssd_kernel(
         x,
         dt,
+        dt_bias,
         A,
         B,
         C,
@@ -59,6 +70,7 @@ if triton is not None:
         ENDED: tl.constexpr,
         OUTPUTS: tl.constexpr,
         KEPT: tl.constexpr,
+        BIASED: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -72,6 +84,8 @@ if triton is not None:
         if ENDED:
             counted = here & (t < tl.load(ends + row))
         step = tl.load(dt + row * dt_row + t * dt_token + head, counted, 0.0).to(tl.float32)
+        if BIASED:
+            step = tl.where(counted, softplus(step + tl.load(dt_bias + head).to(tl.float32)), 0.0)
         log_step = step * tl.load(A + head).to(tl.float32)
         weighted = x_here * step[:, None]
         B += row * B_row + group * N
@@ -125,6 +139,7 @@ def scan_with_triton(
     chunk_size: int = TRITON_TOKENS,
     return_state: bool = True,
     return_chunk_states: bool = False,
+    dt_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """What [`ssd_scan`] does, with its arguments: y, and as asked the state and the chunks' states."""
     batch, tokens, heads, head_dim = x.shape
@@ -136,7 +151,7 @@ def scan_with_triton(
             chunk_states.append(before.float())
         x_run, dt_run, B_run, C_run, y_run = (part[:, start:stop] for part in (x, dt, B, C, y))
         kept = return_state or stop < tokens
-        state = _launch(x_run, dt_run, A, B_run, state, C=C_run, D=D, y=y_run, kept=kept)
+        state = _launch(x_run, dt_run, A, B_run, state, C=C_run, D=D, y=y_run, kept=kept, dt_bias=dt_bias)
     return y, state, torch.stack(chunk_states, dim=1) if return_chunk_states else None
 
 
@@ -173,6 +188,7 @@ def _launch(
     ends: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
     kept: bool = True,
+    dt_bias: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """One launch over at most TRITON_TOKENS tokens; fills y if given, and returns the state after them if `kept`."""
     batch, tokens, heads, head_dim = x.shape
@@ -189,12 +205,13 @@ def _launch(
         # Pointers that a flag leaves unread are still to be some tensor's. Triton launches on the current device.
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             ssd_kernel[grid](
-                x, dt, A, B, C, A if D is None else D.contiguous(), x if held is None else held,
+                x, dt, A if dt_bias is None else dt_bias.contiguous(), A, B, C,
+                A if D is None else D.contiguous(), x if held is None else held,
                 x if ends is None else ends.contiguous(), x if y is None else y, x if after is None else after,
                 tokens, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1), B.stride(0), B.stride(1),
                 C.stride(0), C.stride(1), 0 if y is None else y.stride(0),
                 H=heads, P=head_dim, G=groups, N=states, SEEDED=held is not None, ENDED=ends is not None,
-                OUTPUTS=y is not None, KEPT=kept, **tiles,
+                OUTPUTS=y is not None, KEPT=kept, BIASED=dt_bias is not None, **tiles,
             )  # fmt: skip
     return after
 

@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, H heads, P head dim, G groups (H a multiple of G), N 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .backends import choose
 from .precision import at_least_float32, may_give_out
@@ -38,6 +39,7 @@ def ssd_scan(
     chunk_size: int = 128,
     return_state: bool = True,
     return_chunk_states: bool = False,
+    dt_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> ScanOutput:
     """
@@ -45,7 +47,8 @@ def ssd_scan(
 
     Args:
         x: (B, T, H, P) inputs.
-        dt: (B, T, H) float32 step sizes, already positive (softplus and clamp applied); 0 where there is no token.
+        dt: (B, T, H) float32 step sizes, already positive (softplus and clamp applied); 0 where there is no token. Or
+            with `dt_bias` what they are made of, softplus(dt + dt_bias), in any dtype.
         A: (H,) float32 negative decay rates.
         B, C: (B, T, G, N) input and output projections; each group serves H / G heads.
         D: (H,) skip weights.
@@ -53,17 +56,20 @@ def ssd_scan(
         chunk_size: tokens per chunk; y and state do not depend on it.
         return_state: whether to return the state after the last token.
         return_chunk_states: whether to return the state before each chunk.
+        dt_bias: (H,) float32; default none, of step sizes that are finished.
         backend: who computes it, see `backends.py`; of one token the backend of "ssd_step".
 
     Returns:
         [`ScanOutput`]; y in x's dtype, states in float32. All arithmetic is float32 (float64 for float64): a seeded
         state grows to 1e3 and more over a long context, which bfloat16 does not survive.
     """
-    arguments = (x, dt, A, B, C, D, state, chunk_size, return_state, return_chunk_states)
+    arguments = (x, dt, A, B, C, D, state, chunk_size, return_state, return_chunk_states, dt_bias)
     kernel = choose("ssd_step" if x.shape[1] == 1 and not return_chunk_states else "ssd_scan", backend, *arguments)
     if kernel is not None:
         return ScanOutput(*kernel(*arguments))
     dtype, tokens = x.dtype, x.shape[1]
+    if dt_bias is not None:
+        dt = F.softplus(dt + dt_bias)
     x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
     if tokens == 1 and not return_chunk_states:
         large = state is not None and state.dtype == x.dtype and state.numel() > TILE and x.device.type == "cpu"

@@ -129,6 +129,31 @@ def test_parts_of_one_projection_and_columns_without_a_token():
     assert error(state, expected.state) < FLOAT32
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_step_sizes_made_within(tokens):
+    arguments = draw((2, tokens, 4, 16, 2, 16))
+    # Of projections from -30 to 30, of which the smallest make steps of 1e-13.
+    arguments["dt"] = torch.linspace(-30, 30, 2 * tokens * 4).view(2, tokens, 4)
+    bias = torch.tensor([0.0, -3.0, 2.0, 0.5])
+    steps = torch.nn.functional.softplus(arguments["dt"].double() + bias.double())
+    y, state, _ = ssd_scan(**arguments, dt_bias=bias, backend="triton")
+    expected = ssd_scan(**exact(arguments) | {"dt": steps}, backend="torch")
+    assert error(y, expected.y) < FLOAT32
+    assert error(state, expected.state) < FLOAT32
+    torch_y, *_ = ssd_scan(**exact(arguments), dt_bias=bias.double(), backend="torch")
+    assert error(torch_y, expected.y) < 1e-12
+
+
+def test_small_step_sizes_are_as_exact_as_large_ones():
+    arguments = draw((1, 1, 8, 16, 1, 16)) | {"state": None}
+    arguments["dt"] = torch.linspace(-40, 5, 8).view(1, 1, 8)
+    y, *_ = ssd_scan(**arguments | {"D": torch.zeros(8)}, dt_bias=torch.zeros(8), backend="triton")
+    steps = torch.nn.functional.softplus(arguments["dt"].double())
+    expected = ssd_scan(**exact(arguments) | {"dt": steps, "D": torch.zeros(8).double()}, backend="torch").y
+    for head in range(8):
+        assert error(y[:, :, head], expected[:, :, head]) < FLOAT32
+
+
 def test_no_rows():
     arguments = draw((0, 4, 2, 16, 1, 16))
     assert ssd_scan(**arguments, backend="triton").y.shape == (0, 4, 2, 16)
@@ -172,8 +197,8 @@ def ahead(architecture, dtype, tokens, flags):
     tiles = _ssd_triton.ssd_tiles(tokens, 64, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     types = dict.fromkeys(["x", "B", "C", "D", "y"], "*" + dtype) | {"ends": "*i64"}
-    types |= dict.fromkeys(["dt", "A", "state", "state_after"], "*fp32")
-    constants = {"H": 64, "P": 64, "G": 8, "N": 128, "SEEDED": True, **flags, **tiles}
+    types |= dict.fromkeys(["dt", "dt_bias", "A", "state", "state_after"], "*fp32")
+    constants = {"BIASED": flags["OUTPUTS"], "H": 64, "P": 64, "G": 8, "N": 128, "SEEDED": True, **flags, **tiles}
     return architecture, "ssd_kernel", types, constants, options
 
 

@@ -122,6 +122,16 @@ def test_without_a_state(tokens):
     assert error(state, expected.state.double()) < FLOAT32
 
 
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_step_sizes_made_within(tokens):
+    arguments = draw((2, tokens, 4, 16, 2, 16))
+    arguments |= {"dt": arguments["dt"] * 8 - 6, "dt_bias": torch.tensor([0.0, -3.0, 2.0, 0.5], device=DEVICE)}
+    y, state, _ = ssd_scan(**arguments, backend="mamba-ssm")
+    expected = ssd_scan(**arguments, backend="torch")
+    assert error(y, expected.y.double()) < FLOAT32
+    assert error(state, expected.state.double()) < FLOAT32
+
+
 def test_the_scan_gets_float32_whatever_the_model_computes_in(monkeypatch):
     """Of bfloat16 it would round the state it begins with."""
     module = choose_module("ssd_combined")
