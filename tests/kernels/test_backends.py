@@ -164,7 +164,7 @@ class TestCheckKernels:
 
     def test_one_backend_is_of_all_that_have_it(self):
         chosen = check_kernels("triton")
-        ours = {"ssd_scan", "ssd_step", "ssd_state", "block_attention"}
+        ours = {"ssd_scan", "ssd_step", "ssd_state", "causal_conv", "block_attention"}
         assert {op for op, backend in chosen.items() if backend == "triton"} == ours
         assert set(check_kernels("torch").values()) == {"torch"}
 
@@ -299,5 +299,9 @@ class TestTables:
     def test_packages_and_versions(self, monkeypatch):
         monkeypatch.setattr(backends, "package_version", {"triton": "3.9.0"}.get)
         rows = {row[0]: row[1:] for row in package_table()}
-        assert rows["triton"] == ("3.9.0", "ssd_scan, ssd_step, ssd_state, block_attention", "H200, 2026-11-26")
+        assert rows["triton"] == (
+            "3.9.0",
+            "ssd_scan, ssd_step, ssd_state, causal_conv, block_attention",
+            "H200, 2026-11-26",
+        )
         assert rows["flash-attn"] == ("not installed", "block_attention", "never")
