@@ -12,7 +12,7 @@ from ahead import assert_nothing_spills
 from tolerances import assert_close
 
 from twotower.kernels import _conv_triton
-from twotower.kernels._conv_triton import conv_tiles, triton_cannot_convolve
+from twotower.kernels._conv_triton import conv_tiles
 from twotower.kernels.causal_conv import causal_conv
 
 # (rows, tokens, channels, taps)
@@ -119,15 +119,14 @@ def test_each_row_ends_where_it_ends(tokens, taps, left_out):
         ends = torch.arange(tokens + 1, dtype=dtype)
         check(arguments, ends=ends)
         check(arguments, ends=ends, return_inputs=True)
-    check(arguments, ends=ends.repeat_interleave(2)[::2].flip(0))
+    check(arguments, ends=ends.flip(0).repeat_interleave(2)[::2])
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 70])
 def test_one_launch_that_reads_inputs_and_state_as_they_lie(launches, tokens):
     arguments = draw((2, tokens, 6, 4))
     assert not arguments["x"].is_contiguous()
-    inputs = torch.randn(2, 9, 6)
-    arguments["state"] = inputs[:, 4:7]
+    arguments["state"] = torch.randn(2, 9, 8)[:, 4:7, 1:7]
     check(arguments)
     assert len(launches) == 1
     assert launches[0][0] is arguments["x"] and launches[0][3] is arguments["state"]
@@ -199,7 +198,6 @@ def test_another_activation_and_gradients_it_cannot():
         causal_conv(**arguments, activation="gelu", backend="triton")
     with pytest.raises(ValueError, match=r"gives no gradients"):
         causal_conv(**arguments | {"bias": arguments["bias"].requires_grad_()}, backend="triton")
-    assert triton_cannot_convolve(**arguments) is None
 
 
 STATE = {"INPUTS": False, "ENDED": True}
