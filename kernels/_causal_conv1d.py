@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, C channels, K kernel width. The package's own order i
 """
 
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -20,8 +21,9 @@ def causal_conv_with_package(
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
     activation: str = "silu",
+    return_inputs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What [`causal_conv`] does, with its arguments: y, and of a step the new state, which of a chunk is None."""
+    """What [`causal_conv`] does, with its arguments: y, and the new state where a step is asked for it, else None."""
     package = import_module("causal_conv1d")
     bias = None if bias is None else bias.to(weight.dtype)
     batch, tokens, channels = x.shape
@@ -32,10 +34,10 @@ def causal_conv_with_package(
         x = x.contiguous()
     if tokens == 1 and ends is None:
         after = state.to(x.dtype, copy=True).contiguous()
-        y = package.causal_conv1d_update(x[:, 0], after.transpose(1, 2), weight, bias, activation="silu")
-        return y[:, None], after
+        y = package.causal_conv1d_update(x[:, 0], after.transpose(1, 2), weight, bias, activation=activation)
+        return y[:, None], None if return_inputs else after
     before = state.to(x.dtype).contiguous().transpose(1, 2)
-    y = package.causal_conv1d_fn(x.transpose(1, 2), weight, bias, initial_states=before, activation="silu")
+    y = package.causal_conv1d_fn(x.transpose(1, 2), weight, bias, initial_states=before, activation=activation)
     return y.transpose(1, 2), None
 
 
@@ -46,6 +48,7 @@ def causal_conv1d_cannot(
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
     activation: str = "silu",
+    *_: Any,
 ) -> str | None:
     """Why it cannot take these arguments of [`causal_conv`]; None if it can."""
     if x.dtype == torch.float64:

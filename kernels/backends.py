@@ -21,6 +21,7 @@ import torch
 
 from ._attention_triton import attention_with_triton, triton_cannot_attend
 from ._causal_conv1d import causal_conv1d_cannot, causal_conv_with_package
+from ._conv_triton import conv_with_triton, triton_cannot_convolve
 from ._experts_triton import experts_with_triton, triton_cannot_route
 from ._flash_attn import attention_with_flash_attn, flash_attn_cannot
 from ._mamba_ssm import (
@@ -87,7 +88,10 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True, measured=H200),
     ),
     "ssd_state": _by_name(Backend("triton", state_with_triton, triton_cannot_scan, in_triton=True, **OF_FEW_TOKENS)),
-    "causal_conv": _by_name(Backend("causal-conv1d", causal_conv_with_package, causal_conv1d_cannot)),
+    "causal_conv": _by_name(
+        Backend("triton", conv_with_triton, triton_cannot_convolve, in_triton=True),
+        Backend("causal-conv1d", causal_conv_with_package, causal_conv1d_cannot),
+    ),
     "gated_rms_norm": _by_name(
         Backend("mamba-ssm", gated_rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H200)
     ),

@@ -40,11 +40,11 @@ def causal_conv(
         y (B, T, C) in x's dtype (the sum is taken in float32 at least), and in x's dtype the new state (B, K - 1, C)
         or the inputs (B, K - 1 + T, C).
     """
-    arguments = (x, weight, bias, state, ends, activation)
-    kernel, after = choose("causal_conv", backend, *arguments), None
+    arguments = (x, weight, bias, state, ends, activation, return_inputs)
+    kernel = choose("causal_conv", backend, *arguments)
     if kernel is not None:
         y, after = kernel(*arguments)
-        if after is not None and not return_inputs:
+        if after is not None:
             return y, after
     padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
     if kernel is None:

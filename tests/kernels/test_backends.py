@@ -171,7 +171,15 @@ class TestCheckKernels:
 
     def test_one_backend_is_of_all_that_have_it(self):
         chosen = check_kernels("triton")
-        ours = {"ssd_scan", "ssd_step", "ssd_state", "top_k_routing", "routed_experts", "block_attention"}
+        ours = {
+            "ssd_scan",
+            "ssd_step",
+            "ssd_state",
+            "causal_conv",
+            "top_k_routing",
+            "routed_experts",
+            "block_attention",
+        }
         assert {op for op, backend in chosen.items() if backend == "triton"} == ours
         assert set(check_kernels("torch").values()) == {"torch"}
 
@@ -307,6 +315,6 @@ class TestTables:
     def test_packages_and_versions(self, monkeypatch):
         monkeypatch.setattr(backends, "package_version", {"triton": "3.9.0"}.get)
         rows = {row[0]: row[1:] for row in package_table()}
-        ours = "ssd_scan, ssd_step, ssd_state, top_k_routing, routed_experts, block_attention"
+        ours = "ssd_scan, ssd_step, ssd_state, causal_conv, top_k_routing, routed_experts, block_attention"
         assert rows["triton"] == ("3.9.0", ours, "H200, 2026-11-26")
         assert rows["flash-attn"] == ("not installed", "block_attention", "never")
