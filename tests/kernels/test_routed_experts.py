@@ -107,11 +107,11 @@ def test_triton_with_tensors_that_lie_otherwise_and_experts_nobody_chose():
 def test_what_triton_cannot():
     parts = draw(2)
     assert triton_cannot_route(*parts) is None
-    with pytest.raises(ValueError, match=r'"triton": it squares what is positive \(relu2\), these experts have SiLU'):
+    with pytest.raises(ValueError, match=r'"triton": it squares what is positive \(relu2\), not SiLU'):
         routed_experts(*parts[:5], ACT2FN["silu"], backend="triton")
     assert "computes in float32, x is torch.float64" in triton_cannot_route(parts[0].double(), *parts[1:])
     assert "weights are torch.float64" in triton_cannot_route(*parts[:2], parts[2].double(), *parts[3:])
-    assert "their experts' dtype, torch.float32, x is torch.bf" in triton_cannot_route(parts[0].bfloat16(), *parts[1:])
+    assert "the weights' dtype, torch.float32, x is torch.bf" in triton_cannot_route(parts[0].bfloat16(), *parts[1:])
     assert "these are 0" in triton_cannot_route(*(part[:0] for part in parts[:3]), *parts[3:])
     assert "these are 10000" in triton_cannot_route(*(part.repeat(2500, 1) for part in parts[:3]), *parts[3:])
 
