@@ -1167,8 +1167,8 @@ class TwoTowerMoE(NemotronHMoE):
         return torch.add(shared, routed, alpha=self.scale, out=torch.empty_like(shared))  # rounded in the same kernel
 
 
-STATEFUL_MIXERS = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
-STATELESS_MIXERS = {"moe": TwoTowerMoE, "mlp": TwoTowerMLP}
+STATEFUL_MIXERS: dict[str, Any] = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
+STATELESS_MIXERS: dict[str, Any] = {"moe": TwoTowerMoE, "mlp": TwoTowerMLP}
 
 
 class TwoTowerLayer(GradientCheckpointingLayer):
@@ -1190,8 +1190,7 @@ class TwoTowerLayer(GradientCheckpointingLayer):
         kind = config.layers_block_type[layer_idx]
         self.stateful = kind in STATEFUL_MIXERS
         self.norm = TwoTowerRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        mixers: dict[str, Callable[..., nn.Module]] = {**STATEFUL_MIXERS, **STATELESS_MIXERS}
-        self.mixer = mixers[kind](config, layer_idx=layer_idx)
+        self.mixer = (STATEFUL_MIXERS | STATELESS_MIXERS)[kind](config, layer_idx=layer_idx)
 
     def forward(
         self,
