@@ -65,9 +65,7 @@ def reading(
 ) -> torch.Tensor:
     """The context tower reads (B, S) and writes what it holds then, of each row's first `counts` (B,): (B, S, H)."""
     tower = model.context_tower
-    hidden_states, states = tower.reading_pass(tower.embeddings(ids), _slots(held, ids, lengths), lengths, counts)
-    _write_states(held, states)
-    return hidden_states
+    return tower.reading_pass(tower.embeddings(ids), _slots(held, ids, lengths), lengths, counts, in_place=True)[0]
 
 
 def verifying(
@@ -82,10 +80,9 @@ def verifying(
 def accepting(model: Any, tentative: tuple[Sequence[LayerContent], Sequence[Any]], counts: torch.Tensor) -> None:
     """Take states through each row's first `counts` (B,) tokens of those read tentatively, see `verifying`."""
     backend = model.context_tower.kernels["ssd_state"]
-    states, (held, updates) = [], tentative
-    for each, update in zip(held, updates, strict=True):
-        states.append(update.apply(each, counts, backend) if isinstance(each, MambaState) else None)
-    _write_states(held, states)
+    for each, update in zip(*tentative, strict=True):
+        if isinstance(each, MambaState):
+            update.apply(each, counts, backend, in_place=True)
 
 
 # By name, the part of the model whose weights a program reads.
@@ -104,13 +101,6 @@ def _slots(held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tenso
         else:
             slots.append(each)
     return slots
-
-
-def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
-    for place, state in zip(held, states, strict=True):
-        if isinstance(place, MambaState):
-            place.conv.copy_(state.conv)
-            place.ssm.copy_(state.ssm)
 
 
 # What a model keeps.

@@ -94,12 +94,14 @@ class Recording:
         before = [state.clone() for state in states]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            program(model, self.static, *self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        # Keys and values are written again where they are, but states have gone on.
-        for state, old in zip(states, before, strict=True):
-            state.copy_(old)
+        try:
+            with torch.cuda.stream(stream):
+                program(model, self.static, *self.inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            # Keys and values are written again where they are, but states have gone on, some even if others failed.
+            for state, old in zip(states, before, strict=True):
+                state.copy_(old)
 
     def fits(self, static: Any) -> bool:
         """Whether these tensors lie where those of the recording did."""

@@ -13,7 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from twotower import TwoTowerEngine
+from twotower.cache_twotower import MambaState
 from twotower.decoding.compiled import records_passes
+from twotower.decoding.recorded import Recording
 
 
 @pytest.fixture
@@ -146,6 +148,17 @@ def test_what_cannot_be_recorded_is_an_error_that_says_what_to_do(graphs, monkey
     monkeypatch.setattr(torch.cuda, "graph", fails)
     with pytest.raises(ValueError, match=r"reading 4x16x256 could not be recorded .*not permitted.*bfloat16"):
         text_of(small_model("M*"), "ar", compile=True)
+
+
+def test_a_first_pass_that_fails_leaves_states_as_they_were(graphs):
+    def program(model, states):
+        states[0].ssm.add_(1)
+        raise ZeroDivisionError
+
+    state = MambaState(torch.ones(1, 2), torch.ones(1, 3))
+    with pytest.raises(ZeroDivisionError):
+        Recording(program, small_model("M"), [state], [], {}, None)
+    assert torch.equal(state.ssm, torch.ones(1, 3))
 
 
 def test_warm_up_is_shown(graphs, capfd):
