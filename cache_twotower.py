@@ -62,11 +62,14 @@ class MambaUpdate(NamedTuple):
     A: torch.Tensor
     B: torch.Tensor
 
-    def apply(self, state: MambaState | None, counts: torch.Tensor, backend: str = "auto") -> MambaState:
-        """The state after each row's first `counts` (B,) tokens, from the one before them."""
-        taps = self.inputs.shape[1] - self.x.shape[1] + 1
-        ssm = ssd_state(self.x, self.dt, self.A, self.B, None if state is None else state.ssm, counts, backend)
-        return MambaState(conv_state(self.inputs, taps, counts), ssm)
+    def apply(
+        self, state: MambaState | None, counts: torch.Tensor, backend: str = "auto", in_place: bool = False
+    ) -> MambaState:
+        """The state after each row's first `counts` (B,) tokens, from the one before them, as asked in its place."""
+        taps, before = self.inputs.shape[1] - self.x.shape[1] + 1, None if state is None else state.ssm
+        conv = conv_state(self.inputs, taps, counts)
+        ssm = ssd_state(self.x, self.dt, self.A, self.B, before, counts, in_place, backend)
+        return MambaState(state.conv.copy_(conv) if in_place and state is not None else conv, ssm)
 
 
 Rows = slice | torch.Tensor

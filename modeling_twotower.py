@@ -114,7 +114,7 @@ class ChunkLayout(NamedTuple):
         causal: whether a column sees only itself and earlier columns of the chunk.
         state_every: return Mamba states before every so many columns rather than after the last.
         keep: of Mamba layers, return the "state", the "update" that takes one through any number of the columns, or
-            "nothing".
+            "nothing"; "in place", write the state over the one before.
     """
 
     mask: torch.Tensor | None = None
@@ -124,7 +124,7 @@ class ChunkLayout(NamedTuple):
     block_mask: torch.Tensor | None = None
     causal: bool = False
     state_every: int | None = None
-    keep: Literal["state", "update", "nothing"] = "state"
+    keep: Literal["state", "in place", "update", "nothing"] = "state"
 
 
 class Modulation(NamedTuple):
@@ -773,6 +773,7 @@ class ContextTower(TwoTowerBackbone):
         ends: torch.Tensor | None = None,
         tentative: bool = False,
         all_hidden_states: list[torch.Tensor] | None = None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, list[Present]]:
         """
         What `forward` does to the tokens (B, T, H): tensors in, tensors out.
@@ -781,6 +782,7 @@ class ContextTower(TwoTowerBackbone):
             pasts: the cache's `slots()`.
             context_lengths: the cache's `context_lengths()`.
             ends: (B,) tokens per row, default T.
+            in_place: write states over those before, which all layers have then: an error would leave some of either.
 
         Returns:
             (B, T, H) normed hidden states, and per layer the states after a row's tokens, or what leads to them.
@@ -788,7 +790,7 @@ class ContextTower(TwoTowerBackbone):
         mask = None
         if ends is not None:
             mask = torch.arange(embedded.shape[1], device=ends.device) < ends[:, None]
-        keep: Literal["state", "update"] = "update" if tentative else "state"
+        keep: Literal["state", "in place", "update"] = "update" if tentative else "in place" if in_place else "state"
         layout = ChunkLayout(mask, ends, context_lengths=context_lengths, causal=True, keep=keep)
         return self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
 
@@ -957,7 +959,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             conv_before,
             layout.ends,
             self.activation,
-            return_inputs=layout.keep != "state",
+            return_inputs=layout.keep not in ("state", "in place"),
             backend=self.kernels["causal_conv"],
         )
         if is_torch(scan_backend, convolved):
@@ -976,9 +978,10 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             self.D,
             ssm_before,
             layout.state_every or self.chunk_size,
-            return_state=layout.keep == "state",
+            return_state=layout.keep in ("state", "in place"),
             return_chunk_states=layout.state_every is not None,
             dt_bias=None if finished else bias,
+            in_place=layout.keep == "in place",
             backend=scan_backend,
         )
         y = gated_rms_norm(
@@ -993,6 +996,9 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         present: MambaState | MambaUpdate | None = None
         if layout.keep == "update":
             present = MambaUpdate(conv_after, x, dt, A, B)
+        elif layout.keep == "in place":
+            assert conv_before is not None
+            conv_before.copy_(conv_after)
         elif layout.state_every is not None:
             assert scan.chunk_states is not None
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)

@@ -402,7 +402,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         )
         if engine is not None:
             return request
-        loop = Engine(self, cache, request.device, synced, len(request.rows))
+        alone = streamer is None and not request.runs_users_code
+        loop = Engine(self, cache, request.device, synced, len(request.rows), alone)
         # A cache of this call alone is of no use after an error, and what rows leave behind need not be copied for it.
         undone = cache.undone_on_error() if request.keep_cache else nullcontext()
         with nullcontext() if synced else self.prepared(), undone:

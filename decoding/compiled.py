@@ -22,6 +22,7 @@ import torch
 from transformers import CompileConfig
 
 from ..cache_twotower import KeyValueLayer, KeyValues, KeyValueSlot, MambaLayer, MambaState, TwoTowerCache, uploaded
+from ..checkpoints.placement import CONTEXT_PARTS
 from ..compat_twotower import tqdm
 from .kept import Kept
 from .recorded import Recording, Weights, with_own_memory
@@ -64,9 +65,7 @@ def reading(
 ) -> torch.Tensor:
     """The context tower reads (B, S) and writes what it holds then, of each row's first `counts` (B,): (B, S, H)."""
     tower = model.context_tower
-    hidden_states, states = tower.reading_pass(tower.embeddings(ids), _slots(held, ids, lengths), lengths, counts)
-    _write_states(held, states)
-    return hidden_states
+    return tower.reading_pass(tower.embeddings(ids), _slots(held, ids, lengths), lengths, counts, in_place=True)[0]
 
 
 def verifying(
@@ -81,10 +80,13 @@ def verifying(
 def accepting(model: Any, tentative: tuple[Sequence[LayerContent], Sequence[Any]], counts: torch.Tensor) -> None:
     """Take states through each row's first `counts` (B,) tokens of those read tentatively, see `verifying`."""
     backend = model.context_tower.kernels["ssd_state"]
-    states, (held, updates) = [], tentative
-    for each, update in zip(held, updates, strict=True):
-        states.append(update.apply(each, counts, backend) if isinstance(each, MambaState) else None)
-    _write_states(held, states)
+    for each, update in zip(*tentative, strict=True):
+        if isinstance(each, MambaState):
+            update.apply(each, counts, backend, in_place=True)
+
+
+# By name, the part of the model whose weights a program reads.
+PARTS = {denoising.__name__: "denoiser"} | {each.__name__: "context" for each in (reading, verifying, accepting)}
 
 
 def _slots(held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
@@ -101,13 +103,6 @@ def _slots(held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tenso
     return slots
 
 
-def _write_states(held: Sequence[LayerContent], states: Sequence[Any]) -> None:
-    for place, state in zip(held, states, strict=True):
-        if isinstance(place, MambaState):
-            place.conv.copy_(state.conv)
-            place.ssm.copy_(state.ssm)
-
-
 # What a model keeps.
 
 taking = Lock()
@@ -119,8 +114,9 @@ class Programs(Kept):
     def __init__(self) -> None:
         self.model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
         self.scratch: dict[Any, list[LayerContent]] = {}  # where recordings find copies of rows, see `CompiledPasses`
-        self.weights: Weights | None = None  # those that were recorded, and their state then
-        self.weights_state: Any = None
+        self.weights: dict[str, Weights] = {}  # by part of the model those that were recorded, and their state then
+        self.weights_states: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {}  # the state that the next pass would find, see `look_ahead`
         self.prepared: dict[Any, Any] = {}  # by module what recordings find prepared of its weights
         self.pool: Any = None  # of memory
         # By layer what a cache has left that nobody has any more: states, and by their columns keys and values.
@@ -139,6 +135,28 @@ class Programs(Kept):
                     taken.model_state = self.model_state
             taken.user = ref(user)
         return taken
+
+    def find_weights(self, model: Any) -> None:
+        """Know the weights of a model by the part of it that a program runs."""
+        # A module may be in both.
+        modules: dict[str, list[Any]] = {"context": [model], "denoiser": [model]}
+        for name, child in model._modules.items():
+            modules["context" if name in CONTEXT_PARTS else "denoiser"] += child.modules()
+        self.weights = {part: Weights(own) for part, own in modules.items()}
+        self.seen = {}
+
+    def forget_changed(self, model: Any, part: str) -> None:
+        """Keep no recordings of a part of the model whose weights have changed, or lie elsewhere."""
+        state = self.seen.pop(part, None) or self.weights[part].state()
+        if state != self.weights_states.get(part):
+            for key in [key for key in self if key[-1] == "recorded" and PARTS[key[0]] == part]:
+                del self[key]
+            self.weights_states[part] = state
+            self.prepare(model)
+
+    def look_ahead(self, part: str) -> None:
+        """Look at the weights for the next pass already, while the device computes this one and nobody waits."""
+        self.seen[part] = self.weights[part].state()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -256,16 +274,19 @@ class CompiledPasses:
 
     Args:
         model: [`TwoTowerForBlockDiffusion`].
+        alone: whether nobody else's code, which might change weights, runs between passes.
     """
 
-    def __init__(self, model: Any):
-        self.model, self.device = model, model.context_tower.embeddings.weight.device
+    def __init__(self, model: Any, alone: bool = False):
+        self.model, self.device, self.alone = model, model.context_tower.embeddings.weight.device, alone
         self.config: CompileConfig | None = None
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
         self.scratch: dict[Any, list[LayerContent]] = {}  # by sizes, for copies of rows that do not lie together
         self.own: dict[int, KeyValues] = {}  # by layer's id, those made here, which nobody can want back
-        self.first: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}  # by sizes, see `_first_rows`
+        # By sizes, see `_fitted` and `_first_rows`.
+        self.fitted: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}
+        self.first: dict[Any, tuple[list[LayerContent], list[LayerContent]]] = {}
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
         self.records = False
         self.bar: Any = None
@@ -276,9 +297,10 @@ class CompiledPasses:
         self.compiled_by = "recorded" if self.records else repr(sorted(compile_arguments(config).items()))
         programs = programs_of(self.model)
         if self.programs is not (programs := programs.taken(self) if self.records else programs):
-            self.programs, self.templates, self.first, self.scratch = programs, [], {}, {}
+            self.programs, self.templates, self.scratch = programs, [], {}
+            self.fitted, self.first = {}, {}
         if self.records:
-            self.programs.weights = Weights(self.model)
+            self.programs.find_weights(self.model)
             self.programs.prepare(self.model)
 
     def __call__(self, part: str, *args: Any) -> torch.Tensor:
@@ -319,8 +341,8 @@ class CompiledPasses:
             return self._read(ids, cache, counts, tentative=True)
         self._reuse_buffers(cache, ids.shape[1])
         pieces, starts = [], range(0, ids.shape[1], MOST_TOKENS)
-        # For all pieces at once, so that one program reads them.
-        columns = self._columns(cache, starts[-1] + padded_size(ids.shape[1] - starts[-1]))
+        # Of several pieces for all at once, so that one program reads them.
+        columns = self._columns(cache, starts[-1] + padded_size(ids.shape[1] - starts[-1])) if starts[1:] else 0
         for start in starts:
             piece = ids[:, start : start + MOST_TOKENS]
             own = [min(max(count - start, 0), piece.shape[1]) for count in counts]
@@ -374,6 +396,8 @@ class CompiledPasses:
     def _padded(self, tensor: torch.Tensor, rows: int, tokens: int | None = None, fill: Any = 0) -> torch.Tensor:
         """(R,) or (R, T) -> (B,) or (B, S) on the device."""
         size = (rows, *tensor.shape[1:]) if tokens is None else (rows, tokens)
+        if self.records and size == tensor.shape and tensor.device == self.device:
+            return tensor  # which is copied to the recording's
         padded = torch.full(size, fill, dtype=tensor.dtype, device=self.device)
         padded[tuple(map(slice, tensor.shape))] = tensor
         return padded
@@ -382,14 +406,15 @@ class CompiledPasses:
         return self._numbers(cache.host_lengths or [], rows)
 
     def _numbers(self, numbers: Sequence[int], rows: int) -> torch.Tensor:
-        """One of each row -> (B,) on the device, without waiting for it."""
-        return uploaded([*numbers, *[0] * (rows - len(numbers))], self.device)
+        """One of each row -> (B,) on the device, without waiting for it; a recording's are copied there in one."""
+        padded = [*numbers, *[0] * (rows - len(numbers))]
+        return torch.tensor(padded) if self.records else uploaded(padded, self.device)
 
     def _columns(self, cache: TwoTowerCache, tokens: int) -> int:
         """As many as the cache has, or more if these are too few for `tokens` more, or no power of two."""
-        layers = [layer for layer in cache.layers if isinstance(layer, KeyValueLayer)]
-        held = [layer.buffers.key.shape[2] for layer in layers if layer.buffers is not None]
-        return padded_size(max(cache.width + tokens, *held, 1), LEAST_COLUMNS) if layers else 0
+        buffers = [layer.buffers for layer in cache.layers if isinstance(layer, KeyValueLayer)]
+        held = [each.key.shape[2] for each in buffers if each is not None]
+        return padded_size(max(cache.width + tokens, *held, 1), LEAST_COLUMNS) if buffers else 0
 
     def _held(
         self, cache: TwoTowerCache, rows: int, columns: int | None, writes: bool
@@ -403,21 +428,26 @@ class CompiledPasses:
         whole = cache if cache.whole is None else cache.whole
         count, there = cache.batch_size, whole.batch_size
         first = isinstance(cache.rows, slice)
-        self._fit(whole, max(there, rows), columns)
-        held: list[LayerContent] = []
-        for layer in whole.layers:
-            if isinstance(layer, MambaLayer):
-                held.append(layer.state)
-            else:
-                held.append(layer.buffers if columns is not None and isinstance(layer, KeyValueLayer) else None)
+        held = self._fitted(whole, max(there, rows), columns)
         if first and (not writes or count in (rows, there)):
             return self._first_rows(held, rows, columns), False
         return self._copied(held, [*cache.indices, *[cache.indices[0]] * (rows - count)], columns), True
 
+    def _fitted(self, whole: TwoTowerCache, rows: int, columns: int | None) -> list[LayerContent]:
+        """What layers hold of so many rows and columns: the same list as long as it is the same that they hold."""
+        known = self.fitted.get((rows, columns))
+        if known is not None and not any(map(is_not, map(_content_to_write, whole.layers), known[0])):
+            return known[1]
+        self._fit(whole, rows, columns)
+        contents = list(map(_content_to_write, whole.layers))
+        held = [None if columns is None and isinstance(each, KeyValues) else each for each in contents]
+        self.fitted[rows, columns] = contents, held
+        return held
+
     def _first_rows(self, held: list[LayerContent], rows: int, columns: int | None) -> list[LayerContent]:
         """Views of them, the same ones as long as what is looked at stays where it is."""
         known = self.first.get((rows, columns))
-        if known is None or any(map(is_not, known[0], held)):
+        if known is None or known[0] is not held:
             views = [each and self._static(type(each)(*(part[:rows] for part in each))) for each in held]
             known = self.first[rows, columns] = held, views
         return known[1]
@@ -505,12 +535,9 @@ class CompiledPasses:
 
     def _run_recorded(self, program: Callable[..., Any], name: str, key: Any, static: Any, inputs: Any) -> Any:
         programs = self.programs
-        assert programs.weights is not None
-        if (weights := programs.weights.state()) != programs.weights_state:
-            for each in [each for each in programs if each[-1] == "recorded"]:
-                del programs[each]
-            programs.weights_state = weights
-            programs.prepare(self.model)
+        part = PARTS[program.__name__]
+        if program is not accepting:  # which reads none
+            programs.forget_changed(self.model, part)
         # Of one key there may be two: of a cache's first rows, and of copies of others.
         recordings = programs.setdefault(key, [])
         recording = next((each for each in recordings if each.fits(static)), None)
@@ -522,6 +549,8 @@ class CompiledPasses:
                 recording = Recording(program, self.model, static, inputs, programs.prepared, programs.pool)
             recordings.append(recording)
         outputs = recording(inputs)
+        if self.alone and program is not accepting:
+            programs.look_ahead(part)
         # The next pass of the kind overwrites them; the states' updates are used up before.
         return (outputs[0].clone(), outputs[1]) if isinstance(outputs, tuple) else with_own_memory(outputs)
 
@@ -631,6 +660,11 @@ def _own_code(function: Any, name: str) -> Callable[..., Any]:
 
 def _content(layer: Any) -> Any:
     return layer.buffers if isinstance(layer, KeyValueLayer) else getattr(layer, "state", None)
+
+
+def _content_to_write(layer: Any) -> Any:
+    """The same, but no states that are not to be written in place."""
+    return None if isinstance(layer, MambaLayer) and layer.shared else _content(layer)
 
 
 def _is_inference(held: LayerContent) -> bool:

@@ -34,10 +34,17 @@ class Engine:
         device: of token ids.
         synced: keep passes in step with other ranks'.
         most_rows: that there will be at a time.
+        alone: whether nobody else's code runs within and between steps.
     """
 
     def __init__(
-        self, model: Any, cache: TwoTowerCache, device: torch.device, synced: bool = False, most_rows: int = 1
+        self,
+        model: Any,
+        cache: TwoTowerCache,
+        device: torch.device,
+        synced: bool = False,
+        most_rows: int = 1,
+        alone: bool = False,
     ):
         self.model, self.cache, self.device, self.synced = model, cache, device, synced
         # A pass; with other ranks, once it is its turn.
@@ -47,7 +54,7 @@ class Engine:
         self.rows: list[Row] = []  # that go on, in the order of the cache's rows
         self.parked: list[Row] = []  # behind them, those that have ended and whose cache is kept
         self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
-        self.most_rows = most_rows
+        self.most_rows, self.alone = most_rows, alone
         self.prompts_wait = False
         self.last_part = "denoise"
         self.passes = {"denoiser": 0, "context": 0}  # and of rows, how many took part and how many were there
@@ -66,7 +73,7 @@ class Engine:
         for row in request.rows:
             row.phase = request.strategy.begin(row)
         if request.config.compile:
-            self.compiled = self.compiled or CompiledPasses(self.model)
+            self.compiled = self.compiled or CompiledPasses(self.model, self.alone)
             self.compiled.begin(request.config.compile_config)
         for slot, row in enumerate(self.rows):
             row.slot = slot

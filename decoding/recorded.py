@@ -6,8 +6,9 @@ what it saves is the time that the host takes to launch some thousand kernels on
 where they lie. It holds for the caches and weights that lay there, and [`Recording.fits`] says whether they do still.
 """
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter, is_not
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, is_, is_not
 from threading import Lock
 from typing import Any
 
@@ -22,21 +23,28 @@ recording = Lock()
 
 
 class Weights:
-    """A model's weights as they are now: where they lie, and which change of theirs this is."""
+    """
+    Modules' weights as they are now: where they lie, and which change of theirs this is.
 
-    def __init__(self, model: Any):
+    Every pass asks while the device waits, so that no Python runs for each of some hundred weights.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]):
         # By module, as other tensors may come to stand in a weight's place.
-        self.held = [held for module in model.modules() for held in (module._parameters, module._buffers) if held]
+        self.held: list[dict[str, Any]] = [
+            held for module in modules for held in (module._parameters, module._buffers) if held
+        ]
+        self.found: list[Any] = []
         self.tensors: list[torch.Tensor] = []
         self.counted: list[torch.Tensor] = []
 
     def state(self) -> tuple[list[int], list[int]]:
-        tensors = [tensor for held in self.held for tensor in held.values() if tensor is not None]
-        if len(tensors) != len(self.tensors) or any(map(is_not, tensors, self.tensors)):
-            self.tensors = tensors
+        found: list[Any] = list(chain.from_iterable(map(dict.values, self.held)))
+        if len(found) != len(self.found) or any(map(is_not, found, self.found)):
+            self.found, self.tensors = found, [tensor for tensor in found if tensor is not None]
             # Those made in inference mode do not count their changes, of which they allow none outside of it.
-            self.counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        return list(map(torch.Tensor.data_ptr, tensors)), list(map(version_of, self.counted))
+            self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(version_of, self.counted))
 
 
 class Recording:
@@ -47,7 +55,7 @@ class Recording:
         program: `program(model, static, *inputs)`; what is recorded reads nothing back from the device.
         model: [`TwoTowerForBlockDiffusion`].
         static: tensors, in lists and tuples, that later passes find in the same place, and may write to.
-        inputs: tensors, or None, whose values a later pass brings.
+        inputs: tensors, or None, whose values a later pass brings, maybe on the host.
         found: by module what is prepared of its weights, where it stays.
         pool: of memory, that of other recordings, too: of all of them one runs at a time.
     """
@@ -62,7 +70,7 @@ class Recording:
         pool: Any,
     ):
         self.static, self.places = static, _where_they_lie(static)
-        self.inputs = with_own_memory(list(inputs))
+        self.inputs = [each if each is None else each.to(model.device, copy=True) for each in inputs]
         self.prepared = list(found.values())
         prepared.by_module = found
         try:
@@ -86,22 +94,27 @@ class Recording:
         before = [state.clone() for state in states]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            program(model, self.static, *self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        # Keys and values are written again where they are, but states have gone on.
-        for state, old in zip(states, before, strict=True):
-            state.copy_(old)
+        try:
+            with torch.cuda.stream(stream):
+                program(model, self.static, *self.inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            # Keys and values are written again where they are, but states have gone on, some even if others failed.
+            for state, old in zip(states, before, strict=True):
+                state.copy_(old)
 
     def fits(self, static: Any) -> bool:
         """Whether these tensors lie where those of the recording did."""
-        return static is self.static or _where_they_lie(static) == self.places
+        if len(static) == len(self.static) and all(map(is_, static, self.static)):
+            return True
+        if fits := _where_they_lie(static) == self.places:
+            self.static = static  # by which they are known the next time
+        return fits
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         """What the pass returns, until the next one overwrites it."""
-        targets, sources = tree_leaves(self.inputs), tree_leaves(list(inputs))
-        for target, source in zip(targets, sources, strict=True):
-            if target is not None:
+        for target, source in zip(self.inputs, inputs, strict=True):
+            if target is not None and source is not None:
                 target.copy_(source, non_blocking=True)
         self.graph.replay()
         return self.outputs

@@ -8,7 +8,7 @@ Differences from our torch code, as read in mamba-ssm 2.3.2 and seen in Triton's
   the largest y and state, emulated. The environment variable TRITON_F32_DEFAULT=ieee, set before Triton compiles,
   avoids it.
 - The step takes no `dt_limit`, and fails without a `dt_bias`: finished step sizes are handed a bias of zeros. It
-  writes into the state it is given, so that it gets a copy. Its sums are float32.
+  writes into the state it is given, so that it gets a copy unless that is asked for. Its sums are float32.
 - The gated norm multiplies by the weight before it rounds to bfloat16, we (and NVIDIA's code) after it.
 
 Shapes: B batch, T tokens, H heads, P head dim, G groups, N state, C channels.
@@ -35,6 +35,7 @@ def scan_with_mamba_ssm(
     return_state: bool = True,
     return_chunk_states: bool = False,
     dt_bias: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
     """What [`ssd_scan`] does, with its arguments, but of whole chunks' states: y and as asked the state."""
     combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
@@ -61,6 +62,7 @@ def step_with_mamba_ssm(
     return_state: bool = True,
     return_chunk_states: bool = False,
     dt_bias: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
     """What [`ssd_scan`] does for one token, with its arguments: y and as asked the state."""
     update = import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
@@ -69,7 +71,7 @@ def step_with_mamba_ssm(
     if state is None:
         after = x.new_zeros(batch, heads, head_dim, states, dtype=torch.float32)
     else:
-        after = state.to(torch.float32, copy=True)
+        after = state.to(torch.float32, copy=not in_place)
     # Expanded, not repeated: by these strides of 0 it knows that a head has one decay and one step size.
     y = update(
         after,
@@ -112,6 +114,7 @@ def mamba_ssm_cannot_scan(
     return_state: bool = True,
     return_chunk_states: bool = False,
     dt_bias: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> str | None:
     """Why its scan or its step cannot take these arguments of [`ssd_scan`]; None if they can."""
     if x.dtype == torch.float64:

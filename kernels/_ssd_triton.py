@@ -140,6 +140,7 @@ def scan_with_triton(
     return_state: bool = True,
     return_chunk_states: bool = False,
     dt_bias: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """What [`ssd_scan`] does, with its arguments: y, and as asked the state and the chunks' states."""
     batch, tokens, heads, head_dim = x.shape
@@ -151,7 +152,8 @@ def scan_with_triton(
             chunk_states.append(before.float())
         x_run, dt_run, B_run, C_run, y_run = (part[:, start:stop] for part in (x, dt, B, C, y))
         kept = return_state or stop < tokens
-        state = _launch(x_run, dt_run, A, B_run, state, C=C_run, D=D, y=y_run, kept=kept, dt_bias=dt_bias)
+        inputs = (x_run, dt_run, A, B_run, state, in_place)
+        state = _launch(*inputs, C=C_run, D=D, y=y_run, kept=kept, dt_bias=dt_bias)
     return y, state, torch.stack(chunk_states, dim=1) if return_chunk_states else None
 
 
@@ -162,11 +164,12 @@ def state_with_triton(
     B: torch.Tensor,
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """What [`ssd_state`] does, with its arguments."""
     for start, stop in _runs(x.shape[1], TRITON_TOKENS, TRITON_TOKENS):
         x_run, dt_run, B_run = (part[:, start:stop] for part in (x, dt, B))
-        state = _launch(x_run, dt_run, A, B_run, state, ends=None if ends is None else ends - start)
+        state = _launch(x_run, dt_run, A, B_run, state, in_place, ends=None if ends is None else ends - start)
     assert state is not None
     return state
 
@@ -183,6 +186,7 @@ def _launch(
     A: torch.Tensor,
     B: torch.Tensor,
     state: torch.Tensor | None,
+    in_place: bool,
     C: torch.Tensor | None = None,
     D: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
@@ -197,8 +201,12 @@ def _launch(
     x, B = _dense_tokens(x), _dense_tokens(B)
     C = B if C is None else _dense_tokens(C)
     dt, A = dt if dt.stride(2) == 1 else dt.contiguous(), A.contiguous()
-    after = x.new_empty(batch, heads, head_dim, states, dtype=torch.float32) if kept else None
     held = None if state is None else state.contiguous()
+    after = None
+    if kept:
+        # A program reads what it has of the state before it writes there, and nobody else's.
+        own = in_place and held is not None and held.dtype == torch.float32
+        after = held if own else x.new_empty(batch, heads, head_dim, states, dtype=torch.float32)
     tiles = ssd_tiles(tokens, head_dim, x.dtype)
     grid = (batch, heads, -(-head_dim // tiles["P_TILE"]))
     if batch > 0:

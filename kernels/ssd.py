@@ -40,6 +40,7 @@ def ssd_scan(
     return_state: bool = True,
     return_chunk_states: bool = False,
     dt_bias: torch.Tensor | None = None,
+    in_place: bool = False,
     backend: str = "auto",
 ) -> ScanOutput:
     """
@@ -57,17 +58,20 @@ def ssd_scan(
         return_state: whether to return the state after the last token.
         return_chunk_states: whether to return the state before each chunk.
         dt_bias: (H,) float32; default none, of step sizes that are finished.
+        in_place: write the state after the last token over `state`, and return that; without chunks' states.
         backend: who computes it, see `backends.py`; of one token the backend of "ssd_step".
 
     Returns:
         [`ScanOutput`]; y in x's dtype, states in float32. All arithmetic is float32 (float64 for float64): a seeded
         state grows to 1e3 and more over a long context, which bfloat16 does not survive.
     """
-    arguments = (x, dt, A, B, C, D, state, chunk_size, return_state, return_chunk_states, dt_bias)
+    assert not in_place or (state is not None and return_state and not return_chunk_states)
+    arguments = (x, dt, A, B, C, D, state, chunk_size, return_state, return_chunk_states, dt_bias, in_place)
     kernel = choose("ssd_step" if x.shape[1] == 1 and not return_chunk_states else "ssd_scan", backend, *arguments)
     if kernel is not None:
-        return ScanOutput(*kernel(*arguments))
-    dtype, tokens = x.dtype, x.shape[1]
+        output = ScanOutput(*kernel(*arguments))
+        return output._replace(state=_in_place_of(state, output.state)) if in_place else output
+    before, dtype, tokens = state, x.dtype, x.shape[1]
     if dt_bias is not None:
         dt = F.softplus(dt + dt_bias)
     x, B, C = at_least_float32(x), at_least_float32(B), at_least_float32(C)
@@ -77,7 +81,9 @@ def ssd_scan(
             y, state = ssd_step_by_tiles(x, dt, A, B, C, state)
         else:
             y, state = ssd_step_reference(x, dt, A, B, C, state)
-        return ScanOutput(torch.addcmul(y, D[:, None], x).to(dtype), state if return_state else None)
+        y = torch.addcmul(y, D[:, None], x).to(dtype)
+        state = _in_place_of(before, state) if in_place else state
+        return ScanOutput(y, state if return_state else None)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state.to(x.dtype)
     outputs, chunk_states = [], []
     for start in range(0, tokens, chunk_size):
@@ -89,9 +95,16 @@ def ssd_scan(
             state = ssd_state(chunk_x, chunk_dt, A, chunk_B, state, backend="torch")
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     y = torch.addcmul(y, D[:, None], x).to(dtype)
+    state = _in_place_of(before, state) if in_place else state
     return ScanOutput(
         y, state if return_state else None, torch.stack(chunk_states, dim=1) if return_chunk_states else None
     )
+
+
+def _in_place_of(before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
+    """The state after, where the one before lies; kernels may have written it there already."""
+    assert before is not None and after is not None
+    return before if after is before else before.copy_(after)
 
 
 def ssd_state(
@@ -101,6 +114,7 @@ def ssd_state(
     B: torch.Tensor,
     state: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
+    in_place: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """
@@ -113,15 +127,18 @@ def ssd_state(
         B: (B, T, G, N) input projections.
         state: (B, H, P, N) state before the first token, default zeros.
         ends: (B,) tokens of each row that count, 0 to T; default T for all.
+        in_place: write it over `state`, and return that.
         backend: who computes it, see `backends.py`.
 
     Returns:
         (B, H, P, N) float32, as is all arithmetic (float64 for float64).
     """
-    arguments = (x, dt, A, B, state, ends)
+    assert not (in_place and state is None)
+    arguments = (x, dt, A, B, state, ends, in_place)
     kernel = choose("ssd_state", backend, *arguments)
     if kernel is not None:
-        return kernel(*arguments)
+        after = kernel(*arguments)
+        return _in_place_of(state, after) if in_place else after
     x, dt, A, B = at_least_float32(x), at_least_float32(dt), at_least_float32(A), at_least_float32(B)
     batch, tokens, heads, head_dim = x.shape
     if ends is not None:
@@ -133,7 +150,8 @@ def ssd_state(
     added = (grouped @ B.transpose(1, 2)).view(batch, heads, head_dim, B.shape[-1])
     if state is None:
         return added
-    return torch.addcmul(added, total.exp().view(batch, heads, 1, 1), state.to(x.dtype))
+    after = torch.addcmul(added, total.exp().view(batch, heads, 1, 1), state.to(x.dtype))
+    return _in_place_of(state, after) if in_place else after
 
 
 def ssd_step_reference(

@@ -9,10 +9,13 @@ from mixed_requests import MODES, differences
 from programs import IDS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
 from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import CompileConfig, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from twotower import TwoTowerEngine
+from twotower.cache_twotower import MambaState
 from twotower.decoding.compiled import records_passes
+from twotower.decoding.recorded import Recording
 
 
 @pytest.fixture
@@ -106,6 +109,22 @@ def test_changed_weights_are_never_served_stale(graphs):
     assert all(not torch.allclose(one, two, atol=1e-3) for one, two in pairwise(texts))
 
 
+def test_changes_to_one_tower_cost_no_recordings_of_the_other(graphs):
+    model, made = small_model(), []
+    embeddings = model.denoiser_tower.embeddings = model.context_tower.embeddings  # which is of both
+    for changed in (None, model.lm_head.weight, embeddings.weight, None):
+        if changed is not None:
+            with torch.no_grad():
+                changed.mul_(1.5)
+        texts = [
+            text_of(model, "mock_ar", compile=compile, return_dict_in_generate=False) for compile in (True, False)
+        ]
+        assert torch.equal(*texts)
+        made.append(graphs.made)
+    first, of_one, of_both, nothing = made[0], *(after - before for before, after in pairwise(made))
+    assert 0 < of_one < first == of_both and nothing == 0
+
+
 def test_what_waits_for_the_device_cannot_be_recorded(graphs, monkeypatch):
     model = small_model("M")
     forward = type(model.context_tower.layers[0].mixer).forward
@@ -129,6 +148,17 @@ def test_what_cannot_be_recorded_is_an_error_that_says_what_to_do(graphs, monkey
     monkeypatch.setattr(torch.cuda, "graph", fails)
     with pytest.raises(ValueError, match=r"reading 4x16x256 could not be recorded .*not permitted.*bfloat16"):
         text_of(small_model("M*"), "ar", compile=True)
+
+
+def test_a_first_pass_that_fails_leaves_states_as_they_were(graphs):
+    def program(model, states):
+        states[0].ssm.add_(1)
+        raise ZeroDivisionError
+
+    state = MambaState(torch.ones(1, 2), torch.ones(1, 3))
+    with pytest.raises(ZeroDivisionError):
+        Recording(program, small_model("M"), [state], [], {}, None)
+    assert torch.equal(state.ssm, torch.ones(1, 3))
 
 
 def test_warm_up_is_shown(graphs, capfd):
@@ -246,6 +276,32 @@ def test_weights_replaced_while_a_row_goes_on_are_seen(graphs):
             pass
         texts.append(handle.result(0))
     assert torch.equal(*texts)
+
+
+class Replacing(BaseStreamer):
+    """Replaces a weight once some tokens have come, the one that stood there being freed."""
+
+    def __init__(self, model):
+        self.mixer, self.left = model.context_tower.layers[0].mixer, 4
+
+    def put(self, value):
+        self.left -= 1
+        if self.left == 0:
+            weight = self.mixer.in_proj.weight
+            self.mixer.in_proj.weight = torch.nn.Parameter(weight.detach().flip(0))
+            weight.data.fill_(torch.nan)
+
+    def end(self):
+        pass
+
+
+def test_weights_replaced_by_a_streamer_are_seen_by_the_next_pass(graphs):
+    texts = []
+    for compile in (True, False):
+        model = small_model()
+        flags = {"mode": "ar", "max_new_tokens": 12, "compile": compile}
+        texts += [model.generate(random_ids(1, 5), **flags, streamer=each) for each in (None, Replacing(model))]
+    assert torch.equal(texts[1], texts[3]) and not torch.equal(texts[0], texts[1])
 
 
 def test_passes_recorded_under_autocast_are_not_those_without(graphs):

@@ -153,6 +153,20 @@ def test_the_state_after_each_rows_end(ends, state):
         assert_close(after[row], token_by_token(**prefix)[1][row], torch.float32)
 
 
+@pytest.mark.parametrize("tokens", RAGGED)
+def test_in_place_the_state_after_is_where_the_one_before_was(tokens):
+    arguments = draw(tokens)
+    expected = ssd_scan(**arguments, chunk_size=CHUNK)
+    alone = {name: arguments[name].clone() for name in ("x", "dt", "A", "B", "state")}
+    ends = torch.tensor([tokens, tokens // 2])
+    expected_at_ends = ssd_state(**alone, ends=ends)
+    y, after, _ = ssd_scan(**arguments, chunk_size=CHUNK, in_place=True)
+    assert after is arguments["state"]
+    assert torch.equal(y, expected.y) and torch.equal(after, expected.state)
+    assert ssd_state(**alone, ends=ends, in_place=True) is alone["state"]
+    assert torch.equal(alone["state"], expected_at_ends)
+
+
 def test_a_large_state_survives_bfloat16_inputs():
     arguments = draw(16, dtype=torch.bfloat16)
     arguments["state"] = arguments["state"] * 1e3

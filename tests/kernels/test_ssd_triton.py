@@ -108,6 +108,22 @@ def test_without_the_state_after():
     assert error(y, ssd_scan(**exact(arguments), backend="torch").y) < FLOAT32
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_in_place(tokens, apart):
+    arguments = draw((2, tokens, 2, 24, 1, 20))
+    if apart:
+        arguments["state"] = arguments["state"].transpose(2, 3).contiguous().transpose(2, 3)
+    names, ends = ("x", "dt", "A", "B", "state"), torch.tensor([tokens, tokens // 2])
+    alone = {name: arguments[name].clone() for name in names}
+    expected, at_ends = ssd_scan(**arguments, backend="triton"), ssd_state(**alone, ends=ends, backend="triton")
+    y, after, _ = ssd_scan(**arguments, in_place=True, backend="triton")
+    assert after is arguments["state"]
+    assert torch.equal(y, expected.y) and torch.equal(after, expected.state)
+    assert ssd_state(**alone, ends=ends, in_place=True, backend="triton") is alone["state"]
+    assert torch.equal(alone["state"], at_ends)
+
+
 @pytest.mark.parametrize("chunk_size", [8, 80])
 def test_states_before_each_chunk(chunk_size):
     arguments = draw((1, 90, 2, 16, 1, 16))
@@ -224,3 +240,6 @@ def test_on_a_gpu(sizes, dtype):
     expected = ssd_scan(**exact(arguments), backend="torch")
     assert_close(y, expected.y, dtype)
     assert_close(state, expected.state, torch.float32)
+    # Programs that read and write one state: none may write what another one has yet to read.
+    in_place = ssd_scan(**arguments, in_place=True, backend="triton")
+    assert torch.equal(in_place.y, y) and torch.equal(arguments["state"], state)

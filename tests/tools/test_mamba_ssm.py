@@ -123,6 +123,15 @@ def test_without_a_state(tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
+def test_in_place(tokens):
+    arguments = draw((2, tokens, 4, 16, 2, 16))
+    expected = ssd_scan(**arguments, backend="mamba-ssm")
+    y, state, _ = ssd_scan(**arguments, in_place=True, backend="mamba-ssm")
+    assert state is arguments["state"]
+    assert torch.equal(y, expected.y) and torch.equal(state, expected.state)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
 def test_step_sizes_made_within(tokens):
     arguments = draw((2, tokens, 4, 16, 2, 16))
     arguments |= {"dt": arguments["dt"] * 8 - 6, "dt_bias": torch.tensor([0.0, -3.0, 2.0, 0.5], device=DEVICE)}
