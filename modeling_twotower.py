@@ -68,7 +68,6 @@ from .kernels.backends import check_kernels, is_torch
 from .kernels.block_attention import block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
-from .kernels.mlp import mlp
 from .kernels.precision import at_least_float32, may_give_out
 from .kernels.rms_norm import rms_norm
 from .kernels.routed_experts import routed_experts
@@ -1128,31 +1127,12 @@ class TwoTowerExperts(NemotronHExperts):
     kernels = AUTO_KERNELS
 
 
-class TwoTowerMLP(NemotronHMLP):
-    """transformers' two projections, whose weights a kernel may use without calling them."""
-
-    kernels = AUTO_KERNELS
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        backend, projections = self.kernels["mlp"], (self.up_proj, self.down_proj)
-        if not is_torch(backend, hidden_states):
-            if all(type(each) is nn.Linear and each.bias is None and is_untouched(each) for each in projections):
-                return mlp(hidden_states, self.up_proj.weight, self.down_proj.weight, self.act_fn, backend)
-            if backend != "auto":
-                raise ValueError(
-                    f'mlp cannot be computed by "{backend}": its projections ({type(self.up_proj).__name__}) are '
-                    'quantised, adapted, hooked or have a bias; use the backend "torch" or "auto"'
-                )
-        return super().forward(hidden_states)
-
-
 class TwoTowerMoE(NemotronHMoE):
     """transformers' mixture of experts with our router."""
 
     def __init__(self, config: TwoTowerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.gate, self.experts = TwoTowerRouter(config), TwoTowerExperts(config)
-        self.shared_experts = TwoTowerMLP(config, config.moe_shared_expert_intermediate_size)
         # Of what is not projected any more, the factor can be part of the sum.
         self.scale, self.is_latent = 1.0, config.moe_latent_size is not None
         if not self.is_latent:
@@ -1174,7 +1154,7 @@ class TwoTowerMoE(NemotronHMoE):
 
 
 STATEFUL_MIXERS: dict[str, Any] = {"linear_attention": TwoTowerMamba, "full_attention": TwoTowerAttention}
-STATELESS_MIXERS: dict[str, Any] = {"moe": TwoTowerMoE, "mlp": TwoTowerMLP}
+STATELESS_MIXERS: dict[str, Any] = {"moe": TwoTowerMoE, "mlp": NemotronHMLP}
 
 
 class TwoTowerLayer(GradientCheckpointingLayer):

@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 
-from ._mlp_triton import unusual_weights
+from ..compat_twotower import ACT2FN
 from ._triton import tl, triton
+
+RELU2 = type(ACT2FN["relu2"])
 
 # The most pairs that a program looks through.
 MOST_PAIRS = 8192
 
 
 if triton is not None:
-    from ._mlp_triton import relu2
 
     @triton.jit(do_not_specialize=["count"])
     def list_pairs(indices, pairs, counts, count, TILE: tl.constexpr):
@@ -81,7 +82,8 @@ if triton is not None:
                 weight_here = tl.load(weight + n[:, None] * D + d[None, :], held, 0.0)
                 total = tl.dot(x_here, tl.trans(weight_here), total, input_precision=PRECISION)
             if ACTIVATED:
-                total = relu2(total, x.dtype.element_ty)
+                total = tl.maximum(total.to(x.dtype.element_ty).to(tl.float32), 0.0)
+                total = total * total
             place = pair[:, None] * N + n[None, :]
             tl.store(out + place, total.to(out.dtype.element_ty), here[:, None] & (n < N)[None, :])
 
@@ -157,8 +159,12 @@ def triton_cannot_route(
     """Why the kernels above cannot take these arguments of [`routed_experts`]; None if they can."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weights.dtype != torch.float32:
         return f"computes in float32, x is {x.dtype}, weights are {weights.dtype}"
-    if obstacle := unusual_weights(x, up_proj, down_proj, act_fn):
-        return obstacle
+    if x.dtype != up_proj.dtype or x.dtype != down_proj.dtype:
+        return f"wants tokens in the weights' dtype, {up_proj.dtype}, x is {x.dtype}"
+    if not all(type(weight) in (torch.Tensor, torch.nn.Parameter) for weight in (up_proj, down_proj)):
+        return f"reads plain weights, these are {type(up_proj).__name__} and {type(down_proj).__name__}"
+    if not isinstance(act_fn, RELU2):
+        return f"squares what is positive (relu2), not {type(act_fn).__name__}"
     if not 0 < indices.numel() <= MOST_PAIRS:
         return f"takes 1 to {MOST_PAIRS} pairs of a token and an expert, these are {indices.numel()}"
     return None

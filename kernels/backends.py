@@ -32,7 +32,6 @@ from ._mamba_ssm import (
     scan_with_mamba_ssm,
     step_with_mamba_ssm,
 )
-from ._mlp_triton import mlp_with_triton, triton_cannot_multiply
 from ._routing_triton import route_with_triton, triton_cannot_choose
 from ._ssd_triton import scan_with_triton, state_with_triton, triton_cannot_scan
 
@@ -101,7 +100,6 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     ),
     "top_k_routing": _by_name(Backend("triton", route_with_triton, triton_cannot_choose, in_triton=True)),
     "routed_experts": _by_name(Backend("triton", experts_with_triton, triton_cannot_route, in_triton=True)),
-    "mlp": _by_name(Backend("triton", mlp_with_triton, triton_cannot_multiply, in_triton=True)),
     "block_attention": _by_name(
         Backend("triton", attention_with_triton, triton_cannot_attend, in_triton=True),
         Backend("flash-attn", attention_with_flash_attn, flash_attn_cannot),

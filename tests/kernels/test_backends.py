@@ -16,7 +16,6 @@ from twotower.kernels.backends import BACKENDS, Backend, check_kernels, choose, 
 from twotower.kernels.block_attention import block_attention
 from twotower.kernels.causal_conv import causal_conv
 from twotower.kernels.gated_rms_norm import gated_rms_norm
-from twotower.kernels.mlp import mlp
 from twotower.kernels.rms_norm import rms_norm
 from twotower.kernels.routed_experts import routed_experts
 from twotower.kernels.ssd import ssd_scan, ssd_state
@@ -35,7 +34,6 @@ CALLS = {
     "routed_experts": lambda **backend: routed_experts(
         X[0], *ROUTES, *[torch.ones(2, 3, 3)] * 2, torch.relu, **backend
     ),
-    "mlp": lambda **backend: mlp(X[0], *[torch.ones(3, 3)] * 2, torch.relu, **backend),
     "block_attention": lambda **backend: block_attention(*[torch.ones(1, 2, 3, 4)] * 3, **backend),
 }
 SCAN = [torch.ones(1, 2, 3, 4), X, -torch.ones(3), torch.ones(1, 2, 1, 5), torch.ones(1, 2, 1, 5), torch.ones(3)]
@@ -180,7 +178,6 @@ class TestCheckKernels:
             "causal_conv",
             "top_k_routing",
             "routed_experts",
-            "mlp",
             "block_attention",
         }
         assert {op for op, backend in chosen.items() if backend == "triton"} == ours
@@ -318,6 +315,6 @@ class TestTables:
     def test_packages_and_versions(self, monkeypatch):
         monkeypatch.setattr(backends, "package_version", {"triton": "3.9.0"}.get)
         rows = {row[0]: row[1:] for row in package_table()}
-        ours = "ssd_scan, ssd_step, ssd_state, causal_conv, top_k_routing, routed_experts, mlp, block_attention"
+        ours = "ssd_scan, ssd_step, ssd_state, causal_conv, top_k_routing, routed_experts, block_attention"
         assert rows["triton"] == ("3.9.0", ours, "H200, 2026-11-26")
         assert rows["flash-attn"] == ("not installed", "block_attention", "never")

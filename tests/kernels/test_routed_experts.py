@@ -26,6 +26,10 @@ def nan_where_nothing_is_written(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
+class Packed(torch.Tensor):
+    """As quantisers put in the place of weights."""
+
+
 def draw(tokens, chosen=2, experts=6, hidden=24, inner=40, among=None, dtype=torch.float32, act_fn=RELU2):
     """Tokens, whose experts are among the first so many."""
     torch.manual_seed(tokens + hidden)
@@ -112,6 +116,8 @@ def test_what_triton_cannot():
     assert "computes in float32, x is torch.float64" in triton_cannot_route(parts[0].double(), *parts[1:])
     assert "weights are torch.float64" in triton_cannot_route(*parts[:2], parts[2].double(), *parts[3:])
     assert "the weights' dtype, torch.float32, x is torch.bf" in triton_cannot_route(parts[0].bfloat16(), *parts[1:])
+    packed = parts[3].as_subclass(Packed)
+    assert "plain weights, these are Packed and Tensor" in triton_cannot_route(*parts[:3], packed, *parts[4:])
     assert "these are 0" in triton_cannot_route(*(part[:0] for part in parts[:3]), *parts[3:])
     assert "these are 10000" in triton_cannot_route(*(part.repeat(2500, 1) for part in parts[:3]), *parts[3:])
 
