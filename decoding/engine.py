@@ -138,11 +138,16 @@ class Engine:
             newest = uploaded([[row.newest] for row in rows], self.device)
             logits = run("predict_next", newest, part)[:, None]
         else:
-            times = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
-            for group, at in zip(groups, places, strict=True):
+            timesteps = []
+            for group in groups:
                 steps, request = [row.step for row in group.rows], group.request
-                times[at] = group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
-            canvases = [groups[0].canvas[0]] if len(groups) == 1 else self._canvases(rows)
+                group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
+                timesteps.append(group.timestep)
+            times, canvases = timesteps[0], [groups[0].canvas[0]]
+            if len(groups) > 1:
+                times, canvases = times.new_empty(len(rows)), self._canvases(rows)
+                for own, at in zip(timesteps, places, strict=True):
+                    times[at] = own
             logits = run("denoise", canvases[0], part, times, *canvases[1:])
         self.passes["denoiser"] += 1
         for row in rows:
