@@ -959,6 +959,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             layout.ends,
             self.activation,
             return_inputs=layout.keep not in ("state", "in place"),
+            in_place=layout.keep == "in place",
             backend=self.kernels["causal_conv"],
         )
         if is_torch(scan_backend, convolved):
@@ -991,18 +992,15 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
             norm.variance_epsilon,
             self.kernels["gated_rms_norm"],
         )
-        # 4. What the cache is to keep.
+        # 4. What the cache is to keep, unless that has been written.
         present: MambaState | MambaUpdate | None = None
         if layout.keep == "update":
             present = MambaUpdate(conv_after, x, dt, A, B)
-        elif layout.keep == "in place":
-            assert conv_before is not None
-            conv_before.copy_(conv_after)
         elif layout.state_every is not None:
             assert scan.chunk_states is not None
             before = inputs_before_blocks(inputs, self.conv_kernel_size, layout.state_every)
             present = MambaState(before.flatten(0, 1), scan.chunk_states.flatten(0, 1))
-        elif scan.state is not None:
+        elif layout.keep == "state" and scan.state is not None:
             present = MambaState(conv_after, scan.state)
         return self.out_proj(y), present
 

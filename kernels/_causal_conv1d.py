@@ -3,7 +3,7 @@
 Both sum in float32 and round once, as we do. What the package asks for, by its source of 1.7.0: filters of 2 to 4
 taps; a state only for inputs whose channels lie together, of which there are a multiple of 8, at strides that are
 multiples of 8; a state and a bias of the dtype of inputs and filters. The step writes into the state it is given, so
-that it gets a copy.
+that it gets a copy unless that is asked for.
 
 Shapes: B batch, T tokens, C channels, K kernel width. The package's own order is (B, C, T).
 """
@@ -22,6 +22,7 @@ def causal_conv_with_package(
     ends: torch.Tensor | None = None,
     activation: str = "silu",
     return_inputs: bool = False,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What [`causal_conv`] does, with its arguments: y, and the new state where a step is asked for it, else None."""
     package = import_module("causal_conv1d")
@@ -33,7 +34,7 @@ def causal_conv_with_package(
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
         x = x.contiguous()
     if tokens == 1 and ends is None:
-        after = state.to(x.dtype, copy=True).contiguous()
+        after = state.to(x.dtype, copy=not in_place).contiguous()
         y = package.causal_conv1d_update(x[:, 0], after.transpose(1, 2), weight, bias, activation=activation)
         return y[:, None], None if return_inputs else after
     before = state.to(x.dtype).contiguous().transpose(1, 2)

@@ -105,6 +105,7 @@ def conv_with_triton(
     ends: torch.Tensor | None = None,
     activation: str = "silu",
     return_inputs: bool = False,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What [`causal_conv`] does, with its arguments."""
     assert activation in SILU
@@ -114,7 +115,11 @@ def conv_with_triton(
     x = x if x.stride(2) == 1 else x.contiguous()
     held = None if state is None or taps == 1 else state if state.stride(2) == 1 else state.contiguous()
     y = x.new_empty(batch, tokens, channels)
-    kept = x.new_empty(batch, taps - 1 + (tokens if return_inputs else 0), channels)
+    # A program reads of the state what it overwrites, and each column before it writes to an earlier one.
+    if in_place and held is not None and held.dtype == x.dtype and held.stride(1) == channels:
+        kept = held
+    else:
+        kept = x.new_empty(batch, taps - 1 + (tokens if return_inputs else 0), channels)
     tiles = conv_tiles(tokens)
     grid = (batch, -(-tokens // tiles["T_TILE"]), -(-channels // tiles["C_TILE"]))
     if y.numel() > 0:

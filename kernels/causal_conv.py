@@ -21,6 +21,7 @@ def causal_conv(
     ends: torch.Tensor | None = None,
     activation: str = "silu",
     return_inputs: bool = False,
+    in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -34,22 +35,26 @@ def causal_conv(
         ends: (B,) for each row the column after its last token; default T for all. The new state ends there.
         activation: name in transformers' `ACT2FN`.
         return_inputs: return the inputs with those before them, from which [`conv_state`] cuts states, instead of one.
+        in_place: write the new state over `state`, and return that; without inputs.
         backend: who computes it, see `backends.py`.
 
     Returns:
         y (B, T, C) in x's dtype (the sum is taken in float32 at least), and in x's dtype the new state (B, K - 1, C)
         or the inputs (B, K - 1 + T, C).
     """
-    arguments = (x, weight, bias, state, ends, activation, return_inputs)
-    kernel = choose("causal_conv", backend, *arguments)
+    assert not in_place or (state is not None and not return_inputs)
+    arguments = (x, weight, bias, state, ends, activation, return_inputs, in_place)
+    kernel, after = choose("causal_conv", backend, *arguments), None
     if kernel is not None:
         y, after = kernel(*arguments)
-        if after is not None:
-            return y, after
-    padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
-    if kernel is None:
-        y = _convolved(padded, weight, bias, activation)
-    return y, padded if return_inputs else conv_state(padded, weight.shape[1], ends)
+    if kernel is None or after is None:
+        padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
+        if kernel is None:
+            y = _convolved(padded, weight, bias, activation)
+        after = padded if return_inputs else conv_state(padded, weight.shape[1], ends)
+    if in_place and state is not None and after is not state:
+        after = state.copy_(after)
+    return y, after
 
 
 def _convolved(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:

@@ -169,6 +169,21 @@ def test_sums_of_which_an_exponential_is_infinite(value):
     assert_close(causal_conv(**arguments, backend="triton")[0], exact(arguments)[0], torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # one that it takes, and one that needs a copy
+@pytest.mark.parametrize("tokens", [1, 2, 9, 20])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_state_in_place(tokens, dtype, backend):
+    x, weight, bias, state = (draw((2, tokens, 33, 4))[name] for name in ("x", "weight", "bias", "state"))
+    ends = torch.tensor([tokens, tokens // 2])
+    for own in (None, ends):
+        held = state.contiguous().to(dtype)
+        expected = causal_conv(x, weight, bias, state, own, backend="torch")
+        y, after = causal_conv(x, weight, bias, held, own, in_place=True, backend=backend)
+        assert after is held
+        assert_close(y, expected[0])
+        assert torch.equal(after.float(), expected[1])
+
+
 @pytest.mark.parametrize("return_inputs", [False, True])
 def test_no_rows(return_inputs):
     y, kept = causal_conv(**draw((0, 5, 6, 4)), return_inputs=return_inputs, backend="triton")
