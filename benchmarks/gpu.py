@@ -49,27 +49,35 @@ from transformers import logging as transformers_logging
 from twotower import TwoTowerConfig, TwoTowerEngine, TwoTowerForBlockDiffusion
 from twotower.bench.reports import environment, write_json
 from twotower.checkpoints.inspection import cache_size, model_size
+from twotower.compat_twotower import ACT2FN
 from twotower.decoding.compiled import CompiledPasses
 from twotower.kernels.backends import BACKENDS
 from twotower.kernels.block_attention import block_attention
 from twotower.kernels.causal_conv import causal_conv
 from twotower.kernels.gated_rms_norm import gated_rms_norm
 from twotower.kernels.rms_norm import rms_norm
+from twotower.kernels.routed_experts import routed_experts
 from twotower.kernels.ssd import ssd_scan, ssd_state
+from twotower.kernels.top_k_routing import top_k_routing
+from twotower.modeling_twotower import TwoTowerRouter
 
 MODES = ("ar", "mask_diffusion", "self_speculative", "mock_ar")
 TOKENS_PER_PASS = (1.8, 2.5, 3.3)
 # Copy bandwidth in bytes/s, read and written ones counted, and bfloat16 products in flop/s: as measured on such cards
 # by others before this script was written. Of others we predict nothing in seconds.
 RATES = {"H200": (4.3e12, 790e12), "H100": (3.0e12, 790e12)}
-# Seconds to launch a kernel, and kernels per pass at 52 layers: half of what was counted before passes were prepared.
-LAUNCH = 5e-6
-KERNELS = {"ar step": 1065, "block pass": 1275, "block read": 1140}
+# Of a recorded pass: the share of bandwidth that its large kernels reach, seconds that each kernel costs beside, and
+# how many there are at 52 layers: four times those of the first 13, by torch's profiler.
+SHARE, PER_KERNEL = 0.85, 1.5e-6
+KERNELS = {"ar step": 580, "block pass": 690, "block read": 660}
 # Below these bytes of GPU memory the towers share their weights, or are not run at all.
 BOTH_TOWERS, ONE_TOWER = 135e9, 70e9
 
 # On a GPU timed by eager passes, too.
-EAGER = ("ar", "mask_diffusion, 2.5 tokens per pass")
+EAGER = ("ar",)
+
+# Of more, the experts' products in float64 take too much memory.
+MOST_EXACT_TOKENS = 512
 
 # Seconds that a section's process may take to begin.
 IMPORTING = 120
@@ -239,8 +247,13 @@ def random_weight(name: str, like: torch.Tensor, device: torch.device) -> torch.
 # What it must take at least, on paper.
 
 
-def layer_work(sizes: Sizes, kind: str, rows: int, tokens: int, context: int) -> tuple[float, float]:
-    """Bytes and flops of one layer ("M", "E" or "*") in a pass over `tokens` of each of `rows` rows."""
+def layer_work(
+    sizes: Sizes, kind: str, rows: int, tokens: int, context: int, chosen: float | None = None
+) -> tuple[float, float]:
+    """
+    Bytes and flops of one layer ("M", "E" or "*") in a pass over `tokens` of each of `rows` rows, whose tokens chose
+    so many experts in all; default as many as under uniform routing.
+    """
     config = sizes.config(kind, vocab_size=sizes.small_vocabulary)
     name = config.layers_block_type[0]
     weights = active = model_size(config).context[name]
@@ -249,7 +262,8 @@ def layer_work(sizes: Sizes, kind: str, rows: int, tokens: int, context: int) ->
         of_experts = 2 * config.n_routed_experts * config.moe_intermediate_size * config.hidden_size
         share = config.num_experts_per_tok / config.n_routed_experts
         active = weights - of_experts * (1 - share)
-        weights -= of_experts * (1 - share) ** count  # that no token has chosen, under uniform routing
+        chosen = config.n_routed_experts * (1 - (1 - share) ** count) if chosen is None else chosen
+        weights -= of_experts * (1 - chosen / config.n_routed_experts)
     held = cache_size(config, torch.bfloat16)
     moved = 2.0 * weights + rows * (held.per_sequence + context * held.key_value_per_token)
     flops = 2.0 * count * active
@@ -258,12 +272,12 @@ def layer_work(sizes: Sizes, kind: str, rows: int, tokens: int, context: int) ->
     return moved, flops
 
 
-def pass_work(sizes: Sizes, rows: int, tokens: int, context: int) -> tuple[float, float]:
-    """Bytes and flops of one pass of a full tower, with its head."""
+def pass_work(sizes: Sizes, rows: int, tokens: int, context: int, chosen: float | None = None) -> tuple[float, float]:
+    """Bytes and flops of one pass of a full tower, with its head; `chosen` as of `layer_work`, of each layer."""
     head = sizes.geometry["vocab_size"] * sizes.geometry["hidden_size"]
     moved, flops = 2.0 * head, 2.0 * rows * tokens * head
     for kind, layers in Counter(sizes.pattern).items():
-        of_one = layer_work(sizes, kind, rows, tokens, context)
+        of_one = layer_work(sizes, kind, rows, tokens, context, chosen)
         moved, flops = moved + layers * of_one[0], flops + layers * of_one[1]
     return moved, flops
 
@@ -328,11 +342,14 @@ def measure_goldens(bench: Bench) -> None:
         model.generation_config.eos_token_id = None
         found = outcome[str(dtype).removeprefix("torch.")] = dict[str, Any]()
         found["worst relative error of logits"] = worst_error(model, tensors)
-        found["texts and passes as NVIDIA's"] = counted(as_golden(model, case, tensors) for case in cases)
+        # Each by eager passes or by recorded ones, in turn; in bfloat16, where texts may part, a part of them.
+        step = 2 if dtype == torch.float32 else 6
+        found["texts and passes as NVIDIA's"] = counted(as_golden(model, case, tensors) for case in cases[::step])
         if bench.device.type == "cuda":
             found["the same by recorded passes"] = counted(
-                as_golden(model, case, tensors, compile=True) for case in cases[::4]
+                as_golden(model, case, tensors, compile=True) for case in cases[1::step]
             )
+        bench.record(outcome)
         for mode in MODES:
             alone = [written(model, [prompt], mode, count)[0] for prompt in prompts]
             found[f"{mode}: texts as on the CPU in float32"] = counted(map(list.__eq__, alone, on_host[mode]))
@@ -499,6 +516,9 @@ class Operation:
         """The tensors it gives; `exact` in float64."""
         arguments = [each.double() if exact and is_float(each) else each for each in self.arguments]
         output = self.run(*arguments, backend=backend)
+        if self.name == "top_k_routing":  # whose experts come in whatever order
+            logits, weights, indices = output
+            output = logits, torch.zeros_like(logits).scatter(1, indices, weights.double())
         return tuple(each for each in ((output,) if isinstance(output, torch.Tensor) else output) if each is not None)
 
 
@@ -539,8 +559,11 @@ def operations(bench: Bench) -> Iterator[tuple[str, Operation]]:
             gate, scale = draw(rows, tokens, inner).to(bench.dtype), draw(inner).to(bench.dtype)
             yield size, Operation("gated_rms_norm", gated_rms_norm, (x, gate, scale, inner // groups, 1e-5))
             yield size, Operation("rms_norm", rms_norm, (draw(rows, tokens, hidden).to(bench.dtype), norm, 1e-5))
-        for tokens in (1, 16):
+        for tokens in bench.sizes.tokens:
             for context in bench.sizes.contexts[:2]:
+                # Of all chunks behind all contexts the longest take seconds in torch.
+                if tokens > 16 and (rows > 4 or context > bench.sizes.contexts[0]):
+                    continue
                 size = f"{rows} rows, {tokens} tokens, {context} context"
                 query = draw(rows, config.num_attention_heads, tokens, config.head_dim).to(bench.dtype)
                 key, value = (
@@ -550,7 +573,26 @@ def operations(bench: Bench) -> Iterator[tuple[str, Operation]]:
                     draw(rows, config.num_key_value_heads, context, config.head_dim).to(bench.dtype) for _ in range(2)
                 ]
                 lengths = torch.full((rows,), context - 3, device=bench.device)
-                yield size, Operation("block_attention", block_attention, (query, key, value, *behind, lengths))
+                attend = partial(block_attention, causal=tokens > 16)
+                yield size, Operation("block_attention", attend, (query, key, value, *behind, lengths))
+    yield from operations_of_experts(bench, draw)
+
+
+def operations_of_experts(bench: Bench, draw: Callable[..., torch.Tensor]) -> Iterator[tuple[str, Operation]]:
+    """The choice of experts, and what they make of tokens."""
+    config = bench.sizes.config("E")
+    experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    up, down = (draw(experts, *shape).to(bench.dtype) / hidden**0.5 for shape in ((inner, hidden), (hidden, inner)))
+    weight, bias = draw(experts, hidden).to(bench.dtype) / hidden**0.5, torch.rand(experts, device=bench.device)
+    for rows in bench.sizes.batches:
+        for tokens in bench.sizes.tokens:
+            size, x = f"{rows} rows, {tokens} tokens", draw(rows * tokens, hidden).to(bench.dtype)
+            choose = (x, weight, bias, config.num_experts_per_tok)
+            yield size, Operation("top_k_routing", top_k_routing, choose)
+            if len(x) <= MOST_EXACT_TOKENS:
+                _, weights, indices = top_k_routing(*choose, backend="torch")
+                each = (x, indices, weights, up, down, ACT2FN["relu2"])
+                yield size, Operation("routed_experts", routed_experts, each)
 
 
 def measure_kernels(bench: Bench) -> None:
@@ -621,17 +663,32 @@ def measure_layers(bench: Bench) -> None:
             grown = None  # before the next one is made
             grown = recorded_if_out_of_memory(outcome, name, partial(cache.copy_rows, [0] * rows))
         if grown is not None:
-            run = partial(one_pass, model, grown, bench.ids(rows, tokens), done)
-            timing = recorded_if_out_of_memory(outcome, name, partial(bench.clock, run))
+            run = partial(time_recorded, bench, model, grown, bench.ids(rows, tokens), done, head=False)
+            timing = recorded_if_out_of_memory(outcome, name, run)
             if timing is not None:
                 outcome[name] = {of: value / sizes.layers for of, value in timing.items()}
         bench.record(outcome)
 
 
 @torch.inference_mode()
-def one_pass(model: Any, cache: Any, ids: torch.Tensor, done: str) -> Any:
-    """What is read grows the cache, by a few tokens."""
-    return model.denoise(ids, cache) if done == "block pass" else model.context_tower(ids, cache)
+def one_pass(model: Any, cache: Any, ids: torch.Tensor, done: str, passes: Any = None, head: bool = True) -> Any:
+    """By `passes`, such as recorded ones, or eager; with the head. What is read grows the cache, by a few tokens."""
+    if done == "block pass":
+        timestep = torch.full((len(ids),), 0.5, device=ids.device)
+        return model.denoise(ids, cache, timestep) if passes is None else passes("denoise", ids, cache, timestep)
+    hidden_states = model.context_tower(ids, cache) if passes is None else passes("context_tower", ids, cache)
+    return model.context_lm_head(hidden_states[:, -1:]) if head else hidden_states
+
+
+def time_recorded(
+    bench: Bench, model: Any, cache: Any, ids: torch.Tensor, done: str, head: bool = True
+) -> dict[str, float]:
+    """As a CUDA graph; on a CPU, where there are none, an eager pass."""
+    passes = None
+    if bench.device.type == "cuda":
+        passes = CompiledPasses(model)
+        passes.begin()
+    return bench.clock(partial(one_pass, model, cache, ids, done, passes, head), repeats=8)
 
 
 def recorded_if_out_of_memory(outcome: dict[str, Any], name: str, run: Callable[[], Any]) -> Any:
@@ -646,14 +703,15 @@ def recorded_if_out_of_memory(outcome: dict[str, Any], name: str, run: Callable[
 
 
 def predict_towers(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
-    """Each pass takes its floor or its launches, whichever is longer; a block of 16 is read once it is full."""
+    """Each pass takes what its bytes and its kernels do; a block of 16 is read once it is full."""
     if rates is None:
         return {}
     predicted: dict[str, Any] = {}
     for rows in sizes.rows:
         tokens = {"ar step": 1, "block pass": 16, "block read": 16}
         passes = {
-            name: max(floor_ms(pass_work(sizes, rows, count, sizes.prompt), rates), 1e3 * LAUNCH * KERNELS[name])
+            name: floor_ms(pass_work(sizes, rows, count, sizes.prompt), rates) / SHARE
+            + 1e3 * PER_KERNEL * KERNELS[name]
             for name, count in tokens.items()
         }
         ar = passes["ar step"]
@@ -696,33 +754,39 @@ def speeds_by_way(bench: Bench, model: Any, rows: int, found: dict[str, Any]) ->
     on_gpu = bench.device.type == "cuda"
     for eager in (False, True) if on_gpu else (False,):
         for name, options in tower_ways().items():
-            if eager and name not in EAGER:
+            if eager and (name not in EAGER or rows > 1):
                 continue
             of = ", eager" * eager
-            found[name + of] = speed(bench, model, rows, options | {"compile": on_gpu and not eager})
+            options = options | {"compile": on_gpu and not eager}
+            found[name + of] = speed(bench, model, rows, options, repeats=1 if eager else 2)
             found[name + of]["of_ar"] = found[name + of]["tokens_per_second"] / found["ar" + of]["tokens_per_second"]
 
 
 def time_passes(bench: Bench, model: Any, rows: int) -> dict[str, Any]:
     """Each kind of pass, eager and recorded as a CUDA graph, beside what it must take at least."""
     sizes, rates, found = bench.sizes, known_rates(), dict[str, Any]()
-    recorded = CompiledPasses(model)
-    if bench.device.type == "cuda":
-        recorded.begin()
     for name, tokens in (("ar step", 1), ("block pass", 16), ("block read", 16)):
         with torch.inference_mode(), model.prepared():
             cache = read_in_pieces(bench, model, sizes.prompt).copy_rows([0] * rows)
             ids = bench.ids(rows, tokens)
-            found[name] = bench.clock(partial(one_pass, model, cache, ids, name), repeats=2)
-            if bench.device.type == "cuda":
-                part = "denoise" if name == "block pass" else "context_tower"
-                times = (torch.full((rows,), 0.5, device=bench.device),) if part == "denoise" else ()
-                timing = bench.clock(partial(recorded, part, ids, cache, *times), repeats=2)
-                found[name] |= {f"recorded_{of}": value for of, value in timing.items()}
+            eager = partial(one_pass, model, cache, ids, name)
+            found[name] = {"experts_chosen": experts_chosen(model, eager), "eager": bench.clock(eager, repeats=2)}
+            found[name] |= time_recorded(bench, model, cache, ids, name)
         if rates is not None:
-            floor = floor_ms(pass_work(sizes, rows, tokens, sizes.prompt), rates)
-            found[name] |= {"floor_ms": floor, "of_floor": floor / found[name]["recorded_ms"]}
+            work = pass_work(sizes, rows, tokens, sizes.prompt, found[name]["experts_chosen"])
+            found[name] |= {"floor_ms": floor_ms(work, rates), "of_floor": floor_ms(work, rates) / found[name]["ms"]}
     return found
+
+
+def experts_chosen(model: Any, run: Callable[[], Any]) -> float:
+    """How many experts of a layer the tokens of a pass choose in all, on average: random towers do so unevenly."""
+    counts: list[torch.Tensor] = []
+    routers = [module for module in model.modules() if isinstance(module, TwoTowerRouter)]
+    hooks = [each.register_forward_hook(lambda _, __, output: counts.append(output[2].unique())) for each in routers]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(map(len, counts)) if counts else 0.0
 
 
 def predict_compiled(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
@@ -788,24 +852,21 @@ def so_many_per_pass(
     return masked & (masked.cumsum(-1) <= wanted[:, None])
 
 
-def speed(bench: Bench, model: Any, rows: int, options: dict[str, Any]) -> dict[str, Any]:
+def speed(bench: Bench, model: Any, rows: int, options: dict[str, Any], repeats: int = 2) -> dict[str, Any]:
     sizes, seconds = bench.sizes, []
     prompt = bench.ids(rows, sizes.prompt)
-    for repeat in range(3):
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": sizes.new_tokens, **options}
+    # The first warms up, and tells how many passes there are. A call that returns its cache records passes anew.
+    output = model.generate(prompt, return_dict_in_generate=True, **options)
+    model.generate(prompt, **options)
+    for _ in range(repeats):
         bench.synchronize()
         started = time.perf_counter()
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=sizes.new_tokens,
-            return_dict_in_generate=True,
-            **options,
-        )
+        model.generate(prompt, **options)
         bench.synchronize()
-        if repeat:  # the first warms up
-            seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
     return {
-        "tokens_per_second": rows * sizes.new_tokens / min(seconds),
+        "tokens_per_second": rows * sizes.new_tokens / statistics.median(seconds),
         "seconds": seconds,
         "denoiser_forwards": int(output.denoiser_forwards.sum()),
         "context_forwards": int(output.context_forwards.sum()),
@@ -830,9 +891,9 @@ SECTIONS = {
     "goldens": Section(120, predict_goldens, measure_goldens),
     "synchronisation": Section(20, predict_synchronisation, measure_synchronisation),
     "memory": Section(20, predict_memory, measure_memory),
-    "kernels": Section(70, predict_kernels, measure_kernels),
-    "layers": Section(100, predict_layers, measure_layers),
-    "towers": Section(220, predict_towers, measure_towers),
+    "kernels": Section(110, predict_kernels, measure_kernels),
+    "layers": Section(60, predict_layers, measure_layers),
+    "towers": Section(170, predict_towers, measure_towers),
 }
 
 

@@ -538,16 +538,18 @@ class CompiledPasses:
         part = PARTS[program.__name__]
         if program is not accepting:  # which reads none
             programs.forget_changed(self.model, part)
-        # Of one key there may be two: of a cache's first rows, and of copies of others.
+        # Of one key there may be two: of a cache's first rows, and of copies of others; first the one that ran last.
         recordings = programs.setdefault(key, [])
         recording = next((each for each in recordings if each.fits(static)), None)
         if recording is None:
-            del recordings[:-1]
+            del recordings[1:]
             if not any(held for each, held in programs.items() if each[-1] == "recorded"):
                 programs.pool = torch.cuda.graph_pool_handle()  # torch takes none again whose graphs have all gone
             with self._shown(name):
                 recording = Recording(program, self.model, static, inputs, programs.prepared, programs.pool)
-            recordings.append(recording)
+            recordings.insert(0, recording)
+        elif recording is not recordings[0]:
+            recordings.reverse()
         outputs = recording(inputs)
         if self.alone and program is not accepting:
             programs.look_ahead(part)
