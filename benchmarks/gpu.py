@@ -319,15 +319,14 @@ def measure_machine(bench: Bench) -> None:
 # NVIDIA's numbers.
 
 
-def predict_goldens(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
-    return {
-        "float32": "every text and number of passes NVIDIA's, CPU's in every mode, a row's alone; logits within 1e-4",
-        "bfloat16": "logits within 5e-2; texts may part where two choices nearly tie",
-    }
+def predict_goldens(dtype: torch.dtype, sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
+    if dtype == torch.float32:
+        return {"all": "texts and numbers of passes NVIDIA's, CPU's in every mode, a row's alone; logits within 1e-4"}
+    return {"all": "logits within 5e-2; texts may part where two choices nearly tie"}
 
 
-def measure_goldens(bench: Bench) -> None:
-    outcome: dict[str, Any] = {}
+def measure_goldens(dtype: torch.dtype, bench: Bench) -> None:
+    found: dict[str, Any] = {}
     # Float32 is to mean float32; of products it does by default, of convolutions not.
     torch.backends.cudnn.allow_tf32 = False
     folder = bench.data / "goldens"
@@ -336,27 +335,24 @@ def measure_goldens(bench: Bench) -> None:
     prompts = [tensors[f"p{idx}.ids"].long() for idx in range(5)]
     on_cpu = TwoTowerForBlockDiffusion.from_pretrained(folder / "checkpoint", dtype=torch.float32)
     on_cpu.generation_config.eos_token_id = None
-    on_host = {mode: [written(on_cpu, [prompt], mode, count)[0] for prompt in prompts] for mode in MODES}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = TwoTowerForBlockDiffusion.from_pretrained(folder / "checkpoint", dtype=dtype).to(bench.device)
-        model.generation_config.eos_token_id = None
-        found = outcome[str(dtype).removeprefix("torch.")] = dict[str, Any]()
-        found["worst relative error of logits"] = worst_error(model, tensors)
-        # Each by eager passes or by recorded ones, in turn; in bfloat16, where texts may part, a part of them.
-        step = 2 if dtype == torch.float32 else 6
-        found["texts and passes as NVIDIA's"] = counted(as_golden(model, case, tensors) for case in cases[::step])
-        if bench.device.type == "cuda":
-            found["the same by recorded passes"] = counted(
-                as_golden(model, case, tensors, compile=True) for case in cases[1::step]
-            )
-        bench.record(outcome)
-        for mode in MODES:
-            alone = [written(model, [prompt], mode, count)[0] for prompt in prompts]
-            found[f"{mode}: texts as on the CPU in float32"] = counted(map(list.__eq__, alone, on_host[mode]))
-            found[f"{mode}: texts of ragged rows as alone"] = counted(
-                map(list.__eq__, written(model, prompts, mode, count), alone)
-            )
-            bench.record(outcome)
+    model = TwoTowerForBlockDiffusion.from_pretrained(folder / "checkpoint", dtype=dtype).to(bench.device)
+    model.generation_config.eos_token_id = None
+    found["worst relative error of logits"] = worst_error(model, tensors)
+    # Each by eager passes or by recorded ones, in turn; in bfloat16, where texts may part, a part of them.
+    step = 2 if dtype == torch.float32 else 6
+    found["texts and passes as NVIDIA's"] = counted(as_golden(model, case, tensors) for case in cases[::step])
+    if bench.device.type == "cuda":
+        found["the same by recorded passes"] = counted(
+            as_golden(model, case, tensors, compile=True) for case in cases[1::step]
+        )
+    bench.record(found)
+    for mode in MODES:
+        alone = [written(model, [prompt], mode, count)[0] for prompt in prompts]
+        on_host = [written(on_cpu, [prompt], mode, count)[0] for prompt in prompts]
+        found[f"{mode}: texts as on the CPU in float32"] = counted(map(list.__eq__, alone, on_host))
+        together = written(model, prompts, mode, count)
+        found[f"{mode}: texts of ragged rows as alone"] = counted(map(list.__eq__, together, alone))
+        bench.record(found)
 
 
 def counted(each: Any) -> dict[str, int]:
@@ -575,15 +571,14 @@ def operations(bench: Bench) -> Iterator[tuple[str, Operation]]:
                 lengths = torch.full((rows,), context - 3, device=bench.device)
                 attend = partial(block_attention, causal=tokens > 16)
                 yield size, Operation("block_attention", attend, (query, key, value, *behind, lengths))
-    yield from operations_of_experts(bench, draw)
 
 
-def operations_of_experts(bench: Bench, draw: Callable[..., torch.Tensor]) -> Iterator[tuple[str, Operation]]:
-    """The choice of experts, and what they make of tokens."""
-    config = bench.sizes.config("E")
+def operations_of_experts(bench: Bench) -> Iterator[tuple[str, Operation]]:
+    """The choice of experts, of which each is as likely as another, and what they make of tokens."""
+    config, draw = bench.sizes.config("E"), partial(torch.randn, device=bench.device)
     experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     up, down = (draw(experts, *shape).to(bench.dtype) / hidden**0.5 for shape in ((inner, hidden), (hidden, inner)))
-    weight, bias = draw(experts, hidden).to(bench.dtype) / hidden**0.5, torch.rand(experts, device=bench.device)
+    weight, bias = draw(experts, hidden).to(bench.dtype) / hidden**0.5, 0.01 * draw(experts)
     for rows in bench.sizes.batches:
         for tokens in bench.sizes.tokens:
             size, x = f"{rows} rows, {tokens} tokens", draw(rows * tokens, hidden).to(bench.dtype)
@@ -595,7 +590,7 @@ def operations_of_experts(bench: Bench, draw: Callable[..., torch.Tensor]) -> It
                 yield size, Operation("routed_experts", routed_experts, each)
 
 
-def measure_kernels(bench: Bench) -> None:
+def measure_kernels(operations: Callable[[Bench], Iterator[tuple[str, Operation]]], bench: Bench) -> None:
     """Of each operation and backend: worst relative error against float64, and milliseconds of the device alone."""
     outcome: dict[str, Any] = {}
     for size, operation in operations(bench):
@@ -702,68 +697,76 @@ def recorded_if_out_of_memory(outcome: dict[str, Any], name: str, run: Callable[
 # Full towers.
 
 
-def predict_towers(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
-    """Each pass takes what its bytes and its kernels do; a block of 16 is read once it is full."""
+def predict_passes(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
+    """Each takes what its bytes and its kernels do."""
     if rates is None:
         return {}
-    predicted: dict[str, Any] = {}
-    for rows in sizes.rows:
-        tokens = {"ar step": 1, "block pass": 16, "block read": 16}
-        passes = {
+    tokens = {"ar step": 1, "block pass": 16, "block read": 16}
+    return {
+        f"{rows} rows": {
             name: floor_ms(pass_work(sizes, rows, count, sizes.prompt), rates) / SHARE
             + 1e3 * PER_KERNEL * KERNELS[name]
             for name, count in tokens.items()
         }
-        ar = passes["ar step"]
-        predicted[f"{rows} rows"] = {
-            "ms": passes,
-            "ar": {"tokens_per_second": rows * 1e3 / ar},
+        for rows in sizes.rows
+    }
+
+
+def predict_modes(sizes: Sizes, rates: tuple[float, float] | None) -> dict[str, Any]:
+    """Passes alone; a block of 16 is read once it is full."""
+    predicted: dict[str, Any] = {}
+    for rows, passes in predict_passes(sizes, rates).items():
+        ar, denoise, read = passes["ar step"], passes["block pass"], passes["block read"]
+        predicted[rows] = {
+            "ar": {"tokens_per_second": int(rows.split()[0]) * 1e3 / ar},
             "mock_ar": {"of_ar": ar / (ar + ar * KERNELS["block pass"] / KERNELS["ar step"])},
-        } | {
-            f"mask_diffusion, {each} tokens per pass": {
-                "of_ar": 16 * ar / (passes["block read"] + passes["block pass"] * 16 / each)
-            }
-            for each in TOKENS_PER_PASS
         }
+        for each in TOKENS_PER_PASS:
+            predicted[rows][f"mask_diffusion, {each} tokens per pass"] = {
+                "of_ar": 16 * ar / (read + denoise * 16 / each)
+            }
     return predicted
 
 
-def measure_towers(bench: Bench) -> None:
+def measure_passes(bench: Bench) -> None:
+    """Each kind of pass, eager and recorded as a CUDA graph, beside what it must take at least."""
+    model, outcome = full_towers(bench)
+    for rows in bench.sizes.rows:
+        outcome[f"{rows} rows"] = time_passes(bench, model, rows)
+        bench.record(outcome)
+
+
+def measure_modes(bench: Bench) -> None:
     """Tokens/s of each mode in turn, at a prompt of random tokens; texts that mean nothing, at their full length."""
-    sizes, outcome = bench.sizes, dict[str, Any]()
-    share = must_share(bench)
-    outcome["weights"] = "the denoiser has the context tower's weights" if share else "of its own in each tower"
-    started = time.perf_counter()
-    model = bench.model(sizes.config(sizes.pattern), share)
+    model, outcome = full_towers(bench)
+    for rows in reversed(bench.sizes.rows):
+        speeds_by_way(bench, model, rows, outcome)
+
+
+def full_towers(bench: Bench) -> tuple[Any, dict[str, Any]]:
+    """Both, of random weights, and what is to be said of these."""
+    share, started = must_share(bench), time.perf_counter()
+    model = bench.model(bench.sizes.config(bench.sizes.pattern), share)
     bench.synchronize()
-    outcome["seconds_to_draw_weights"] = time.perf_counter() - started
-    for rows in sizes.rows:
-        found = outcome[f"{rows} rows"] = dict[str, Any]()
-        model.set_kernels("torch")
-        found["passes, torch"] = time_passes(bench, model, rows)
-        bench.record(outcome)
-        model.set_kernels("auto")
-        found["passes"] = time_passes(bench, model, rows)
-        bench.record(outcome)
-        speeds_by_way(bench, model, rows, found)
-        bench.record(outcome)
+    weights = "the denoiser has the context tower's weights" if share else "of its own in each tower"
+    return model, {"weights": weights, "seconds_to_draw_weights": time.perf_counter() - started}
 
 
-def speeds_by_way(bench: Bench, model: Any, rows: int, found: dict[str, Any]) -> None:
-    """On a GPU by recorded passes, and some ways by eager ones, too."""
-    on_gpu = bench.device.type == "cuda"
-    for eager in (False, True) if on_gpu else (False,):
+def speeds_by_way(bench: Bench, model: Any, rows: int, outcome: dict[str, Any]) -> None:
+    """On a GPU by recorded passes, and one row some ways by eager ones, too."""
+    on_gpu, found = bench.device.type == "cuda", outcome.setdefault(f"{rows} rows", {})
+    for eager in (False, True) if on_gpu and rows == 1 else (False,):
         for name, options in tower_ways().items():
-            if eager and (name not in EAGER or rows > 1):
+            if eager and name not in EAGER:
                 continue
             of = ", eager" * eager
             options = options | {"compile": on_gpu and not eager}
             found[name + of] = speed(bench, model, rows, options, repeats=1 if eager else 2)
             found[name + of]["of_ar"] = found[name + of]["tokens_per_second"] / found["ar" + of]["tokens_per_second"]
+            bench.record(outcome)
 
 
 def time_passes(bench: Bench, model: Any, rows: int) -> dict[str, Any]:
-    """Each kind of pass, eager and recorded as a CUDA graph, beside what it must take at least."""
     sizes, rates, found = bench.sizes, known_rates(), dict[str, Any]()
     for name, tokens in (("ar step", 1), ("block pass", 16), ("block read", 16)):
         with torch.inference_mode(), model.prepared():
@@ -888,12 +891,17 @@ class Section:
 # What others rely on first, what takes most memory last.
 SECTIONS = {
     "machine": Section(40, predict_machine, measure_machine),
-    "goldens": Section(120, predict_goldens, measure_goldens),
+    "goldens": Section(90, partial(predict_goldens, torch.float32), partial(measure_goldens, torch.float32)),
+    "goldens in bfloat16": Section(
+        60, partial(predict_goldens, torch.bfloat16), partial(measure_goldens, torch.bfloat16)
+    ),
     "synchronisation": Section(20, predict_synchronisation, measure_synchronisation),
     "memory": Section(20, predict_memory, measure_memory),
-    "kernels": Section(110, predict_kernels, measure_kernels),
+    "kernels": Section(70, predict_kernels, partial(measure_kernels, operations)),
+    "kernels of experts": Section(30, predict_kernels, partial(measure_kernels, operations_of_experts)),
     "layers": Section(60, predict_layers, measure_layers),
-    "towers": Section(170, predict_towers, measure_towers),
+    "passes": Section(60, predict_passes, measure_passes),
+    "modes": Section(170, predict_modes, measure_modes),
 }
 
 
