@@ -890,7 +890,7 @@ class Section:
 
 # What others rely on first, what takes most memory last.
 SECTIONS = {
-    "machine": Section(40, predict_machine, measure_machine),
+    "machine": Section(20, predict_machine, measure_machine),
     "goldens": Section(90, partial(predict_goldens, torch.float32), partial(measure_goldens, torch.float32)),
     "goldens in bfloat16": Section(
         60, partial(predict_goldens, torch.bfloat16), partial(measure_goldens, torch.bfloat16)
@@ -901,7 +901,7 @@ SECTIONS = {
     "kernels of experts": Section(30, predict_kernels, partial(measure_kernels, operations_of_experts)),
     "layers": Section(60, predict_layers, measure_layers),
     "passes": Section(60, predict_passes, measure_passes),
-    "modes": Section(170, predict_modes, measure_modes),
+    "modes": Section(150, predict_modes, measure_modes),
 }
 
 

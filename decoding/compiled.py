@@ -86,7 +86,7 @@ def accepting(model: Any, tentative: tuple[Sequence[LayerContent], Sequence[Any]
 
 
 # By name, the part of the model whose weights a program reads.
-PARTS = {denoising.__name__: "denoiser"} | {each.__name__: "context" for each in (reading, verifying, accepting)}
+TOWER_OF = {denoising.__name__: "denoiser"} | {each.__name__: "context" for each in (reading, verifying, accepting)}
 
 
 def _slots(held: Sequence[LayerContent], ids: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
@@ -149,7 +149,7 @@ class Programs(Kept):
         """Keep no recordings of a part of the model whose weights have changed, or lie elsewhere."""
         state = self.seen.pop(part, None) or self.weights[part].state()
         if state != self.weights_states.get(part):
-            for key in [key for key in self if key[-1] == "recorded" and PARTS[key[0]] == part]:
+            for key in [key for key in self if key[-1] == "recorded" and TOWER_OF[key[0]] == part]:
                 del self[key]
             self.weights_states[part] = state
             self.prepare(model)
@@ -535,7 +535,7 @@ class CompiledPasses:
 
     def _run_recorded(self, program: Callable[..., Any], name: str, key: Any, static: Any, inputs: Any) -> Any:
         programs = self.programs
-        part = PARTS[program.__name__]
+        part = TOWER_OF[program.__name__]
         if program is not accepting:  # which reads none
             programs.forget_changed(self.model, part)
         # Of one key there may be two: of a cache's first rows, and of copies of others; first the one that ran last.

@@ -64,8 +64,8 @@ def _by_name(*backends: Backend) -> dict[str, Backend]:
     return {backend.name: backend for backend in backends}
 
 
-# benchmarks/gpu.json, section "kernels": at the released geometry, 1 to 16 rows of 1, 16 and 512 tokens.
-H200, H100 = "H200, 2026-11-26", "H100, 2026-11-27"
+# benchmarks/gpu.json, sections "kernels": at the released geometry, 1 to 16 rows of 1, 16 and 512 tokens.
+H100 = "H100, 2026-11-27"
 
 
 def _few_tokens(x: torch.Tensor, *_: Any) -> bool:
@@ -85,7 +85,7 @@ def _many_queries(query: torch.Tensor, *_: Any) -> bool:
 
 OF_FEW_ROWS = "in 16 bits, up to 256 tokens in all"
 OF_LONG_CHUNKS = "in 16 bits, more than 64 tokens"
-OF_FEW_TOKENS: dict[str, Any] = {"measured": H200, "wins": _few_tokens, "where": "in 16 bits, up to 64 tokens"}
+OF_FEW_TOKENS: dict[str, Any] = {"measured": H100, "wins": _few_tokens, "where": "in 16 bits, up to 64 tokens"}
 
 
 # Operation -> its backends beside torch, in the order in which "auto" would take them. "ssd_step" is a scan of one
@@ -93,11 +93,11 @@ OF_FEW_TOKENS: dict[str, Any] = {"measured": H200, "wins": _few_tokens, "where":
 BACKENDS: dict[str, dict[str, Backend]] = {
     "ssd_scan": _by_name(
         Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True, **OF_FEW_TOKENS),
-        Backend("mamba-ssm", scan_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True, measured=H200),
+        Backend("mamba-ssm", scan_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True, measured=H100),
     ),
     "ssd_step": _by_name(
-        Backend("mamba-ssm", step_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True, measured=H200),
-        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True, measured=H200),
+        Backend("mamba-ssm", step_with_mamba_ssm, mamba_ssm_cannot_scan, in_triton=True, measured=H100),
+        Backend("triton", scan_with_triton, triton_cannot_scan, in_triton=True, measured=H100),
     ),
     "ssd_state": _by_name(Backend("triton", state_with_triton, triton_cannot_scan, in_triton=True, **OF_FEW_TOKENS)),
     "causal_conv": _by_name(
@@ -105,10 +105,10 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         Backend("causal-conv1d", causal_conv_with_package, causal_conv1d_cannot, measured=H100),
     ),
     "gated_rms_norm": _by_name(
-        Backend("mamba-ssm", gated_rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H200)
+        Backend("mamba-ssm", gated_rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H100)
     ),
     "rms_norm": _by_name(
-        Backend("mamba-ssm", rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H200)
+        Backend("mamba-ssm", rms_norm_with_mamba_ssm, mamba_ssm_cannot_norm, in_triton=True, measured=H100)
     ),
     "top_k_routing": _by_name(
         Backend("triton", route_with_triton, triton_cannot_choose, in_triton=True, measured=H100)

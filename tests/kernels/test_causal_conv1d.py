@@ -117,6 +117,9 @@ def test_an_activation_it_does_not_have():
 def test_on_a_gpu(tokens, dtype):
     arguments = {name: part.cuda() for name, part in draw(tokens, dtype=dtype).items()}
     y, state = causal_conv(**arguments, backend="causal-conv1d")
-    expected, expected_state = causal_conv(**arguments, backend="torch")
+    # In float64, as torch rounds bfloat16 twice there, before the activation and after it.
+    expected, expected_state = causal_conv(
+        **{name: part.double() for name, part in arguments.items()}, backend="torch"
+    )
     assert_close(y, expected)
-    assert torch.equal(state, expected_state)
+    assert torch.equal(state.double(), expected_state)
