@@ -22,8 +22,7 @@ from ..compat_twotower import ACT2FN
 from ._triton import tl, triton
 
 RELU2 = type(ACT2FN["relu2"])
-
-# The most pairs that a program looks through.
+# The most pairs that a program looks through; of more tokens some at a time.
 MOST_PAIRS = 8192
 
 
@@ -107,6 +106,11 @@ def experts_with_triton(
 ) -> torch.Tensor:
     """What [`routed_experts`] does, with its arguments: (T, H) float32."""
     (tokens, chosen), (experts, inner, hidden) = indices.shape, up_proj.shape
+    most = MOST_PAIRS // chosen
+    if tokens > most:
+        runs = [slice(first, first + most) for first in range(0, tokens, most)]
+        outs = [experts_with_triton(x[run], indices[run], weights[run], up_proj, down_proj, act_fn) for run in runs]
+        return torch.cat(outs)
     count, lone = tokens * chosen, tokens == 1
     x, indices, weights = x.contiguous(), indices.contiguous(), weights.contiguous()
     up_proj, down_proj = up_proj.contiguous(), down_proj.contiguous()
@@ -165,8 +169,8 @@ def triton_cannot_route(
         return f"reads plain weights, these are {type(up_proj).__name__} and {type(down_proj).__name__}"
     if not isinstance(act_fn, RELU2):
         return f"squares what is positive (relu2), not {type(act_fn).__name__}"
-    if not 0 < indices.numel() <= MOST_PAIRS:
-        return f"takes 1 to {MOST_PAIRS} pairs of a token and an expert, these are {indices.numel()}"
+    if not 0 < indices.shape[1] <= MOST_PAIRS or len(x) == 0:
+        return f"takes at least one token of 1 to {MOST_PAIRS} experts, indices have the shape {tuple(indices.shape)}"
     return None
 
 
