@@ -76,7 +76,7 @@ def route_with_triton(
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if tokens <= FEW_TOKENS:
             logits = x.new_empty(tokens, experts, dtype=torch.float64)
-            tile = min(4096, triton.next_power_of_2(hidden))
+            tile = min(2048, triton.next_power_of_2(hidden))
             router_logit[(experts, tokens)](
                 x.contiguous(), weight.contiguous(), logits, H=hidden, H_TILE=tile, num_warps=4
             )

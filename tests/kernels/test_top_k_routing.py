@@ -75,7 +75,7 @@ def test_what_it_cannot():
 
 
 def test_compiled_for_sm_90_and_sm_80_nothing_spills(tmp_path):
-    logits = {"x": "*bf16", "weight": "*bf16", "logits": "*fp64"}, {"H": 2688, "H_TILE": 4096}
+    logits = {"x": "*bf16", "weight": "*bf16", "logits": "*fp64"}, {"H": 2688, "H_TILE": 2048}
     choice = dict.fromkeys(["logits"], "*fp64") | {"bias": "*fp32", "weights": "*fp32", "indices": "*i64"}
     choice |= {"factor": "fp32"}
     sizes = {"E": 128, "K": 6, "NORMALIZED": True, "E_TILE": 128, "K_TILE": 8}
