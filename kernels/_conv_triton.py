@@ -59,9 +59,11 @@ if triton is not None:
         C_TILE: tl.constexpr,
     ):
         """`kept` becomes the new state (B, K - 1, C), or where INPUTS the inputs (B, K - 1 + T, C)."""
-        row, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * T_TILE
+        row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
         c = tl.program_id(2) * C_TILE + tl.arange(0, C_TILE)
         here = c < C
+        # Of each channel the same: of masks with a scalar among them the interpreter of Triton 3.9 makes numbers.
+        first = run.to(tl.int64) * T_TILE + tl.zeros((C_TILE,), tl.int64)
         x, state = x + row * x_row + c, state + row * state_row + c
         y, kept = y + row * tokens * C + c, kept + row * kept_row + c
         # 1. Everything is read before anything is written, so that reads wait for memory at once.
@@ -78,9 +80,11 @@ if triton is not None:
         # 2. What is to be kept: the inputs, of those before the run only what precedes the chunk; or the state.
         if INPUTS:
             for column in tl.static_range(K - 1 + T_TILE):
-                own = here & ((first == 0) | (column >= K - 1)) & (first + column < K - 1 + tokens)
+                own = here & (first + column < K - 1 + tokens)
+                if column < K - 1:
+                    own = own & (first == 0)
                 tl.store(kept + (first + column) * C, inputs[column], own)
-        elif first == 0:
+        elif run == 0:
             end = first + tokens
             if ENDED:
                 end = first + tl.load(ends + row)
