@@ -859,7 +859,7 @@ def speed(bench: Bench, model: Any, rows: int, options: dict[str, Any], repeats:
     sizes, seconds = bench.sizes, []
     prompt = bench.ids(rows, sizes.prompt)
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": sizes.new_tokens, **options}
-    # The first warms up, and tells how many passes there are. A call that returns its cache records passes anew.
+    # The first warms up, and tells how many passes there are.
     output = model.generate(prompt, return_dict_in_generate=True, **options)
     model.generate(prompt, **options)
     for _ in range(repeats):

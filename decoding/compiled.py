@@ -623,7 +623,10 @@ class CompiledPasses:
         return grown
 
     def close(self, cache: TwoTowerCache) -> None:
-        """Nothing is to be compiled, nor rows to be copied, soon; a cache that nobody keeps leaves its buffers."""
+        """
+        Nothing is to be compiled, nor rows to be copied, soon. The cache leaves its buffers to the next one. If it is
+        kept, it leaves those that were made here, which an error would not bring back, and has copies instead.
+        """
         if not self.records:
             self.scratch = {}
             return self._close_bar()
@@ -632,15 +635,15 @@ class CompiledPasses:
         self.programs.user = None
         # States that an eager pass has left may be of inference mode, and could not be written to.
         kept = any(getattr(each, "shared", False) or _is_inference(_content(each)) for each in cache.layers)
-        if cache.batch_size == 0 and not kept:
+        if not kept:
+            copied = with_own_memory if cache.batch_size else lambda content: None
             self.programs.spare = [getattr(layer, "state", None) for layer in cache.layers]
             for idx, held in enumerate(cache.layers):
-                if isinstance(held, KeyValueLayer):
-                    if held.buffers is not None:
-                        self._leave(idx, held.buffers, len(cache.layers))
-                    held.buffers = None
-                elif isinstance(held, MambaLayer):
-                    held.state = None
+                if isinstance(held, MambaLayer):
+                    held.state = copied(held.state)
+                elif (buffers := _content(held)) and (cache.batch_size == 0 or self.own.get(id(held)) is buffers):
+                    self._leave(idx, buffers, len(cache.layers))
+                    held.buffers = copied(buffers)
         self.own = {}
         self._close_bar()
 

@@ -36,13 +36,15 @@ def test_texts_and_passes_are_those_of_eager_passes(mode, sampling, graphs):
         assert torch.equal(output.context_forwards, eager.context_forwards)
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_second_call_of_the_same_sizes_records_nothing(mode, graphs):
+def test_a_second_call_of_the_same_sizes_records_nothing(mode, kept, graphs):
     model = small_model()
     texts, made = [], []
     for _ in range(4):
-        texts.append(text_of(model, mode, compile=True, return_dict_in_generate=False, max_new_tokens=40))
+        texts.append(text_of(model, mode, compile=True, return_dict_in_generate=kept, max_new_tokens=40))
         made.append(graphs.made)
+    texts = [text.sequences if kept else text for text in texts]
     assert all(torch.equal(text, texts[0]) for text in texts)
     assert made[0] > 0 and made[0] == made[-1]
 
@@ -62,6 +64,29 @@ def test_a_cache_that_is_kept_is_not_written_by_a_later_call(graphs):
     text_of(model, "ar", compile=True, input_ids=random_ids(3, 11, seed=4))
     for each, before in zip(first.cache.views(), held, strict=True):
         assert all(torch.equal(part, other) for part, other in zip(each or (), before, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cache_that_an_error_gives_back_is_not_written_by_a_later_call(mode, graphs):
+    class FailsAtTheEnd:
+        def put(self, value):
+            pass
+
+        def end(self):
+            raise ValueError("the pipe is closed")
+
+    model = small_model()
+    turn = {"return_dict_in_generate": True, "max_new_tokens": 8, "compile": True, "mode": mode}
+    first = model.generate(random_ids(1, 300), **turn)
+    cache, text = first.past_key_values, torch.cat([first.sequences, random_ids(1, 3)], dim=1)
+    held = [[part.clone() for part in each or ()] for each in cache.views()]
+    with pytest.raises(ValueError, match="the pipe is closed"):
+        model.generate(text, past_key_values=cache, streamer=FailsAtTheEnd(), **turn)
+    model.generate(random_ids(1, 300, seed=5), **turn)
+    for each, before in zip(cache.views(), held, strict=True):
+        assert all(torch.equal(part, other) for part, other in zip(each or (), before, strict=True))
+    again = model.generate(text, past_key_values=cache, **turn).sequences
+    assert torch.equal(again, model.generate(text, **turn | {"compile": False}).sequences)
 
 
 def test_shorter_fewer_and_longer_texts_after_each_other(graphs):
