@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from ._attention_triton import attention_with_triton, triton_cannot_attend
 from ._causal_conv1d import causal_conv1d_cannot, causal_conv_with_package
@@ -247,6 +249,8 @@ def _obstacle(backend: Backend, arguments: tuple[Any, ...]) -> str | None:
         return f"runs on CUDA devices{remedy}, the tensors are on {arguments[0].device}"
     if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in arguments):
         return "gives no gradients, and these tensors require them"
+    if not torch.compiler.is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
+        return "computes plain values, not within torch.func or forward-mode differentiation"
     return backend.cannot(*arguments)
 
 

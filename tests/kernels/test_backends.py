@@ -122,6 +122,20 @@ class TestAuto:
         with torch.no_grad():
             assert choose("op", "auto", on_card(requires_grad=True)) is not None
 
+    def test_is_torch_where_torch_func_computes(self, two):
+        two(fake("able", "H100"))
+        seen = []
+
+        def look(x):
+            seen.append(choose("op", "auto", on_card()))
+            return x
+
+        torch.vmap(look)(X)
+        torch.func.jvp(look, (X,), (X,))
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            look(X)
+        assert seen == [None] * 3
+
 
 class TestByName:
     def test_torch_is_the_operations_own_code(self):
@@ -145,6 +159,11 @@ class TestByName:
         two(fake("able"))
         with pytest.raises(ValueError, match=r"it gives no gradients, and these tensors require them"):
             choose("op", "able", X.clone().requires_grad_())
+
+    def test_torch_func_is_refused(self, two):
+        two(fake("able"))
+        with pytest.raises(ValueError, match=r"it computes plain values, not within torch\.func or forward-mode"):
+            torch.vmap(lambda x: choose("op", "able", x))(X)
 
     @pytest.mark.parametrize(("op", "name"), [(op, name) for op in BACKENDS for name in BACKENDS[op]])
     def test_another_device_is_refused(self, op, name, monkeypatch):
