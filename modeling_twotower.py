@@ -1109,9 +1109,11 @@ def grouped_mm_or_all(
     experts: "TwoTowerExperts", hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """(T, H) tokens through their experts, see [`routed_experts`]; as transformers does where ranks share them."""
-    if experts._is_expert_parallel:
-        return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
     backend, own = experts.kernels["routed_experts"], (experts.up_proj, experts.down_proj, experts.act_fn)
+    if experts._is_expert_parallel:
+        if backend not in ("auto", "torch"):
+            raise ValueError(f'routed_experts cannot be computed by "{backend}" where ranks share experts; use "auto"')
+        return grouped_mm_experts_forward(experts, hidden_states, indices, weights)
     return routed_experts(hidden_states, indices, weights, *own, backend)
 
 
@@ -1123,6 +1125,12 @@ class TwoTowerExperts(NemotronHExperts):
     """transformers' experts; the way they are computed is looked up by name."""
 
     kernels = AUTO_KERNELS
+
+    def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.kernels["routed_experts"] not in ("auto", "torch"):
+            # A kernel asked for by name goes before `experts_implementation`, as it does before `attn_implementation`.
+            return grouped_mm_or_all(self, hidden_states, indices, weights)
+        return super().forward(hidden_states, indices, weights)
 
 
 class TwoTowerMoE(NemotronHMoE):

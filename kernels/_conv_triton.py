@@ -19,6 +19,8 @@ from ._triton import tl, triton
 
 # The widest filters; taps are unrolled.
 MOST_TAPS = 8
+# Tokens of a run, and how many runs a launch has at most.
+RUN, MOST_RUNS = 8, 65535
 # The activation's names in `ACT2FN`.
 SILU = ("silu", "swish")
 
@@ -141,7 +143,7 @@ def conv_with_triton(
 
 def conv_tiles(tokens: int) -> dict[str, int]:
     """Tile sizes, and warps of as many threads as a tile has channels: none waits for what another one has read."""
-    return {"T_TILE": 1 if tokens == 1 else 8, "C_TILE": 64, "num_warps": 2}
+    return {"T_TILE": 1 if tokens == 1 else RUN, "C_TILE": 64, "num_warps": 2}
 
 
 def triton_cannot_convolve(
@@ -162,6 +164,8 @@ def triton_cannot_convolve(
         return f"takes filters of 1 to {MOST_TAPS} taps, these have {weight.shape[1]}"
     if x.shape[1] < 1:
         return "needs at least one token"
+    if x.shape[1] > RUN * MOST_RUNS:
+        return f"takes at most {RUN * MOST_RUNS} tokens at once, these are {x.shape[1]}"
     return None
 
 

@@ -81,7 +81,8 @@ if triton is not None:
                 weight_here = tl.load(weight + n[:, None] * D + d[None, :], held, 0.0)
                 total = tl.dot(x_here, tl.trans(weight_here), total, input_precision=PRECISION)
             if ACTIVATED:
-                total = tl.maximum(total.to(x.dtype.element_ty).to(tl.float32), 0.0)
+                total = total.to(x.dtype.element_ty).to(tl.float32)
+                total = tl.where(total < 0.0, 0.0, total)  # a maximum on a GPU makes 0 of what is no number
                 total = total * total
             place = pair[:, None] * N + n[None, :]
             tl.store(out + place, total.to(out.dtype.element_ty), here[:, None] & (n < N)[None, :])

@@ -15,6 +15,7 @@ from ._triton import tl, triton
 
 # The most tokens for which each logit is a program, and the most experts that are chosen from.
 FEW_TOKENS, MOST_EXPERTS = 32, 1024
+LEAST = torch.finfo(torch.float64).min
 
 
 if triton is not None:
@@ -36,9 +37,10 @@ if triton is not None:
         bias,
         weights,
         indices,
-        factor,
         E: tl.constexpr,
         K: tl.constexpr,
+        FACTOR: tl.constexpr,
+        LEAST: tl.constexpr,
         NORMALIZED: tl.constexpr,
         E_TILE: tl.constexpr,
         K_TILE: tl.constexpr,
@@ -47,7 +49,11 @@ if triton is not None:
         token = tl.program_id(0).to(tl.int64)
         e, k = tl.arange(0, E_TILE), tl.arange(0, K_TILE)
         score = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + e, e < E, 0.0)))
-        choice = tl.where(e < E, score + tl.load(bias + e, e < E, 0.0).to(tl.float64), float("-inf"))
+        choice = score + tl.load(bias + e, e < E, 0.0).to(tl.float64)
+        # What is no number comes first, as in torch: next to it nothing would be larger, nor less. And whatever there
+        # is comes before what was chosen and what is no expert, so that experts differ, and exist.
+        choice = tl.where(choice == choice, tl.maximum(choice, LEAST), float("inf"))
+        choice = tl.where(e < E, choice, float("-inf"))
         chosen = tl.zeros((K_TILE,), tl.float64)
         for place in tl.static_range(K):
             best = tl.argmax(choice, 0)
@@ -56,7 +62,7 @@ if triton is not None:
             choice = tl.where(e == best, float("-inf"), choice)
         if NORMALIZED:
             chosen = chosen / (tl.sum(chosen, 0) + 1e-20)
-        tl.store(weights + token * K + k, (chosen * factor).to(tl.float32), k < K)
+        tl.store(weights + token * K + k, (chosen * FACTOR).to(tl.float32), k < K)
 
 
 def route_with_triton(
@@ -83,7 +89,8 @@ def route_with_triton(
         else:
             logits = F.linear(x.double(), weight.double())
         choose_experts[(tokens,)](
-            logits, bias.contiguous(), weights, indices, factor, E=experts, K=top_k, NORMALIZED=normalized,
+            logits, bias.contiguous(), weights, indices,
+            E=experts, K=top_k, FACTOR=float(factor), LEAST=LEAST, NORMALIZED=normalized,
             E_TILE=triton.next_power_of_2(experts), K_TILE=triton.next_power_of_2(top_k), num_warps=1,
         )  # fmt: skip
     return logits, weights, indices
@@ -106,6 +113,8 @@ def triton_cannot_choose(
         return f"chooses among all experts, these come in {groups} groups of which {groups_kept} are kept"
     if len(weight) > MOST_EXPERTS:
         return f"chooses among at most {MOST_EXPERTS} experts, these are {len(weight)}"
+    if not 1 <= top_k <= len(weight):
+        return f"chooses 1 to {len(weight)} of so many experts, not {top_k}"
     if len(x) == 0:
         return "needs at least one token"
     return None

@@ -230,7 +230,7 @@ def ssd_tiles(tokens: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     Tile sizes and warps for so many tokens of x's dtype, powers of two of at least 16, as `tl.dot` wants them.
 
     None of these spills registers on sm_80 or sm_90 (`tests/kernels/test_ssd_triton.py` compiles them);
-    benchmarks/gpu.json has what they take on an H200.
+    benchmarks/gpu.json has what they take on an H100.
     """
     token_tile = max(16, triton.next_power_of_2(tokens))
     assert token_tile <= TRITON_TOKENS

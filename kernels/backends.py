@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from ._attention_triton import attention_with_triton, triton_cannot_attend
 from ._causal_conv1d import causal_conv1d_cannot, causal_conv_with_package
@@ -79,7 +81,7 @@ def _tokens_of_a_block(x: torch.Tensor, *_: Any) -> bool:
 
 
 def _many_queries(query: torch.Tensor, *_: Any) -> bool:
-    """Of fewer ours took half the time and less."""
+    """Of fewer ours took less time."""
     return query.shape[2] > 64
 
 
@@ -202,9 +204,10 @@ def kernel_table() -> list[tuple[str, str, str, str]]:
     for op, backends in BACKENDS.items():
         left, own = "everywhere", []
         for name, backend in backends.items():
-            lacks = _lacks_here(backend)
-            takes = backend.where if not lacks and left != "in 32 bits" else "never"
-            left = {"never": left, Backend.where: "in 32 bits"}.get(takes, "elsewhere")
+            lacks, takes = _lacks_here(backend), "never"
+            if not lacks and left != "in 32 bits":
+                takes = backend.where if left == "everywhere" else f"else {backend.where}"
+                left = "in 32 bits" if backend.where == Backend.where else "elsewhere"
             own.append(("", name, lacks or "ready", takes))
         rows += [(op, "torch", "everywhere", left), *own]
     return rows
@@ -247,6 +250,8 @@ def _obstacle(backend: Backend, arguments: tuple[Any, ...]) -> str | None:
         return f"runs on CUDA devices{remedy}, the tensors are on {arguments[0].device}"
     if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in arguments):
         return "gives no gradients, and these tensors require them"
+    if not torch.compiler.is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
+        return "computes plain values, not within torch.func or forward-mode differentiation"
     return backend.cannot(*arguments)
 
 

@@ -1,5 +1,6 @@
 """Who computes an operation: what "auto" takes, what is refused, and how a whole model is told."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
+from tolerances import assert_close
 
 from twotower import TwoTowerForBlockDiffusion
 from twotower.generation_twotower import MODES
 from twotower.kernels import backends
+from twotower.kernels._experts_triton import experts_with_triton
 from twotower.kernels.backends import BACKENDS, Backend, check_kernels, choose, kernel_table, package_table
 from twotower.kernels.block_attention import block_attention
 from twotower.kernels.causal_conv import causal_conv
@@ -122,6 +125,20 @@ class TestAuto:
         with torch.no_grad():
             assert choose("op", "auto", on_card(requires_grad=True)) is not None
 
+    def test_is_torch_where_torch_func_computes(self, two):
+        two(fake("able", "H100"))
+        seen = []
+
+        def look(x):
+            seen.append(choose("op", "auto", on_card()))
+            return x
+
+        torch.vmap(look)(X)
+        torch.func.jvp(look, (X,), (X,))
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            look(X)
+        assert seen == [None] * 3
+
 
 class TestByName:
     def test_torch_is_the_operations_own_code(self):
@@ -145,6 +162,11 @@ class TestByName:
         two(fake("able"))
         with pytest.raises(ValueError, match=r"it gives no gradients, and these tensors require them"):
             choose("op", "able", X.clone().requires_grad_())
+
+    def test_torch_func_is_refused(self, two):
+        two(fake("able"))
+        with pytest.raises(ValueError, match=r"it computes plain values, not within torch\.func or forward-mode"):
+            torch.vmap(lambda x: choose("op", "able", x))(X)
 
     @pytest.mark.parametrize(("op", "name"), [(op, name) for op in BACKENDS for name in BACKENDS[op]])
     def test_another_device_is_refused(self, op, name, monkeypatch):
@@ -278,6 +300,27 @@ class TestOfAModel:
         model(torch.tensor([[5, 6]]))
         assert set(seen) == {"eager" if implementation == "eager" else "torch"}
 
+    @pytest.mark.parametrize("implementation", ["eager", "grouped_mm_or_all"])
+    def test_experts_by_name_go_before_experts_implementation(self, implementation, monkeypatch):
+        seen, backend = [], BACKENDS["routed_experts"]["triton"]
+
+        def run(*arguments):
+            seen.append(arguments)
+            return experts_with_triton(*arguments)
+
+        monkeypatch.setitem(BACKENDS["routed_experts"], "triton", dataclasses.replace(backend, run=run))
+        model = tiny_model(hybrid_override_pattern="E", block_size=4, experts_implementation=implementation).eval()
+        ids = torch.tensor([[5, 6]])
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+            assert not seen
+            model.set_kernels({"routed_experts": "triton"})
+            assert_close(model(ids, use_cache=False).logits, expected, torch.float32)
+            assert len(seen) == 1
+            model.context_tower.layers[0].mixer.experts._is_expert_parallel = True
+            with pytest.raises(ValueError, match=r'routed_experts cannot .* "triton" where ranks share experts'):
+                model(ids, use_cache=False)
+
     def test_when_it_is_loaded_and_never_saved(self, model, tmp_path):
         model.set_kernels("triton")
         model.save_pretrained(tmp_path)
@@ -322,6 +365,9 @@ class TestTables:
         step = rows.index(("ssd_step", "torch", "everywhere", "in 32 bits"))
         assert [row[3] for row in rows[step + 1 : step + 3]] == ["in 16 bits", "never"]
         assert ("", "flash-attn", "ready", "in 16 bits, more than 64 tokens") in rows
+        for op, second in ("ssd_scan", "mamba-ssm"), ("block_attention", "triton"):  # each after one that goes before
+            first = rows.index((op, "torch", "everywhere", "in 32 bits")) + 1
+            assert rows[first + 1] == ("", second, "ready", "else in 16 bits")
 
     def test_packages_and_versions(self, monkeypatch):
         monkeypatch.setattr(backends, "package_version", {"triton": "3.9.0"}.get)

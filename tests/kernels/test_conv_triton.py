@@ -12,7 +12,7 @@ from ahead import assert_nothing_spills
 from tolerances import assert_close
 
 from twotower.kernels import _conv_triton
-from twotower.kernels._conv_triton import conv_tiles
+from twotower.kernels._conv_triton import conv_tiles, triton_cannot_convolve
 from twotower.kernels.causal_conv import causal_conv
 
 # (rows, tokens, channels, taps)
@@ -213,6 +213,12 @@ def test_another_activation_and_gradients_it_cannot():
         causal_conv(**arguments, activation="gelu", backend="triton")
     with pytest.raises(ValueError, match=r"gives no gradients"):
         causal_conv(**arguments | {"bias": arguments["bias"].requires_grad_()}, backend="triton")
+
+
+def test_more_tokens_than_a_launch_has_runs_for_it_cannot():
+    x, weight = torch.zeros(1, 1, 1).expand(1, 524281, 1), torch.ones(1, 4)
+    assert "at most 524280 tokens at once, these are 524281" in triton_cannot_convolve(x, weight)
+    assert triton_cannot_convolve(x[:, 1:], weight) is None
 
 
 STATE = {"INPUTS": False, "ENDED": True}

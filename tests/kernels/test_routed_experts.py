@@ -108,6 +108,14 @@ def test_triton_with_tensors_that_lie_otherwise_and_experts_nobody_chose():
     assert_close(routed_experts(*parts, backend="triton"), expected)
 
 
+def test_triton_keeps_what_is_no_number():
+    """In the interpreter this holds of numpy's maximum, too; on a GPU not of Triton's."""
+    parts = draw(3)
+    parts[0][1, 5] = float("nan")
+    found = routed_experts(*parts, backend="triton")
+    assert found.isnan().any(-1).tolist() == [False, True, False] and found[1].isnan().all()
+
+
 @pytest.mark.usefixtures("nan_where_nothing_is_written")
 def test_triton_of_many_tokens_some_at_a_time(monkeypatch):
     monkeypatch.setattr(_experts_triton, "MOST_PAIRS", 15)
