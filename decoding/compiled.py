@@ -470,7 +470,7 @@ class CompiledPasses:
         """Take over from copies of rows their last `tokens` keys and values, and their states."""
         whole, count = cache if cache.whole is None else cache.whole, cache.batch_size
         rows, own = uploaded(cache.indices, self.device), torch.arange(count, device=self.device)[:, None]
-        places = self._lengths(cache, count)[:, None] + torch.arange(tokens, device=self.device)
+        places = uploaded(cache.host_lengths or [], self.device)[:, None] + torch.arange(tokens, device=self.device)
         for layer, each in zip(whole.layers, held, strict=True):
             if isinstance(each, KeyValues) and tokens:
                 for buffer, copy in zip(layer.buffers, each, strict=True):

@@ -6,7 +6,7 @@ import fake_graphs
 import pytest
 import torch
 from mixed_requests import MODES, differences
-from programs import IDS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
+from programs import IDS, KNOBS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
 from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import CompileConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from twotower import TwoTowerEngine
 from twotower.cache_twotower import MambaState
-from twotower.decoding.compiled import records_passes
+from twotower.decoding.compiled import CompiledPasses, records_passes
 from twotower.decoding.recorded import Recording
 
 
@@ -201,6 +201,27 @@ def test_two_engines_of_one_model_do_not_share_memory(graphs):
             engine.step()
     for handle, text in zip(handles, expected, strict=True):
         assert torch.equal(handle.result(0), text)
+
+
+class OnHost(torch.Tensor):
+    """What a GPU's operations do not take, but copies do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function in (torch.Tensor.to, torch.Tensor.copy_), f"{function.__name__} of numbers on the host"
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def test_numbers_stay_on_the_host_until_a_recording_has_them(graphs, monkeypatch):
+    numbers = CompiledPasses._numbers
+    monkeypatch.setattr(CompiledPasses, "_numbers", lambda *args: numbers(*args).as_subclass(OnHost))
+    model = small_model()
+    engine = TwoTowerEngine(model, slots=2)
+    modes = ("mask_diffusion", "ar")
+    handles = [engine.add_request(IDS[0], mode=mode, max_new_tokens=9, compile=True, **KNOBS[mode]) for mode in modes]
+    assert all(handle.result() is not None for handle in handles)
+    assert engine._engine.compiled.programs.scratch  # also where copies of rows are written back
 
 
 def test_states_that_eager_passes_leave_behind_are_not_written_to(graphs):
