@@ -1,6 +1,9 @@
 """`generate(..., compile=True)` on a GPU: the texts of eager passes, by passes recorded as CUDA graphs."""
 
+from copy import deepcopy
+from gc import collect
 from itertools import pairwise
+from weakref import ref
 
 import fake_graphs
 import pytest
@@ -107,6 +110,30 @@ def test_changed_weights_are_never_served_stale(graphs):
     model.load_state_dict(small_model("ME*", seed=1).state_dict(), assign=True)
     check()
     assert all(not torch.allclose(one, two, atol=1e-3) for one, two in pairwise(texts))
+
+
+def test_traceless_changes_are_seen_in_other_parameters_of_the_same_memory(graphs):
+    model, texts = small_model("MM*"), []
+    flags = {"max_new_tokens": 40, "return_dict_in_generate": False}
+    for factor in (1.0, -1.5):
+        model.load_state_dict(model.state_dict(), assign=True)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("A_log", "k_proj.weight")):  # of which something is prepared
+                parameter.data *= factor
+        texts += [text_of(model, "mock_ar", compile=compile, **flags) for compile in (True, False)]
+    assert torch.equal(*texts[:2]) and torch.equal(*texts[2:]) and not torch.equal(texts[0], texts[2])
+
+
+def test_a_module_that_another_replaces_is_not_kept(graphs):
+    model, gone = small_model("M"), []
+    layer = model.context_tower.layers[0]
+    for _ in range(2):
+        text_of(model, "ar", compile=True)
+        gone.append(ref(layer.mixer))
+        layer.mixer = deepcopy(layer.mixer)
+    text_of(model, "ar", compile=True)
+    collect()
+    assert [each() for each in gone] == [None, None]
 
 
 def test_changes_to_one_tower_cost_no_recordings_of_the_other(graphs):
