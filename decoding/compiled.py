@@ -162,18 +162,23 @@ class Programs(Kept):
     @torch.no_grad()
     def prepare(self, model: Any) -> None:
         """Bring what recordings find prepared of weights up to date, in its place: they may have changed traceless."""
-        for module in model.modules():
+        modules = list(model.modules())
+        for gone in self.prepared.keys() - set(modules):
+            del self.prepared[gone]
+        for module in modules:
             now = vars(module).get("_prepared")
             kept = self.prepared.get(module)
             if kept is None and now is None:
                 continue
-            if kept is None or any(map(is_not, kept[0], module.weights())):
-                weights, found = now or (module.weights(), module.of_weights())
+            weights, found = now or (module.weights(), module.of_weights())
+            # Other weights may lie where those before did, so that recordings go on.
+            if kept is not None and [each.shape for each in kept[1]] == [each.shape for each in found]:
+                for old, new in zip(kept[1], found, strict=True):
+                    old.copy_(new)
+                self.prepared[module] = weights, kept[1]
+            else:
                 # Some are weights themselves, which are not to be written to.
                 self.prepared[module] = weights, tuple(each.clone() for each in found)
-                continue
-            for old, new in zip(kept[1], module.of_weights() if now is None else now[1], strict=True):
-                old.copy_(new)
 
     def has_user(self, user: "CompiledPasses | None" = None) -> bool:
         """Whether anybody, or this one, uses them now."""
@@ -470,7 +475,7 @@ class CompiledPasses:
         """Take over from copies of rows their last `tokens` keys and values, and their states."""
         whole, count = cache if cache.whole is None else cache.whole, cache.batch_size
         rows, own = uploaded(cache.indices, self.device), torch.arange(count, device=self.device)[:, None]
-        places = self._lengths(cache, count)[:, None] + torch.arange(tokens, device=self.device)
+        places = uploaded(cache.host_lengths or [], self.device)[:, None] + torch.arange(tokens, device=self.device)
         for layer, each in zip(whole.layers, held, strict=True):
             if isinstance(each, KeyValues) and tokens:
                 for buffer, copy in zip(layer.buffers, each, strict=True):

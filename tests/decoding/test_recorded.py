@@ -1,12 +1,15 @@
 """`generate(..., compile=True)` on a GPU: the texts of eager passes, by passes recorded as CUDA graphs."""
 
+from copy import deepcopy
+from gc import collect
 from itertools import pairwise
+from weakref import ref
 
 import fake_graphs
 import pytest
 import torch
 from mixed_requests import MODES, differences
-from programs import IDS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
+from programs import IDS, KNOBS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
 from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import CompileConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -14,7 +17,7 @@ from transformers.utils import logging
 
 from twotower import TwoTowerEngine
 from twotower.cache_twotower import MambaState
-from twotower.decoding.compiled import records_passes
+from twotower.decoding.compiled import CompiledPasses, records_passes
 from twotower.decoding.recorded import Recording
 
 
@@ -134,6 +137,30 @@ def test_changed_weights_are_never_served_stale(graphs):
     assert all(not torch.allclose(one, two, atol=1e-3) for one, two in pairwise(texts))
 
 
+def test_traceless_changes_are_seen_in_other_parameters_of_the_same_memory(graphs):
+    model, texts = small_model("MM*"), []
+    flags = {"max_new_tokens": 40, "return_dict_in_generate": False}
+    for factor in (1.0, -1.5):
+        model.load_state_dict(model.state_dict(), assign=True)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("A_log", "k_proj.weight")):  # of which something is prepared
+                parameter.data *= factor
+        texts += [text_of(model, "mock_ar", compile=compile, **flags) for compile in (True, False)]
+    assert torch.equal(*texts[:2]) and torch.equal(*texts[2:]) and not torch.equal(texts[0], texts[2])
+
+
+def test_a_module_that_another_replaces_is_not_kept(graphs):
+    model, gone = small_model("M"), []
+    layer = model.context_tower.layers[0]
+    for _ in range(2):
+        text_of(model, "ar", compile=True)
+        gone.append(ref(layer.mixer))
+        layer.mixer = deepcopy(layer.mixer)
+    text_of(model, "ar", compile=True)
+    collect()
+    assert [each() for each in gone] == [None, None]
+
+
 def test_changes_to_one_tower_cost_no_recordings_of_the_other(graphs):
     model, made = small_model(), []
     embeddings = model.denoiser_tower.embeddings = model.context_tower.embeddings  # which is of both
@@ -226,6 +253,27 @@ def test_two_engines_of_one_model_do_not_share_memory(graphs):
             engine.step()
     for handle, text in zip(handles, expected, strict=True):
         assert torch.equal(handle.result(0), text)
+
+
+class OnHost(torch.Tensor):
+    """What a GPU's operations do not take, but copies do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function in (torch.Tensor.to, torch.Tensor.copy_), f"{function.__name__} of numbers on the host"
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def test_numbers_stay_on_the_host_until_a_recording_has_them(graphs, monkeypatch):
+    numbers = CompiledPasses._numbers
+    monkeypatch.setattr(CompiledPasses, "_numbers", lambda *args: numbers(*args).as_subclass(OnHost))
+    model = small_model()
+    engine = TwoTowerEngine(model, slots=2)
+    modes = ("mask_diffusion", "ar")
+    handles = [engine.add_request(IDS[0], mode=mode, max_new_tokens=9, compile=True, **KNOBS[mode]) for mode in modes]
+    assert all(handle.result() is not None for handle in handles)
+    assert engine._engine.compiled.programs.scratch  # also where copies of rows are written back
 
 
 def test_states_that_eager_passes_leave_behind_are_not_written_to(graphs):
