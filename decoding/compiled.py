@@ -649,7 +649,7 @@ class CompiledPasses:
                 elif (buffers := _content(held)) and (cache.batch_size == 0 or self.own.get(id(held)) is buffers):
                     self._leave(idx, buffers, len(cache.layers))
                     held.buffers = copied(buffers)
-        self.own = {}
+        self.own, self.fitted, self.first = {}, {}, {}  # which would keep buffers that have been outgrown
         self._close_bar()
 
     def _leave(self, layer_idx: int, held: KeyValues, layers: int) -> None:
