@@ -11,12 +11,11 @@ hold, and which lengths they have only the device needs to know.
 Shapes: B rows, Hq query heads, Hkv key/value heads, S queries, L columns of context, D head dim, W parts.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from ._triton import tl, triton
+from ._triton import launched_beside, tl, triton
 
 # The least columns of a part of the context, and the most parts.
 LEAST_SPAN = 256
@@ -235,7 +234,7 @@ def attention_with_triton(
     log_sums = query.new_empty(batch, heads, tokens, everything, dtype=torch.float32)
     out = query.new_empty(batch, tokens, heads * width)
     scale = width**-0.5 if scale is None else scale
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with launched_beside(query):
         attend[(batch, shared.shape[1], everything * row_tiles)](
             query, k, v, mask, lengths, own_k, own_v, own_mask, means, log_sums,
             tokens, span, parts, context, everything,

@@ -10,12 +10,11 @@ dtype before the activation and then again, so that in 16 bits it is the less ex
 Shapes: B batch, T tokens, C channels, K kernel width.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from ._triton import tl, triton
+from ._triton import launched_beside, tl, triton
 
 # The widest filters; taps are unrolled.
 MOST_TAPS = 8
@@ -129,8 +128,8 @@ def conv_with_triton(
     tiles = conv_tiles(tokens)
     grid = (batch, -(-tokens // tiles["T_TILE"]), -(-channels // tiles["C_TILE"]))
     if y.numel() > 0:
-        # Pointers that a flag leaves unread are still to be some tensor's. Triton launches on the current device.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        # Pointers that a flag leaves unread are still to be some tensor's.
+        with launched_beside(x):
             conv_kernel[grid](
                 x, weight.contiguous(), weight if bias is None else bias.contiguous(), x if held is None else held,
                 x if ends is None else ends.contiguous(), y, kept, tokens, x.stride(0), x.stride(1),

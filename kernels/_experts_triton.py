@@ -13,13 +13,12 @@ Shapes: T tokens, K experts of each, E experts, H hidden size, I intermediate si
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from ..compat_twotower import ACT2FN
-from ._triton import tl, triton
+from ._triton import launched_beside, tl, triton
 
 RELU2 = type(ACT2FN["relu2"])
 # The most pairs that a program looks through; of more tokens some at a time.
@@ -120,7 +119,7 @@ def experts_with_triton(
     pairs = counts = indices
     tiles = expert_tiles(count / experts, x.dtype)
     slots, options = chosen if lone else experts, {"LONE": lone, **tiles}
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with launched_beside(x):
         if not lone:
             pairs, counts = (indices.new_empty(experts, size, dtype=torch.int32) for size in (count, 1))
             list_pairs[(experts,)](indices, pairs, counts, count, TILE=triton.next_power_of_2(count), num_warps=4)

@@ -6,12 +6,10 @@ are read once for all of them.
 Shapes: T tokens, H hidden size, E experts, K of them for each token.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 
-from ._triton import tl, triton
+from ._triton import launched_beside, tl, triton
 
 # The most tokens for which each logit is a program, and the most experts that are chosen from.
 FEW_TOKENS, MOST_EXPERTS = 32, 1024
@@ -79,7 +77,7 @@ def route_with_triton(
     (tokens, hidden), experts = x.shape, len(weight)
     weights = x.new_empty(tokens, top_k, dtype=torch.float32)
     indices = x.new_empty(tokens, top_k, dtype=torch.int64)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with launched_beside(x):
         if tokens <= FEW_TOKENS:
             logits = x.new_empty(tokens, experts, dtype=torch.float64)
             tile = min(2048, triton.next_power_of_2(hidden))

@@ -13,12 +13,11 @@ TF32 product, for a cause we do not know.
 Shapes: B batch, T tokens, H heads, P head dim, G groups, N state.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from ._triton import tl, triton
+from ._triton import launched_beside, tl, triton
 
 # So many tokens in one launch; longer runs take several, each from the state that the last one left.
 TRITON_TOKENS = 64
@@ -211,8 +210,8 @@ def _launch(
     tiles = ssd_tiles(tokens, head_dim, x.dtype)
     grid = (batch, heads, -(-head_dim // tiles["P_TILE"]))
     if batch > 0:
-        # Pointers that a flag leaves unread are still to be some tensor's. Triton launches on the current device.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        # Pointers that a flag leaves unread are still to be some tensor's.
+        with launched_beside(x):
             ssd_kernel[grid](
                 x, dt, A if dt_bias is None else dt_bias.contiguous(), A, B, C,
                 A if D is None else D.contiguous(), x if held is None else held,

@@ -1,9 +1,19 @@
 """Triton, where it is installed; None where it is not, and our kernels are then not defined."""
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
 try:
     import triton
     import triton.language as tl
 except ImportError:
     triton = tl = None
 
-__all__ = ["tl", "triton"]
+
+def launched_beside(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device; within, that is the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+__all__ = ["launched_beside", "tl", "triton"]

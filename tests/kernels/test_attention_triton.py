@@ -14,18 +14,9 @@ from twotower.kernels._attention_triton import (
 )
 from twotower.kernels.block_attention import block_attention
 
+pytestmark = pytest.mark.usefixtures("nan_where_nothing_is_written")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def nan_where_nothing_is_written(monkeypatch):
-    empty = torch.Tensor.new_empty
-
-    def poisoned(self, *size, **options):
-        made = empty(self, *size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -375,3 +376,23 @@ class TestTables:
         ours = "ssd_scan, ssd_step, ssd_state, causal_conv, top_k_routing, routed_experts, block_attention"
         assert rows["triton"] == ("3.9.0", ours, "H100, 2026-11-27")
         assert rows["flash-attn"] == ("not installed", "block_attention", "H100, 2026-11-27")
+
+
+def test_without_triton_the_files_of_our_kernels_can_be_imported_still(fresh_python, tmp_path):
+    kernels = {
+        "attention": "attend",
+        "conv": "conv_kernel",
+        "experts": "expert_product",
+        "routing": "choose_experts",
+        "ssd": "ssd_kernel",
+    }
+    (tmp_path / "triton.py").write_text("raise ImportError('no triton here')")
+    code = (
+        "from importlib import import_module\n"
+        f"for name, kernel in {kernels}.items():\n"
+        "    ours = import_module(f'twotower.kernels._{name}_triton')\n"
+        "    print(ours.triton, hasattr(ours, kernel))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    result = fresh_python("-c", code, env=environment)
+    assert result.stdout.splitlines() == ["None False"] * len(kernels), result.stderr

@@ -15,17 +15,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RELU2 = ACT2FN["relu2"]
 
 
-@pytest.fixture
-def nan_where_nothing_is_written(monkeypatch):
-    make = torch.Tensor.new_empty
-
-    def new_empty(*args, **options):
-        made = make(*args, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(2**30)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
 class Packed(torch.Tensor):
     """As quantisers put in the place of weights."""
 

@@ -8,18 +8,9 @@ from twotower.kernels import _routing_triton
 from twotower.kernels._routing_triton import LEAST, triton_cannot_choose
 from twotower.kernels.top_k_routing import top_k_routing
 
+pytestmark = pytest.mark.usefixtures("nan_where_nothing_is_written")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def nan_where_nothing_is_written(monkeypatch):
-    make = torch.Tensor.new_empty
-
-    def new_empty(*args, **options):
-        made = make(*args, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(2**30)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
 def draw(tokens, experts=8, hidden=24, dtype=torch.float32):
