@@ -460,7 +460,8 @@ def test_trace_shows_every_pass_and_ar_beside_it(checkpoint, mode):
 def test_trace_draws_the_same_text_every_time(checkpoint):
     """Traced and timed are the same text, with a seed of the command's own."""
     arguments = ("--model", checkpoint, "--max-new-tokens", 8, "--do-sample", "--temperature", 3)
-    lines = run("generate", "ab", "--raw", *arguments, "--trace").stdout.splitlines()
+    # Not `splitlines`, to which other bytes of a text end a line, too.
+    lines = run("generate", "ab", "--raw", *arguments, "--trace").stdout.split("\n")
     drafts = [line for line in lines if line[:5].strip().isdigit()]
     text = lines[lines.index("") + 1]
     # Bytes that are no letter alone are one beside their neighbours, from which the trace shows them apart.
