@@ -19,7 +19,18 @@ from .decoding.drafting import DraftController
 from .decoding.engine import Engine
 from .decoding.pass_costs import costs_of, draft_lengths
 from .decoding.rules import DRAFT_NOT_A_NUMBER, NOT_A_NUMBER, Prediction
-from .decoding.state import DENOISE, OPEN, READ, VERIFY, BlockStep, Canvas, Request, Row, TwoTowerGenerateOutput
+from .decoding.state import (
+    DENOISE,
+    ENDED,
+    OPEN,
+    READ,
+    VERIFY,
+    BlockStep,
+    Canvas,
+    Request,
+    Row,
+    TwoTowerGenerateOutput,
+)
 from .decoding.stopping import first_stops
 
 
@@ -113,14 +124,17 @@ class SelfSpeculative(Strategy):
         return READ
 
     def open(self, engine: Engine, rows: Sequence[Row]) -> None:
-        """The newest token and open positions behind it; without any, it is a step of mode "ar"."""
+        """The newest token and open positions behind it; without any, the token is read, as in a step of mode "ar"."""
         drafting = self._drafting(engine, rows[0].request)
         size = drafting.choose(rows) if isinstance(drafting, DraftController) else drafting
         watched = isinstance(drafting, DraftController) and drafting.watches
         for row in rows:
             row.watched = watched
+            if size == 1:
+                row.unread, row.phase = [row.newest], READ
+                continue
             row.open_canvas([row.newest], size)
-            row.phase = DENOISE if size > 1 else VERIFY
+            row.phase = DENOISE
 
     def _drafting(self, engine: Engine, request: Request) -> DraftController | int:
         """What chooses the lengths of drafts, or their one length."""
@@ -157,15 +171,42 @@ class SelfSpeculative(Strategy):
         return group.predict(logits, draft=draft, in_step=_all_keep_as_much(group.request))
 
     def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
-        if group.rows[0].phase == READ:
-            drafting = self._drafting(engine, group.request)
-            if isinstance(drafting, DraftController):
-                for row, reported in zip(group.rows, values, strict=True):
-                    drafting.start(row, reported[2][0])
-            self.write_first_stop(engine, group.rows, group.chosen(values))
-            return {}
-        canvases, drafted = [], []
-        for row, canvas in zip(group.rows, group.chosen(values), strict=True):
+        rows, canvases, drafting = group.rows, group.chosen(values), self._drafting(engine, group.request)
+        confidences = [reported[2] for reported in values] if group.watched else None
+        kept, drafted, begins = {}, [0] * len(rows), not rows[0].tokens
+        for row in rows:
+            row.cycles += not begins
+        if rows[0].phase == READ:
+            self.write_first_stop(engine, rows, canvases)
+        else:
+            drafted = self._agreed(rows, canvases)
+            counts = [accepted + 1 for accepted in drafted]
+            stops = first_stops(rows, canvases, counts, _all_keep_as_much(group.request))
+            for row, canvas, accepted, (count, ended) in zip(rows, canvases, drafted, stops, strict=True):
+                row.drafts_kept += [0] * (len(canvas.ids) - 1 - len(row.drafts_kept))
+                for column in range(min(accepted, max(count, 0))):
+                    row.drafts_kept[column] += 1
+                kept[row] = max(count, 0)
+                if not ended:
+                    row.newest, row.phase = canvas.ids[count - 1], OPEN
+            engine.write(rows, canvases, stops)
+        if not isinstance(drafting, DraftController):
+            return kept
+        if begins:
+            assert confidences is not None
+            for row, (confidence, *_) in zip(rows, confidences, strict=True):
+                drafting.start(row, confidence)
+            return kept
+        drafting.learn(rows, len(canvases[0].ids), drafted, confidences)
+        for row in rows:
+            if row.phase == ENDED:
+                drafting.forget(row)
+        return kept
+
+    def _agreed(self, rows: Sequence[Row], canvases: Sequence[Canvas]) -> list[int]:
+        """How many drafted tokens of each row are those that the context tower chose, up to the first that is not."""
+        drafted = []
+        for row, canvas in zip(rows, canvases, strict=True):
             draft = row.canvas
             agrees = [ours == theirs for ours, theirs in zip(canvas.ids, draft.ids[1:], strict=False)]
             drafted.append(agrees.index(False) if False in agrees else len(agrees))
@@ -174,27 +215,7 @@ class SelfSpeculative(Strategy):
                 canvas.records["commit_steps"] = [s if a else -1 for s, a in zip(steps, agrees, strict=True)] + [-1]
             if NOT_A_NUMBER in draft.problems:
                 canvas.problems = [problem or DRAFT_NOT_A_NUMBER for problem in canvas.problems]
-            canvases.append(canvas)
-        counts = [accepted + 1 for accepted in drafted]
-        stops = first_stops(group.rows, canvases, counts, _all_keep_as_much(group.request))
-        kept = {}
-        for row, canvas, accepted, (count, ended) in zip(group.rows, canvases, drafted, stops, strict=True):
-            row.cycles += 1
-            row.drafts_kept += [0] * (len(canvas.ids) - 1 - len(row.drafts_kept))
-            for column in range(min(accepted, max(count, 0))):
-                row.drafts_kept[column] += 1
-            kept[row] = max(count, 0)
-            if not ended:
-                row.newest, row.phase = canvas.ids[count - 1], OPEN
-        engine.write(group.rows, canvases, stops)
-        drafting = self._drafting(engine, group.request)
-        if isinstance(drafting, DraftController):
-            confidences = [reported[2] for reported in values] if group.watched else None
-            drafting.learn(group.rows, len(canvases[0].ids), drafted, confidences)
-            for row, (_, ended) in zip(group.rows, stops, strict=True):
-                if ended:
-                    drafting.forget(row)
-        return kept
+        return drafted
 
     def after_writing(self, row: Row, canvas: Canvas) -> str:
         row.newest = canvas.ids[0]

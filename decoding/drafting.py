@@ -16,7 +16,7 @@ from functools import cache
 SKILL, SKILL_WEIGHT = 0.97, 2.5
 # Of the drafter that is looked for where what was seen promises nothing.
 BEST_SKILL = 0.985
-SURENESS, SURENESS_WEIGHT = 0.98, 3.0
+SURENESS, SURENESS_WEIGHT = 0.98, 1.0
 # Tokens of the other rows soon outweigh the belief about sureness: rows decoded together are often of one kind.
 POOL_SURENESS_WEIGHT = 0.3
 # What has been seen fades by these factors, per draft and per token.
@@ -24,11 +24,11 @@ DRAFT_MEMORY, TOKEN_MEMORY = 0.8, 0.9
 # A token as unlikely as a name among many is unlike the text around it: it counts as no less sure.
 LEAST_SURE = 0.5
 # A token is drafted without knowing the drafted ones before it, so unsure text is drafted worse than it is continued.
-SURENESS_POWER = 4.5
+SURENESS_POWER = 6.0
 # Of the steps that mode "ar" would have taken so many may be lost to drafts;
 LOSS_RATE = 0.015
 # beyond that so many steps at first, but the shortest draft in any case; and where drafts gain, so many whole drafts.
-FIRST_STEPS, EARNED_DRAFTS = 3.0, 2.0
+FIRST_STEPS, EARNED_DRAFTS = 4.0, 2.0
 # Where no draft pays, whatever the context tower is sure of, none is drafted in so many cycles, and nothing is looked
 # at: to look takes 3 % of a step of a small model.
 REST = 8
@@ -173,9 +173,9 @@ class DraftController:
                 counts as if it had been sure.
         """
         _check_rows(rows)
-        self._check_outcome(rows, length, accepted, confidences)
         if length == 1 and confidences is None:
             return self._pay(len(rows), 1, 1, 0.0)
+        self._check_outcome(rows, length, accepted, confidences)
         count, refused, sure = len(rows), 0.0, 0.0
         for idx, (row, kept) in enumerate(zip(rows, accepted, strict=True)):
             seen = self.by_row.setdefault(row, Evidence())

@@ -21,7 +21,7 @@ from .rules import DRAFT_NOT_A_NUMBER, FORBIDDEN, NO_SCORE
 from .state import DENOISE, ENDED, OPEN, READ, VERIFY, Canvas, Request, Row, padded
 
 # Reading one row costs nearly what reading several does, so fewer rows than this share of all wait one denoiser pass.
-WORTH_READING = 1 / 8
+WORTH_READING = 1 / 4
 # Prompts so much longer than another are not padded to be read with it.
 LONGER_BY, LONGER_TIMES = 64, 2
 

@@ -42,7 +42,7 @@ class Prediction:
     @cached_property
     def confidence(self) -> torch.Tensor:
         """(R, S) the probability of each choice by `logits`; computed where something looks at it."""
-        return log_prob(self.logits, self.tokens).exp()
+        return self.logits.softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
 
 
 NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER, NO_SCORE = 1, 2, 3, 4

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from ..compat_twotower import grouped_mm
+from ._experts_triton import RELU2
 from .backends import choose
+from .precision import may_give_out
 
 # On a CPU, fewer needless products, or fewer weights of all experts or copied ones, cost less than to sort tokens.
 FEW_PRODUCTS, FEW_WEIGHTS = 2**20, 2**17
@@ -111,10 +113,16 @@ def grouped_experts(
     chosen, order = indices.flatten().sort()
     ends = torch._convert_indices_from_coo_to_csr(chosen, len(up_proj), out_int32=True)[1:]
     # A lone token's need no indices.
-    lone = len(indices) == 1
-    grouped = x.expand(len(order), -1).contiguous() if lone else x[order // indices.shape[1]]
-    activated = act_fn(grouped_mm(grouped, up_proj.transpose(1, 2), ends))
+    lone, tokens = len(indices) == 1, order // indices.shape[1]
+    grouped = x.expand(len(order), -1).contiguous() if lone else x.index_select(0, tokens)
+    activated = grouped_mm(grouped, up_proj.transpose(1, 2), ends)
+    in_place = isinstance(act_fn, RELU2) and may_give_out(activated)
+    activated = activated.relu_().square_() if in_place else act_fn(activated)
     outputs = grouped_mm(activated, down_proj.transpose(1, 2), ends)
-    by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
     # Weights are of NVIDIA's precision, float32, so the outputs are summed in it.
+    if x.device.type == "cpu":  # where many small products take longer than to add outputs where they belong
+        outputs, shares = outputs.to(weights.dtype), weights.flatten().index_select(0, order)[:, None]
+        weighted = outputs.mul_(shares) if may_give_out(outputs) else outputs * shares
+        return weighted.new_zeros(x.shape).index_add(0, tokens, weighted)
+    by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
     return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]

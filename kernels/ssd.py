@@ -215,7 +215,7 @@ def ssd_chunk_reference(
     # What decays backwards in time may be infinite. It is dropped, but its gradient would not be.
     decay = decay.clamp(max=0).exp() if decay.requires_grad else decay.exp_()
     scores = torch.bmm(C, B.transpose(1, 2)).view(batch, groups, 1, length, length)
-    weights = (scores * decay).tril().view(batch * heads, length, length)
+    weights = (scores * decay).tril_().view(batch * heads, length, length)
     within = torch.bmm(weights, (x * dt[..., None]).transpose(1, 2).reshape(batch * heads, length, head_dim))
     # 2. from the state before the chunk: y[l] += exp(decay from the start to l) h C[l]
     carried = torch.bmm(C, state.reshape(batch * groups, -1, states).transpose(1, 2))  # (B * G, L, H/G * P)
