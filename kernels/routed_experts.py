@@ -113,8 +113,8 @@ def grouped_experts(
     chosen, order = indices.flatten().sort()
     ends = torch._convert_indices_from_coo_to_csr(chosen, len(up_proj), out_int32=True)[1:]
     # A lone token's need no indices.
-    lone, tokens = len(indices) == 1, order // indices.shape[1]
-    grouped = x.expand(len(order), -1).contiguous() if lone else x.index_select(0, tokens)
+    lone, top_k = len(indices) == 1, indices.shape[1]
+    grouped = x.expand(len(order), -1).contiguous() if lone else x.index_select(0, order // top_k)
     activated = grouped_mm(grouped, up_proj.transpose(1, 2), ends)
     in_place = isinstance(act_fn, RELU2) and may_give_out(activated)
     activated = activated.relu_().square_() if in_place else act_fn(activated)
@@ -123,6 +123,6 @@ def grouped_experts(
     if x.device.type == "cpu":  # where many small products take longer than to add outputs where they belong
         outputs, shares = outputs.to(weights.dtype), weights.flatten().index_select(0, order)[:, None]
         weighted = outputs.mul_(shares) if may_give_out(outputs) else outputs * shares
-        return weighted.new_zeros(x.shape).index_add(0, tokens, weighted)
+        return weighted.new_zeros(x.shape).index_add(0, order // top_k, weighted)
     by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
     return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]

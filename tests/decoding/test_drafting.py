@@ -228,7 +228,7 @@ def test_equal_calls_choose_equally():
                 chosen.append(super().choose(rows))
                 return chosen[-1]
 
-        seconds(recorded("off templates"), Recorder(LENGTHS, COSTS.cycle))
+        seconds(recorded("on templates"), Recorder(LENGTHS, COSTS.cycle))
         return chosen
 
     assert choices() == choices()
