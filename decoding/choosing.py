@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..cache_twotower import uploaded
-from .rules import FORBIDDEN, NO_SCORE, NOT_A_NUMBER, Prediction, commit_run, log_prob
+from .rules import FORBIDDEN, NO_SCORE, NOT_A_NUMBER, Prediction, commit_run
 from .sampling import gumbel_noise, uniform_noise
 from .state import RECORDS, WIDE_RECORDS, BlockStep, Canvas, Request, Row
 from .stopping import first_stops
@@ -48,6 +48,21 @@ class Group:
         ids = uploaded([canvas.ids for canvas in canvases], self.device)
         return ids, uploaded([canvas.open for canvas in canvases], self.device, torch.bool)
 
+    @cached_property
+    def places(self) -> torch.Tensor | None:
+        """(N,) of the R x S positions, those that are open, where logits of no others are looked at; None for all."""
+        request, canvases = self.request, [row.canvas for row in self.rows]
+        asked = request.processors.lists[0] or request.step_callback or callable(request.config.unmasking_rule)
+        shown = any(name in request.recorded for name in WIDE_RECORDS)
+        if asked or shown or request.config.do_sample or all(all(canvas.open) for canvas in canvases):
+            return None
+        size = len(canvases[0].ids)
+        starts = range(0, len(canvases) * size, size)
+        return uploaded(
+            [start + at for start, own in zip(starts, canvases, strict=True) for at in range(size) if own.open[at]],
+            self.device,
+        )
+
     @property
     def watched(self) -> bool:
         return any(row.watched for row in self.rows)
@@ -62,6 +77,7 @@ class Group:
         self.device = logits.device
         if "canvas" in vars(self):
             self.canvas = (self.canvas[0].to(self.device), self.canvas[1].to(self.device))
+            self.places = None if self.places is None else self.places.to(self.device)
         if self.timestep is not None:
             self.timestep = self.timestep.to(self.device)
         return logits
@@ -71,7 +87,7 @@ class Group:
         What one denoiser pass over the rows' canvases commits: what the rule and the user say.
 
         Args:
-            logits: (R, S, V) float32, to be written to.
+            logits: (R, S, V) float32, or (N, V) of `places`, to be written to.
             known: how many of the canvas's first tokens, a draft's, the text holds already.
 
         Returns:
@@ -157,7 +173,7 @@ class Group:
         not the draft's.
 
         Args:
-            logits: (R, S, V) float32.
+            logits: (R, S, V) float32; or with a canvas (N, V) of `places`.
             canvas: (R, S) ids and where they are open: choose for these, and never the mask; default S positions
                 after the text.
             known: how many of the canvas's first tokens the text holds already.
@@ -176,6 +192,8 @@ class Group:
                 if canvas is not None:
                     self._forbid_mask(scores)
             tokens = self._choose(scores, -known)
+            if canvas is not None and self.places is not None:
+                return self._prediction(logits, scores, tokens).among(canvas[0], self.places)
             if draft is not None:
                 tokens[:, :-1] = self._or_draft(tokens[:, :-1], draft, scores[:, :-1])
             return self._prediction(logits, scores, tokens)
@@ -372,7 +390,7 @@ class Group:
         if request.recorded or (committed is None and self.watched):
             parts.append(prediction.confidence)
         if request.recorded:
-            parts.append(log_prob(prediction.scores, prediction.tokens))
+            parts.append(prediction.log_prob)
             wide = {"scores": prediction.scores, "logits": prediction.logits}
             self.wide = {name: wide[name] for name in WIDE_RECORDS if name in request.recorded}
         return torch.stack([part.double() for part in parts], dim=1)

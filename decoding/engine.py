@@ -148,7 +148,14 @@ class Engine:
                 times, canvases = times.new_empty(len(rows)), self._canvases(rows)
                 for own, at in zip(timesteps, places, strict=True):
                     times[at] = own
-            logits = run("denoise", canvases[0], part, times, *canvases[1:])
+            # Programs are of all positions, as is what someone has put in the place of `denoise`.
+            if len(groups) > 1 or run is not self.run or "denoise" in vars(self.model):
+                for group in groups:
+                    group.places = None
+            if groups[0].places is None:
+                logits = run("denoise", canvases[0], part, times, *canvases[1:])
+            else:
+                logits = run("denoise", canvases[0], part, times, None, groups[0].places)
         self.passes["denoiser"] += 1
         for row in rows:
             # A row that keeps in step with others may have nothing open.
@@ -160,7 +167,9 @@ class Engine:
                 if strategy.part == "predict_next":
                     reports.append((group, group.report(group.predict(group.meet(own)))))
                 else:
-                    own = group.meet(own[:, : len(group.rows[0].canvas.ids)])
+                    if group.places is None:
+                        own = own[:, : len(group.rows[0].canvas.ids)]
+                    own = group.meet(own)
                     reports.append((group, group.denoise_step(own, group.request.strategy.known)))
         for group, values in self._host(reports):
             with self.guarded(group.rows):

@@ -10,7 +10,7 @@ Shapes: R rows, S block, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,12 +25,13 @@ class Prediction:
     What one pass predicts for the positions of a block.
 
     Args:
-        logits: (R, S, V) float32, untempered, the mask id at -inf.
+        logits: (R, S, V) float32, untempered, the mask id at -inf; or (N, V), of `places` alone.
         tokens: (R, S) the choice at each position.
-        scores: (R, S, V) the logits after all logits processors.
+        scores: (R, S, V) the logits after all logits processors; or (N, V).
         problems: (R, S) int8, why a position can hold no token: [`NOT_A_NUMBER`], [`FORBIDDEN`], [`NO_SCORE`], or 0
             where it can.
         certain: (R, S) bool, whether it was chosen after what is really chosen before it; None when all are.
+        places: (N,) of the R x S positions, those that are predicted; None for all. What follows is 0 elsewhere.
     """
 
     logits: torch.Tensor
@@ -38,11 +39,49 @@ class Prediction:
     scores: torch.Tensor | None = None
     problems: torch.Tensor | None = None
     certain: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+
+    # Computed where something looks at them, each (R, S).
 
     @cached_property
     def confidence(self) -> torch.Tensor:
-        """(R, S) the probability of each choice by `logits`; computed where something looks at it."""
-        return self.logits.softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
+        """The probability of each choice by `logits`."""
+        return self._in_place(self.logits.softmax(-1).gather(-1, self._chosen)[..., 0])
+
+    @cached_property
+    def log_prob(self) -> torch.Tensor:
+        """The log-probability of each choice by `scores`."""
+        assert self.scores is not None
+        return self._in_place(self.scores.gather(-1, self._chosen)[..., 0] - self.scores.logsumexp(-1))
+
+    @cached_property
+    def margin(self) -> torch.Tensor:
+        """The best probability less the second-best, by `logits`."""
+        best = self.logits.softmax(-1).topk(2, dim=-1).values
+        return self._in_place(best[..., 0] - best[..., 1])
+
+    @cached_property
+    def entropy(self) -> torch.Tensor:
+        """In nats, by `logits`."""
+        return self._in_place(entropy_of(self.logits))
+
+    def among(self, ids: torch.Tensor, places: torch.Tensor) -> "Prediction":
+        """Of (N,) tokens and problems those of a block, whose other positions hold what the (R, S) ids say."""
+        assert self.problems is not None
+        tokens = ids.flatten().index_copy(0, places, self.tokens).view(ids.shape)
+        whole = replace(self, tokens=tokens, places=places)
+        whole.problems = whole._in_place(self.problems)
+        return whole
+
+    @property
+    def _chosen(self) -> torch.Tensor:
+        tokens = self.tokens if self.places is None else self.tokens.flatten()[self.places]
+        return tokens[..., None]
+
+    def _in_place(self, values: torch.Tensor) -> torch.Tensor:
+        if self.places is None:
+            return values
+        return values.new_zeros(self.tokens.numel()).index_copy(0, self.places, values).view(self.tokens.shape)
 
 
 NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER, NO_SCORE = 1, 2, 3, 4
@@ -305,17 +344,6 @@ def entropy_of(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def margin_of(logits: torch.Tensor) -> torch.Tensor:
-    """(R, S, V) -> (R, S) best less second-best probability."""
-    best = logits.softmax(-1).topk(2, dim=-1).values
-    return best[..., 0] - best[..., 1]
-
-
-def log_prob(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(R, S, V) scores -> (R, S) log-probability of the tokens by their softmax."""
-    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
-
-
 def _commit_first(
     priority: torch.Tensor, masked: torch.Tensor, count: torch.Tensor, steps_left: Steps | None
 ) -> torch.Tensor:
@@ -347,7 +375,7 @@ def _of_user(c: Any, p: Prediction, masked: torch.Tensor, at: Progress) -> torch
 def _predict_and_noise(c: Any, p: Prediction, masked: torch.Tensor, at: Progress) -> torch.Tensor:
     if c.noising_order == "adaptive":
         return commit_adaptive(p.confidence, masked, at.step, at.steps)
-    priority = margin_of(p.logits) if c.noising_order == "margin" else p.confidence
+    priority = p.margin if c.noising_order == "margin" else p.confidence
     return commit_scheduled(priority, masked, at.step, at.steps, c.noise_schedule)
 
 
@@ -364,11 +392,11 @@ UNMASKING_RULES: dict[str, Rule] = {
         {"tokens_per_step": whole_number_from(1, 2)},
     ),
     "entropy": Rule(
-        lambda c, p, m, at: commit_low_entropy(entropy_of(p.logits), m, at.left, c.entropy_bound),
+        lambda c, p, m, at: commit_low_entropy(p.entropy, m, at.left, c.entropy_bound),
         {"entropy_bound": number_that("be a number of nats of at least 0", 0.1, lambda value: value >= 0)},
     ),
     "margin": Rule(
-        lambda c, p, m, at: commit_by_margin(margin_of(p.logits), m, at.left, c.margin_threshold),
+        lambda c, p, m, at: commit_by_margin(p.margin, m, at.left, c.margin_threshold),
         {"margin_threshold": number_that("lie in [0, 1]", 0.6, lambda value: 0 <= value <= 1)},
     ),
     "factor": Rule(
@@ -405,7 +433,6 @@ __all__ = [
     "Rule",
     "UnmaskingRule",
     "commit_run",
-    "log_prob",
     "number_that",
     "one_of",
     "whole_number_from",

@@ -93,6 +93,38 @@ def test_rows_of_two_modes_share_a_denoiser_pass(model, passes):
     assert max(wanted) <= passes.count("denoise") < sum(wanted)
 
 
+@pytest.mark.parametrize("rule", ["confidence", "margin", "entropy", "left_to_right", "posterior"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative"])
+def test_the_head_computes_open_positions_alone_and_the_records_are_those_of_all(model, mode, rule, monkeypatch):
+    ids = random_ids(3, 11)
+    knobs = {"mode": mode, "block_size": 8, "unmasking_rule": rule, "seed": 3, "max_new_tokens": 24}
+    if mode == "self_speculative":
+        knobs |= {"draft_length": 8, "draft_steps": 3}
+    knobs["return_dict_in_generate"] = True
+    positions, head = [], model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: positions.append(x.shape[:-1].numel()) or head(x))
+    ours = model.generate(ids, **knobs)
+    counted = len(positions)
+    # What stands in the place of `denoise` is asked as ever, for all positions.
+    monkeypatch.setattr(model, "denoise", lambda block, cache, times: type(model).denoise(model, block, cache, times))
+    theirs = model.generate(ids, **knobs)
+    whole = positions[counted:]
+    assert sum(positions[:counted]) < sum(whole) and all(size % 8 == 0 for size in whole)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.commit_steps, theirs.commit_steps)
+    for name in ("confidences", "log_probs"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_positions_of_a_pass_are_asked_for_one_by_one_or_all(model):
+    cache = model(random_ids(2, 9), use_cache=True).cache
+    block, places = random_ids(2, 6, seed=4), torch.tensor([11, 0, 7])
+    some = model.denoise(block, cache, 0.5, places=places)
+    torch.testing.assert_close(some, model.denoise(block, cache, 0.5).flatten(0, 1)[places], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="attention_mask and places were both given"):
+        model.denoise(block, cache, 0.5, attention_mask=torch.ones_like(block), places=places)
+
+
 def test_a_long_prompt_is_not_read_with_short_ones_and_waits_a_pass_at_most(model, monkeypatch):
     widths = []
     original = model.context_tower.forward
