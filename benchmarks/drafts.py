@@ -29,7 +29,7 @@ from twotower.evaluation.figures import accuracy_figures
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 REPEATS, TOKENS = 3, {"off": 48, "wrong": 96}
-BATCHES = {1: 8, 16: 32, 64: 64}  # how many texts each batch size is timed on
+BATCHES = {1: 24, 16: 32, 64: 64}  # how many texts each batch size is timed on
 PROBLEMS, SEED = 400, 1
 
 
