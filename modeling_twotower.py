@@ -467,6 +467,8 @@ class TwoTowerForBlockDiffusion(
         packed, mask = PackedTokens(block_ids), None
         if attention_mask is not None and places is not None:
             raise ValueError("attention_mask and places were both given; give one of them")
+        if places is not None and not (places.ndim == 1 and places.dtype == torch.long):
+            raise ValueError(f"places are {places.dtype} of shape {tuple(places.shape)}; give int64 of one dimension")
         if attention_mask is not None:
             packed = pack_tokens(block_ids, attention_mask, cache.width)
             mask = packed.mask()
@@ -478,6 +480,11 @@ class TwoTowerForBlockDiffusion(
         pasts = self._pasts(cache)
         logits = self.denoiser_pass(packed.ids, pasts, cache.context_lengths(), timestep, mask, places)
         return logits if mask is None else packed.unpack(logits)
+
+    def may_leave_out_positions(self) -> bool:
+        """Whether nobody would miss them: no other `denoise` or head in the place of ours, and no hook on it."""
+        own = getattr(self.denoise, "__func__", None) is OWN_DENOISE
+        return own and type(self.lm_head) is nn.Linear and is_untouched(self.lm_head)
 
     @accepts_past_key_values
     def predict_next(self, input_ids: torch.Tensor, cache: TwoTowerCache) -> torch.Tensor:
@@ -660,6 +667,9 @@ class TwoTowerForBlockDiffusion(
         for table in self.scale_shift_tables:
             table.zero_()
             table[2] = 1.0
+
+
+OWN_DENOISE = TwoTowerForBlockDiffusion.denoise
 
 
 class TwoTowerBackbone(TwoTowerPreTrainedModel):

@@ -173,9 +173,9 @@ class DraftController:
                 counts as if it had been sure.
         """
         _check_rows(rows)
+        self._check_outcome(rows, length, accepted, confidences)
         if length == 1 and confidences is None:
             return self._pay(len(rows), 1, 1, 0.0)
-        self._check_outcome(rows, length, accepted, confidences)
         count, refused, sure = len(rows), 0.0, 0.0
         for idx, (row, kept) in enumerate(zip(rows, accepted, strict=True)):
             seen = self.by_row.setdefault(row, Evidence())

@@ -148,8 +148,8 @@ class Engine:
                 times, canvases = times.new_empty(len(rows)), self._canvases(rows)
                 for own, at in zip(timesteps, places, strict=True):
                     times[at] = own
-            # Programs are of all positions, as is what someone has put in the place of `denoise`.
-            if len(groups) > 1 or run is not self.run or "denoise" in vars(self.model):
+            # Programs are of all positions.
+            if len(groups) > 1 or run is not self.run or not self.model.may_leave_out_positions():
                 for group in groups:
                     group.places = None
             if groups[0].places is None:

@@ -218,7 +218,8 @@ def attention_with_triton(
     context = 0 if context_key is None else context_key.shape[2]
     shared = key if context_key is None else context_key
     assert shared is not None, "block_attention asks for one of them"
-    tiles = attention_tiles(heads // shared.shape[1] * tokens, width, query.dtype)
+    generation = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+    tiles = attention_tiles(heads // shared.shape[1] * tokens, width, query.dtype, generation)
     row_tiles = -(-heads // shared.shape[1] * tokens // tiles["ROWS"])
     parts = context_parts(context, batch * shared.shape[1] * row_tiles)
     span = 0 if parts == 0 else -(-context // parts)
@@ -258,14 +259,18 @@ def context_parts(context: int, programs: int) -> int:
     return max(1, min(MOST_PARTS, -(-context // LEAST_SPAN), -(-PROGRAMS // programs)))
 
 
-def attention_tiles(rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Tile sizes, powers of two of at least 16, and warps; see `tests/kernels/test_attention_triton.py`."""
+def attention_tiles(rows: int, width: int, dtype: torch.dtype, generation: int = 9) -> dict[str, Any]:
+    """
+    Tile sizes, powers of two of at least 16, and warps, on cards of a generation (9: Hopper, 8: Ampere and Ada); none
+    spills registers on either (`tests/kernels/test_attention_triton.py` compiles them).
+    """
     wide = dtype == torch.float32
     row_tile = 16 if wide else min(64, max(16, triton.next_power_of_2(rows)))
+    narrow = row_tile > 16 or generation < 9
     return {
         "ROWS": row_tile,
         "D_TILE": max(16, triton.next_power_of_2(width)),
-        "COLUMN_TILE": 16 if wide else 32 if row_tile == 64 else 64,
+        "COLUMN_TILE": 16 if wide else 32 if narrow else 64,
         "num_warps": 8 if row_tile == 64 else 4,
         "num_stages": 1 if wide else 2,
     }

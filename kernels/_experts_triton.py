@@ -167,7 +167,7 @@ def triton_cannot_route(
         return f"wants tokens in the weights' dtype, {up_proj.dtype}, x is {x.dtype}"
     if not all(type(weight) in (torch.Tensor, torch.nn.Parameter) for weight in (up_proj, down_proj)):
         return f"reads plain weights, these are {type(up_proj).__name__} and {type(down_proj).__name__}"
-    if not isinstance(act_fn, RELU2):
+    if type(act_fn) is not RELU2:
         return f"squares what is positive (relu2), not {type(act_fn).__name__}"
     if not 0 < indices.shape[1] <= MOST_PAIRS or len(x) == 0:
         return f"takes at least one token of 1 to {MOST_PAIRS} experts, indices have the shape {tuple(indices.shape)}"

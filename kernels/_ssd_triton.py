@@ -235,7 +235,7 @@ def ssd_tiles(tokens: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     assert token_tile <= TRITON_TOKENS
     return {
         "T_TILE": token_tile,
-        "P_TILE": 16 if head_dim <= 16 or token_tile == 64 else 32,
+        "P_TILE": 16 if head_dim <= 16 or token_tile == 64 or (token_tile == 16 and dtype == torch.float32) else 32,
         "N_TILE": 16,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32x3",
         "num_warps": 4 if token_tile == 16 else 8,

@@ -9,6 +9,7 @@ Shapes: T tokens, K experts of each, E experts, H hidden size, I intermediate si
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,13 +117,23 @@ def grouped_experts(
     lone, top_k = len(indices) == 1, indices.shape[1]
     grouped = x.expand(len(order), -1).contiguous() if lone else x.index_select(0, order // top_k)
     activated = grouped_mm(grouped, up_proj.transpose(1, 2), ends)
-    in_place = isinstance(act_fn, RELU2) and may_give_out(activated)
-    activated = activated.relu_().square_() if in_place else act_fn(activated)
+    if _is_relu2(act_fn) and may_give_out(activated):
+        activated = activated.relu_().square_()
+    else:
+        activated = act_fn(activated)
     outputs = grouped_mm(activated, down_proj.transpose(1, 2), ends)
     # Weights are of NVIDIA's precision, float32, so the outputs are summed in it.
     if x.device.type == "cpu":  # where many small products take longer than to add outputs where they belong
         outputs, shares = outputs.to(weights.dtype), weights.flatten().index_select(0, order)[:, None]
-        weighted = outputs.mul_(shares) if may_give_out(outputs) else outputs * shares
+        weighted = outputs.mul_(shares) if may_give_out(outputs) and may_give_out(shares) else outputs * shares
         return weighted.new_zeros(x.shape).index_add(0, order // top_k, weighted)
     by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
     return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]
+
+
+def _is_relu2(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether it is that and nobody would miss a call of it."""
+    if type(act_fn) is not RELU2:
+        return False
+    module: Any = act_fn
+    return not (module._forward_hooks or module._forward_pre_hooks)

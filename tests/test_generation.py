@@ -1,12 +1,10 @@
 """Decoding: NVIDIA's numbers token for token, what every row is promised, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from golden_cases import assert_golden_generations
 from tiny import random_ids, tiny_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
@@ -71,18 +69,7 @@ def generate(model, ids, **kwargs):
 
 def test_goldens_token_for_token_with_their_passes(goldens):
     model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
-    model.generation_config.eos_token_id = None
-    tensors = load_file(goldens / "tensors.safetensors")
-    for case in json.loads((goldens / "generations.json").read_text()):
-        prompt = tensors[f"p{case['prompt']}.ids"].long()[None]
-        knobs = ("mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "eos_token_id")
-        output = generate(model, prompt, **{name: case[name] for name in knobs if name in case})
-        expected = case["new_tokens"]
-        if case.get("eos_token_id") in expected:
-            expected = expected[: expected.index(case["eos_token_id"]) + 1]
-        assert output.sequences[0, prompt.shape[1] :].tolist() == expected, case
-        if case["nfe"] is not None:
-            assert output.denoiser_forwards.tolist() == [case["nfe"]], case
+    assert_golden_generations(model, goldens, every=1)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,10 +8,11 @@ from random import Random
 import pytest
 import torch
 from cards import Cards
+from golden_cases import assert_golden_generations
 from mixed_requests import differences, mixed_model, mixed_request
 from tiny import random_block, random_ids, tiny_config, tiny_model, without_special_tokens
 
-from twotower import Stateless, TwoTowerEngine
+from twotower import Stateless, TwoTowerEngine, TwoTowerForBlockDiffusion
 from twotower.cache_twotower import KeyValues, MambaState, TwoTowerCache
 from twotower.checkpoints.placement import towers_device_map
 from twotower.generation_twotower import MODES
@@ -68,6 +69,14 @@ def test_one_card(mode):
         model = without_special_tokens(tiny_model("each kind once"))
         cards.put_model(model, FIRST)
         assert torch.equal(model.generate(PROMPTS, mode=mode, **knobs(mode)).cpu(), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_goldens_token_for_token_with_their_passes(goldens, count):
+    with Cards() as cards:
+        model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
+        cards.place(model, towers_device_map(model, CARDS[:count]), CARDS[0])
+        assert_golden_generations(model, goldens)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,14 +1,13 @@
 """`generate(..., compile=True)`: the texts of eager passes, by programs whose inputs never change their shapes."""
 
 import copy
-import json
 import pickle
 
 import pytest
 import torch
+from golden_cases import assert_golden_generations
 from mixed_requests import MODES, differences
 from programs import IDS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
-from safetensors.torch import load_file
 from tiny import random_block, random_ids, tiny_model, without_special_tokens
 from tolerances import assert_close
 from torch.utils._pytree import tree_map
@@ -128,17 +127,7 @@ def test_a_second_turn_may_be_compiled_and_the_first_eager_and_the_other_way_rou
 
 def test_goldens_token_for_token_with_their_passes(goldens, shapes):
     model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
-    model.generation_config.eos_token_id = None
-    tensors, cases = load_file(goldens / "tensors.safetensors"), json.loads((goldens / "generations.json").read_text())
-    knobs = ("mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "eos_token_id")
-    for case in cases[::6]:  # which are of all modes that there are goldens of
-        options = {name: case[name] for name in knobs if name in case} | {"pad_token_id": 0}
-        prompt = tensors[f"p{case['prompt']}.ids"].long()[None]
-        output = model.generate(prompt, **options, return_dict_in_generate=True, compile=True)
-        new = output.sequences[0, prompt.shape[1] :].tolist()
-        assert new == case["new_tokens"][: len(new)], case
-        assert len(new) == len(case["new_tokens"]) or new[-1] == case["eos_token_id"], case
-        assert case["nfe"] in (None, *output.denoiser_forwards.tolist()), case
+    assert_golden_generations(model, goldens, compile=True)
     assert shapes.calls > 100
 
 

@@ -93,6 +93,19 @@ def test_rows_of_two_modes_share_a_denoiser_pass(model, passes):
     assert max(wanted) <= passes.count("denoise") < sum(wanted)
 
 
+def logits_of_passes(model, monkeypatch):
+    """How many positions the denoiser's passes give logits of."""
+    counts, original = [], model.denoiser_pass
+
+    def counted(*args):
+        logits = original(*args)
+        counts.append(logits.shape[:-1].numel())
+        return logits
+
+    monkeypatch.setattr(model, "denoiser_pass", counted)
+    return counts
+
+
 @pytest.mark.parametrize("rule", ["confidence", "margin", "entropy", "left_to_right", "posterior"])
 @pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculative"])
 def test_the_head_computes_open_positions_alone_and_the_records_are_those_of_all(model, mode, rule, monkeypatch):
@@ -101,19 +114,40 @@ def test_the_head_computes_open_positions_alone_and_the_records_are_those_of_all
     if mode == "self_speculative":
         knobs |= {"draft_length": 8, "draft_steps": 3}
     knobs["return_dict_in_generate"] = True
-    positions, head = [], model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, "forward", lambda x: positions.append(x.shape[:-1].numel()) or head(x))
+    positions = logits_of_passes(model, monkeypatch)
     ours = model.generate(ids, **knobs)
-    counted = len(positions)
+    some, positions[:] = list(positions), []
     # What stands in the place of `denoise` is asked as ever, for all positions.
     monkeypatch.setattr(model, "denoise", lambda block, cache, times: type(model).denoise(model, block, cache, times))
     theirs = model.generate(ids, **knobs)
-    whole = positions[counted:]
-    assert sum(positions[:counted]) < sum(whole) and all(size % 8 == 0 for size in whole)
+    assert sum(some) < sum(positions) and all(size % 8 == 0 for size in positions)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert torch.equal(ours.commit_steps, theirs.commit_steps)
     for name in ("confidences", "log_probs"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("watched", ["hook", "subclass", "class"])
+def test_who_watches_or_replaces_the_head_or_the_pass_sees_all_positions(model, watched, monkeypatch):
+    seen, positions = [], logits_of_passes(model, monkeypatch)
+    own = type(model)
+    original = own.denoise
+    if watched == "hook":
+        handle = model.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape[:-1]))
+    else:
+
+        def denoise(self, block_ids, cache, timestep=None, attention_mask=None):
+            seen.append(block_ids.shape)
+            return original(self, block_ids, cache, timestep, attention_mask)
+
+        if watched == "class":
+            monkeypatch.setattr(own, "denoise", denoise)
+        else:
+            monkeypatch.setattr(model, "__class__", type("Other", (own,), {"denoise": denoise}))
+    model.generate(random_ids(2, 9), mode="mask_diffusion", block_size=8, max_new_tokens=16)
+    if watched == "hook":
+        handle.remove()
+    assert seen and positions == [rows * size for rows, size in seen] and {size for _, size in seen} == {8}
 
 
 def test_positions_of_a_pass_are_asked_for_one_by_one_or_all(model):
@@ -123,6 +157,8 @@ def test_positions_of_a_pass_are_asked_for_one_by_one_or_all(model):
     torch.testing.assert_close(some, model.denoise(block, cache, 0.5).flatten(0, 1)[places], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="attention_mask and places were both given"):
         model.denoise(block, cache, 0.5, attention_mask=torch.ones_like(block), places=places)
+    with pytest.raises(ValueError, match=r"places are torch.float32 of shape \(3,\); give int64 of one dimension"):
+        model.denoise(block, cache, 0.5, places=places.float())
 
 
 def test_a_long_prompt_is_not_read_with_short_ones_and_waits_a_pass_at_most(model, monkeypatch):

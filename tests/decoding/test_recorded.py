@@ -8,6 +8,7 @@ from weakref import ref
 import fake_graphs
 import pytest
 import torch
+from golden_cases import assert_golden_generations
 from mixed_requests import MODES, differences
 from programs import IDS, KNOBS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
 from tiny import random_ids, tiny_model, without_special_tokens
@@ -15,7 +16,7 @@ from transformers import CompileConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from twotower import TwoTowerEngine
+from twotower import TwoTowerEngine, TwoTowerForBlockDiffusion
 from twotower.cache_twotower import MambaState
 from twotower.decoding.compiled import CompiledPasses, records_passes
 from twotower.decoding.recorded import Recording
@@ -37,6 +38,12 @@ def test_texts_and_passes_are_those_of_eager_passes(mode, sampling, graphs):
         assert not differences(output, eager)
         assert torch.equal(output.denoiser_forwards, eager.denoiser_forwards)
         assert torch.equal(output.context_forwards, eager.context_forwards)
+
+
+def test_goldens_token_for_token_with_their_passes(goldens, graphs):
+    model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
+    assert_golden_generations(model, goldens, compile=True)
+    assert graphs.made > 10
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -137,7 +137,7 @@ def test_few_rows_are_divided_into_many_parts_and_many_into_few(monkeypatch):
 
 def ahead(architecture, dtype, queries, masked=False):
     """A block behind a context of the released geometry, or the step of one token."""
-    tiles = attention_tiles(16 * queries, 128, dtype)
+    tiles = attention_tiles(16 * queries, 128, dtype, architecture // 10)
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     kind = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     types = dict.fromkeys(["query", "context_key", "context_value", "key", "value"], kind)
@@ -150,12 +150,19 @@ def ahead(architecture, dtype, queries, masked=False):
 
 def test_compiled_for_sm_90_and_sm_80_nothing_spills(tmp_path):
     cases = [
-        (90, torch.bfloat16, 1),
+        (90, torch.bfloat16, 1, True),
+        (90, torch.bfloat16, 2),
         (90, torch.bfloat16, 16, True),
-        (80, torch.bfloat16, 16),
-        (90, torch.float32, 16),
+        (80, torch.bfloat16, 1, True),
+        (80, torch.bfloat16, 2, True),
+        (80, torch.bfloat16, 16, True),
+        (90, torch.float32, 1),
+        (80, torch.float32, 16),
     ]
-    assert_nothing_spills(_attention_triton, tmp_path, [ahead(*case) for case in cases])
+    merge = dict.fromkeys(["means", "log_sums"], "*fp32") | {"out": "*bf16"}
+    sizes = {"HEADS": 32, "D": 128, "D_TILE": 128, "PARTS_TILE": 128}
+    merges = [(each, "merge_parts", merge, sizes, {"num_warps": 4}) for each in (90, 80)]
+    assert_nothing_spills(_attention_triton, tmp_path, [*(ahead(*case) for case in cases), *merges])
 
 
 @pytest.mark.gpu

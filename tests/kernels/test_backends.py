@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_cases import QUICKEST, assert_quickest_golden
 from tiny import tiny_model
 from tolerances import assert_close
 
@@ -265,18 +265,9 @@ class TestOfAModel:
         assert (True, False) in launches
         assert ((False, True) in launches) == (mode == "self_speculative")
 
-    @pytest.mark.parametrize(("mode", "tokens"), [("ar", 4), ("mock_ar", 3), ("mask_diffusion", 64)])
+    @QUICKEST
     def test_nvidias_tokens(self, goldens, mode, tokens):
-        """The quickest of the golden cases, the autoregressive ones cut short: the interpreter is slow."""
-        cases = [case for case in json.loads((goldens / "generations.json").read_text()) if case["mode"] == mode]
-        case = min(cases, key=lambda case: case["nfe"] or 0)
-        model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint", kernels="triton")
-        prompt = load_file(goldens / "tensors.safetensors")[f"p{case['prompt']}.ids"].long()[None]
-        knobs = ("mode", "block_size", "steps_per_block", "confidence_threshold", "eos_token_id")
-        options = {"eos_token_id": None} | {name: case[name] for name in knobs if name in case}
-        text = model.generate(prompt, max_new_tokens=tokens, **options)[0, prompt.shape[1] :].tolist()
-        assert len(text) > 2
-        assert text == case["new_tokens"][: len(text)]
+        assert_quickest_golden("triton", goldens, mode, tokens)
 
     def test_what_is_asked_for_by_name_is_not_replaced(self, model):
         model.set_kernels({"ssd_scan": "triton"})

@@ -47,6 +47,40 @@ def test_torchs_ways(way, tokens):
     assert_close(way(*parts), equation(*parts), torch.float32)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_done_in_place_leaves_what_was_given(dtype):
+    parts = draw(9, dtype=dtype)
+    before = [part.clone() for part in parts[:5]]
+    assert_close(grouped_experts(*parts), equation(*parts), dtype, 2.0)
+    assert all(map(torch.equal, parts[:5], before))
+
+
+class Twice(type(RELU2)):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_another_activation_of_that_family_and_hooks_on_it_are_called():
+    parts, calls = draw(9, act_fn=Twice()), []
+    assert_close(grouped_experts(*parts), equation(*parts), torch.float32)
+    assert "relu2" in triton_cannot_route(*parts)
+    hooked = type(RELU2)()
+    hooked.register_forward_hook(lambda *_: calls.append("called"))
+    grouped_experts(*draw(9, act_fn=hooked))
+    assert calls == ["called"]
+
+
+@torch.no_grad()
+def test_weights_alone_may_be_mapped_over():
+    x, indices, weights, *others = draw(9)
+    mapped = torch.func.vmap(lambda each: grouped_experts(x, indices, each, *others))(
+        torch.stack([weights, 2 * weights])
+    )
+    assert_close(mapped[1], equation(x, indices, 2 * weights, *others), torch.float32)
+
+
 def test_a_lone_tokens_experts_copied():
     parts = draw(1)
     assert_close(copied_experts(*parts), equation(*parts), torch.float32)
@@ -144,6 +178,14 @@ def test_compiled_for_sm_90_and_sm_80_nothing_spills(tmp_path):
         ahead(90, torch.bfloat16, 40),
         ahead(80, torch.bfloat16, 12),
         ahead(90, torch.float32, 1),
+        (90, "list_pairs", {"indices": "*i64", "pairs": "*i32", "counts": "*i32"}, {"TILE": 8192}, {"num_warps": 4}),
+        (
+            90,
+            "sum_pairs",
+            dict.fromkeys(["outputs", "weights", "out"], "*fp32"),
+            {"H": 2688, "K": 6, "TILE": 512},
+            {"num_warps": 4},
+        ),
     ]
     assert_nothing_spills(_experts_triton, tmp_path, cases)
 

@@ -189,6 +189,7 @@ REPLAY = {"OUTPUTS": False, "KEPT": True, "ENDED": True}
 # The hungriest of what is launched: at each tile of tokens, outputs and state at once; and the replay.
 COMPILED = [
     (90, "bf16", 16, BOTH),
+    (90, "fp32", 16, BOTH),
     (90, "fp32", 32, BOTH),
     (90, "bf16", 64, BOTH),
     (90, "bf16", 16, REPLAY),

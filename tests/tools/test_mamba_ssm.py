@@ -13,10 +13,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 import triton
+from golden_cases import QUICKEST, assert_quickest_golden
 from triton.runtime import interpreter
 
 from twotower.kernels._mamba_ssm import gated_rms_norm_with_mamba_ssm
-from twotower.kernels.backends import choose, package_version
+from twotower.kernels.backends import _missing, choose, package_version
 from twotower.kernels.gated_rms_norm import gated_rms_norm
 from twotower.kernels.rms_norm import rms_norm
 from twotower.kernels.ssd import ssd_scan
@@ -40,6 +41,10 @@ def mamba_ssm():
         return
     root = find_spec("mamba_ssm").submodule_search_locations[0]
     with pytest.MonkeyPatch.context() as patch:
+        # What others have imported was decorated without what is put in place here.
+        for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+            patch.delitem(sys.modules, name)
+        _missing.cache_clear()
         for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
             module = types.ModuleType(name)
             module.__path__ = ["/".join([root, *name.split(".")[1:]])]
@@ -48,6 +53,9 @@ def mamba_ssm():
         patch.setattr(triton, "autotune", lambda configs, key, **options: tuned(configs[:1], key, **options))
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         yield
+        for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
+    _missing.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +201,7 @@ def test_gated_rms_norm(channels, group_size):
         torch.randn(2, 5, channels + 8)[..., :channels],
         torch.randn(channels),
     )
+    x, gate, weight = x.to(DEVICE), gate.to(DEVICE), weight.to(DEVICE)
     y = gated_rms_norm(x, gate, weight, group_size, 1e-5, backend="mamba-ssm")
     expected = gated_rms_norm(x.double(), gate.double(), weight.double(), group_size, 1e-5, backend="torch")
     assert error(y, expected) < FLOAT32
@@ -228,6 +237,11 @@ def test_what_it_cannot_compute():
         rms_norm(wide[:1], wide[0], 1e-5, backend="mamba-ssm")
     with pytest.raises(ValueError, match=r"at most 65536 bytes"):
         gated_rms_norm(wide, wide, wide[0], 20000, 1e-5, backend="mamba-ssm")
+
+
+@QUICKEST
+def test_nvidias_tokens(goldens, mode, tokens):
+    assert_quickest_golden("mamba-ssm", goldens, mode, tokens)
 
 
 def test_the_package_is_the_one_that_was_read():
