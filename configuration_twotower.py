@@ -41,6 +41,8 @@ class TwoTowerConfig(NemotronHConfig):
     # NemotronH's plans name what one tower would have at the root; a TwoTower has none.
     base_model_tp_plan = None
     base_model_ep_plan = None
+    # By which name transformers' fp8 experts ask for it.
+    attribute_map = {**NemotronHConfig.attribute_map, "hidden_act": "mlp_hidden_act"}
     keys_to_ignore_at_inference = ["cache", "past_key_values", "last_hidden_state", "masked_tokens"]
 
     block_size: int = 16

@@ -20,11 +20,15 @@ from tiny import (
     use_config_step_limit,
 )
 from tolerances import GRADIENTS, assert_close
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import FineGrainedFP8Config, NemotronHConfig, NemotronHForCausalLM
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from twotower.cache_twotower import KeyValues, TwoTowerCache
+from twotower.checkpoints.loading import spare_modules
+from twotower.checkpoints.pretrained import UNQUANTIZED_MODULES
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 MASK = 3
@@ -854,6 +858,24 @@ def test_an_experts_implementation_asked_for_by_name_is_kept(monkeypatch):
             for other in {"batched_mm", "grouped_mm", "grouped_mm_or_all"} - {name}:
                 patch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, other, refuse)
             model(random_ids(1, 1))
+
+
+def test_fp8_takes_the_layers_of_the_towers_and_nothing_else():
+    """Which modules become which; to compute in fp8 takes a GPU."""
+    with torch.device("meta"):
+        model = tiny_model("each kind once")
+    spared = spare_modules(FineGrainedFP8Config(), UNQUANTIZED_MODULES)
+    replace_with_fp8_linear(model, spared.modules_to_not_convert, spared)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kept = {name for name in linear if kinds[name] == "Linear"}
+    assert kept == {"context_lm_head", "lm_head", "t_embedder.mlp.0", "t_embedder.mlp.2", "t_block.1"}
+    assert len(linear - kept) == 2 * (2 + 4 + 2 + 2)
+    for tower in (model.context_tower, model.denoiser_tower):
+        moe = next(layer.mixer for layer in tower.layers if hasattr(layer.mixer, "experts"))
+        assert type(moe.experts).__name__ == "FP8Experts" and type(moe.gate).__name__ == "TwoTowerRouter"
+        assert moe.experts.up_proj.shape == (4, 16, 32)
+        assert type(moe.experts.act_fn) is type(moe.shared_experts.act_fn)
 
 
 def test_quantised_experts_keep_transformers_default():
