@@ -24,7 +24,7 @@ DRAFT_MEMORY, TOKEN_MEMORY = 0.8, 0.9
 # A token as unlikely as a name among many is unlike the text around it: it counts as no less sure.
 LEAST_SURE = 0.5
 # A token is drafted without knowing the drafted ones before it, so unsure text is drafted worse than it is continued.
-SURENESS_POWER = 6.0
+SURENESS_POWER = 5.0
 # Of the steps that mode "ar" would have taken so many may be lost to drafts;
 LOSS_RATE = 0.015
 # beyond that so many steps at first, but the shortest draft in any case; and where drafts gain, so many whole drafts.
