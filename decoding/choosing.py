@@ -39,6 +39,9 @@ class Group:
         self.rows, self.device = rows, device
         self.request: Request = rows[0].request
         self.timestep: torch.Tensor | None = None  # (R,) float32 that the denoiser is told
+        self.places: torch.Tensor | None = (
+            None  # (N,) of the R x S positions, those whose logits are made; default all
+        )
         self.wide: dict[str, torch.Tensor] = {}  # of the pass reported last, (R, S, V)
 
     @cached_property
@@ -48,18 +51,17 @@ class Group:
         ids = uploaded([canvas.ids for canvas in canvases], self.device)
         return ids, uploaded([canvas.open for canvas in canvases], self.device, torch.bool)
 
-    @cached_property
-    def places(self) -> torch.Tensor | None:
-        """(N,) of the R x S positions, those that are open, where logits of no others are looked at; None for all."""
+    def leave_out_settled(self) -> None:
+        """Ask for logits of open positions alone, unless something looks at others; see `places`."""
         request, canvases = self.request, [row.canvas for row in self.rows]
         asked = request.processors.lists[0] or request.step_callback or callable(request.config.unmasking_rule)
         # What is recorded is to be the same to the last bit, with a callback or without: products of fewer rows round
         # otherwise.
         if asked or request.recorded or request.config.do_sample or all(all(canvas.open) for canvas in canvases):
-            return None
+            return
         size = len(canvases[0].ids)
         starts = range(0, len(canvases) * size, size)
-        return uploaded(
+        self.places = uploaded(
             [start + at for start, own in zip(starts, canvases, strict=True) for at in range(size) if own.open[at]],
             self.device,
         )
@@ -78,7 +80,8 @@ class Group:
         self.device = logits.device
         if "canvas" in vars(self):
             self.canvas = (self.canvas[0].to(self.device), self.canvas[1].to(self.device))
-            self.places = None if self.places is None else self.places.to(self.device)
+        if self.places is not None:
+            self.places = self.places.to(self.device)
         if self.timestep is not None:
             self.timestep = self.timestep.to(self.device)
         return logits

@@ -149,9 +149,8 @@ class Engine:
                 for own, at in zip(timesteps, places, strict=True):
                     times[at] = own
             # Programs are of all positions.
-            if len(groups) > 1 or run is not self.run or not self.model.may_leave_out_positions():
-                for group in groups:
-                    group.places = None
+            if len(groups) == 1 and run is self.run and self.model.may_leave_out_positions():
+                groups[0].leave_out_settled()
             if groups[0].places is None:
                 logits = run("denoise", canvases[0], part, times, *canvases[1:])
             else:

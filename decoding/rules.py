@@ -46,31 +46,31 @@ class Prediction:
     @cached_property
     def confidence(self) -> torch.Tensor:
         """The probability of each choice by `logits`."""
-        return self._in_place(self.logits.softmax(-1).gather(-1, self._chosen)[..., 0])
+        return self._at_places(self.logits.softmax(-1).gather(-1, self._chosen)[..., 0])
 
     @cached_property
     def log_prob(self) -> torch.Tensor:
         """The log-probability of each choice by `scores`."""
         assert self.scores is not None
-        return self._in_place(self.scores.gather(-1, self._chosen)[..., 0] - self.scores.logsumexp(-1))
+        return self._at_places(self.scores.gather(-1, self._chosen)[..., 0] - self.scores.logsumexp(-1))
 
     @cached_property
     def margin(self) -> torch.Tensor:
         """The best probability less the second-best, by `logits`."""
         best = self.logits.softmax(-1).topk(2, dim=-1).values
-        return self._in_place(best[..., 0] - best[..., 1])
+        return self._at_places(best[..., 0] - best[..., 1])
 
     @cached_property
     def entropy(self) -> torch.Tensor:
         """In nats, by `logits`."""
-        return self._in_place(entropy_of(self.logits))
+        return self._at_places(entropy_of(self.logits))
 
     def among(self, ids: torch.Tensor, places: torch.Tensor) -> "Prediction":
         """Of (N,) tokens and problems those of a block, whose other positions hold what the (R, S) ids say."""
         assert self.problems is not None
         tokens = ids.flatten().index_copy(0, places, self.tokens).view(ids.shape)
         whole = replace(self, tokens=tokens, places=places)
-        whole.problems = whole._in_place(self.problems)
+        whole.problems = whole._at_places(self.problems)
         return whole
 
     @property
@@ -78,7 +78,7 @@ class Prediction:
         tokens = self.tokens if self.places is None else self.tokens.flatten()[self.places]
         return tokens[..., None]
 
-    def _in_place(self, values: torch.Tensor) -> torch.Tensor:
+    def _at_places(self, values: torch.Tensor) -> torch.Tensor:
         if self.places is None:
             return values
         return values.new_zeros(self.tokens.numel()).index_copy(0, self.places, values).view(self.tokens.shape)
