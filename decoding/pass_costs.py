@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,7 +31,8 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 
 # How passes are measured: a warm-up, then rounds over all kinds for so many seconds, but at most so many: short passes
 # are disturbed most by what else runs, and those that take seconds must not be repeated often.
-ROUNDS, SECONDS = 8, 0.5
+ROUNDS, SECONDS = 30, 1.0
+METHOD = "medians beside a step"  # costs that were measured by another are measured anew
 CONTEXT_TOKENS = 32
 FILE_VERSION = 1
 
@@ -152,7 +154,7 @@ class PassCosts:
     @classmethod
     def measure(cls, model: Any, lengths: Iterable[int], rows: Iterable[int]) -> "PassCosts":
         """
-        Run every pass a few times on random tokens after a short context, in turn; the fastest of each counts.
+        Run every pass a few times on random tokens after a short context, each in turn with steps; medians count.
 
         Args:
             model: a TwoTower, measured where its parameters are.
@@ -167,13 +169,13 @@ class PassCosts:
         measured: dict[Pass, dict[int, dict[int, float]]] = {kind: {} for kind in PASSES}
         for count in sorted(set(rows)):
             try:
-                fastest = _measure_rows(model, sorted(set(lengths) - {1}), count)
+                taken = _measure_rows(model, sorted(set(lengths) - {1}), count)
             except torch.OutOfMemoryError:
                 if not measured["step"]:
                     raise
                 logger.warning(f"passes over {count} rows do not fit into the memory; their cost is extrapolated")
                 break
-            for (kind, tokens), seconds in fastest.items():
+            for (kind, tokens), seconds in taken.items():
                 measured[kind].setdefault(tokens, {})[count] = seconds
         return cls(measured)
 
@@ -271,22 +273,35 @@ def _merged_costs(old: PassCosts | None, new: PassCosts | None) -> PassCosts | N
 
 @torch.no_grad()
 def _measure_rows(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], float]:
-    """The fastest of each pass, in seconds."""
+    """
+    Seconds of each pass: a step's, times the median of how many steps it took.
+
+    Shared machines are slow for seconds at a time, which a step just before and a pass have in common, and which the
+    fastest of either may not.
+    """
     passes = _passes(model, lengths, rows)
-    fastest = dict.fromkeys(passes, math.inf)
+    for run in passes.values():
+        run()
+    step, steps = passes.pop(("step", 1)), []
+    taken: dict[tuple[Pass, int], list[float]] = {key: [] for key in passes}
     started = time.perf_counter()
-    for is_warm in (False, *[True] * ROUNDS):
-        for key, run in passes.items():
-            seconds = _timed(run)
-            if is_warm:
-                fastest[key] = min(fastest[key], seconds)
-        if is_warm and time.perf_counter() - started > SECONDS:
+    for _ in range(ROUNDS):
+        for length in lengths or [1]:
+            # As in decoding: steps follow each other, which find their weights in the processor's cache, and drafts
+            # and verifications each other, which do not.
+            step()
+            steps.append(_timed(step))
+            for key in [key for key in passes if key[1] == length]:
+                taken[key].append(_timed(passes[key]) / steps[-1])
+        if time.perf_counter() - started > SECONDS:
             break
+    seconds: dict[tuple[Pass, int], float] = {("step", 1): median(steps)}
+    seconds |= {key: median(steps) * median(ratios) for key, ratios in taken.items()}
     # What else runs can only add to a time: a pass costs no more than one over more tokens did.
-    for kind, tokens in sorted(fastest, reverse=True):
-        longer = (seconds for (other, more), seconds in fastest.items() if other == kind and more > tokens)
-        fastest[kind, tokens] = min(fastest[kind, tokens], *longer, math.inf)
-    return fastest
+    for kind, tokens in sorted(seconds, reverse=True):
+        longer = (each for (other, more), each in seconds.items() if other == kind and more > tokens)
+        seconds[kind, tokens] = min(seconds[kind, tokens], *longer, math.inf)
+    return seconds
 
 
 def _passes(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], Callable[[], torch.Tensor]]:
@@ -324,7 +339,8 @@ def _passes(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int],
 
 def _timed(run: Callable[[], torch.Tensor]) -> float:
     # One thread's own time leaves out that others were given the core, which on a busy machine is most of it.
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    precise = time.get_clock_info("thread_time").resolution < 1e-5  # not on every system
+    clock = time.thread_time if torch.get_num_threads() == 1 and precise else time.perf_counter
     started, wall = clock(), time.perf_counter()
     device = run().device
     if device.type != "cpu":
@@ -347,6 +363,7 @@ def _description(model: Any) -> dict[str, Any]:
         "device": _device_name(model.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "method": METHOD,
     }
 
 
