@@ -19,12 +19,14 @@ BEST_SKILL = 0.985
 SURENESS, SURENESS_WEIGHT = 0.98, 1.0
 # Tokens of the other rows soon outweigh the belief about sureness: rows decoded together are often of one kind.
 POOL_SURENESS_WEIGHT = 0.3
+# Before so many tokens of most rows were seen nothing is drafted: the first says little of how sure others will be.
+FIRST_TOKENS = 2
 # What has been seen fades by these factors, per draft and per token.
-DRAFT_MEMORY, TOKEN_MEMORY = 0.8, 0.9
+DRAFT_MEMORY, TOKEN_MEMORY = 0.8, 0.95
 # A token as unlikely as a name among many is unlike the text around it: it counts as no less sure.
 LEAST_SURE = 0.5
 # A token is drafted without knowing the drafted ones before it, so unsure text is drafted worse than it is continued.
-SURENESS_POWER = 5.0
+SURENESS_POWER = 7.0
 # Of the steps that mode "ar" would have taken so many may be lost to drafts;
 LOSS_RATE = 0.015
 # beyond that so many steps at first, but the shortest draft in any case; and where drafts gain, so many whole drafts.
@@ -32,6 +34,8 @@ FIRST_STEPS, EARNED_DRAFTS = 4.0, 2.0
 # Where no draft pays, whatever the context tower is sure of, none is drafted in so many cycles, and nothing is looked
 # at: to look takes 3 % of a step of a small model.
 REST = 8
+# The same where it is not sure enough, which may change sooner.
+SHORT_REST = 4
 
 # Rates of acceptance are told apart by so much.
 RATES = 256
@@ -92,7 +96,8 @@ class DraftController:
     While the allowance is what it was at first, a drafter of `BEST_SKILL` is looked for: by the longest draft that is
     covered, up to the one that would then pay. So where whole drafts are dear, as of many rows, short ones come first,
     at once, and again as seldom as `LOSS_RATE` pays for what failed. Where no draft would pay even if the context
-    tower were sure, `REST` cycles go by unwatched.
+    tower were sure, `REST` cycles go by unwatched. And no text begins with a draft, before `FIRST_TOKENS` say how sure
+    the context tower is of it.
 
     Deterministic: equal calls in equal order choose equally.
 
@@ -134,6 +139,8 @@ class DraftController:
             self.rest -= 1
             return 1
         costs, seen = self._costs(len(rows)), [self.by_row.get(row, UNSEEN) for row in rows]
+        if 2 * sum(each.tokens <= FIRST_TOKENS - 1 for each in seen) > len(seen):  # whose tokens hardly fade
+            return 1
         affordable = self._affordable(costs, seen)
         skill, is_unspent = self.pool.skill(SKILL), self._allowance(costs) >= self._first_allowance(costs)
         skills = [each.skill(skill) for each in seen]
@@ -144,10 +151,12 @@ class DraftController:
         sureness = self.pool.sureness(SURENESS, POOL_SURENESS_WEIGHT)
         sure = [each.sureness(sureness, SURENESS_WEIGHT) ** SURENESS_POWER for each in seen]
         length = self._most_promising(affordable, [each * own for each, own in zip(sure, skills, strict=True)])
-        if length > 1 or not is_unspent:
-            return length
-        hoped = self._most_promising(costs, [each * own for each, own in zip(sure, hopes, strict=True)])
-        return max(each for each in affordable if each <= hoped)
+        if length == 1 and is_unspent:
+            hoped = self._most_promising(costs, [each * own for each, own in zip(sure, hopes, strict=True)])
+            length = max(each for each in affordable if each <= hoped)
+        if length == 1:
+            self.rest = SHORT_REST - 1
+        return length
 
     @property
     def watches(self) -> bool:
@@ -170,7 +179,7 @@ class DraftController:
             accepted: per row, how many of the `length` - 1 drafted tokens were accepted.
             confidences: per row, the context tower's probability of each token the row got, of which the last is its
                 own choice; what follows these 1 + accepted is not looked at. Default: nobody knows; a refusal then
-                counts as if it had been sure.
+                counts as if it had been sure, and a text of whose first tokens nobody knows is not drafted.
         """
         _check_rows(rows)
         self._check_outcome(rows, length, accepted, confidences)

@@ -97,18 +97,18 @@ def batches_of(texts: list[Text], rows: int) -> list[list[Text]]:
     return [[text] for text in texts] if rows == 1 else [draw.choices(texts, k=rows) for _ in range(4)]
 
 
-@pytest.mark.parametrize("rows, least", [(1, 3.2), (4, 3.0), (16, 2.4), (64, 1.4)])
+@pytest.mark.parametrize("rows, least", [(1, 3.0), (4, 2.9), (16, 2.4), (64, 1.4)])
 def test_on_templates_nearly_all_of_what_whole_drafts_gain_is_kept(rows, least):
     batches = batches_of(recorded("on templates"), rows)
     whole = sum(seconds(batch, Always(16)) for batch in batches)
     ours = sum(seconds(batch, controller()) for batch in batches)
-    # Of many rows, whole drafts are too dear to begin with.
-    assert whole / ours > (0.99 if rows < 16 else 0.94)
+    # The first cycle is a step, and of many rows whole drafts are too dear to begin with.
+    assert whole / ours > 0.92
     assert speed(batches) > least
 
 
-@pytest.mark.parametrize("rows, least", [(1, 0.95), (4, 0.96), (16, 0.95), (64, 0.95)])
-def test_off_templates_one_draft_of_48_tokens_is_lost(rows, least):
+@pytest.mark.parametrize("rows, least", [(1, 0.98), (4, 0.98), (16, 0.98), (64, 0.98)])
+def test_off_templates_hardly_any_text_of_48_tokens_is_drafted(rows, least):
     assert speed(batches_of(recorded("off templates"), rows)) > least
 
 
@@ -120,8 +120,8 @@ def test_a_drafter_that_is_always_wrong_costs_a_thirtieth_at_most(rows, tokens):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_drafter_that_is_always_right_is_used_throughout(rows):
-    text = made_up([15] * 96)
-    assert seconds([text] * rows, controller()) == seconds([text] * rows, Always(16))
+    rest = seconds([made_up([15] * 96)] * rows, Always(16))
+    assert seconds([made_up([15] * 97)] * rows, controller()) == pytest.approx(COSTS.cycle(1, rows) + rest)
 
 
 @pytest.mark.parametrize("rows", [16, 64])
@@ -134,10 +134,10 @@ def test_where_whole_drafts_are_dear_they_follow_on_short_ones_that_were_right()
     lengths, chooser = [], controller()
     for row in range(64):
         chooser.start(row)
-    for _ in range(6):
+    for _ in range(7):
         lengths.append(chooser.choose(range(64)))
-        chooser.learn(range(64), lengths[-1], [lengths[-1] - 1] * 64)
-    assert lengths[0] < 16 and lengths == sorted(lengths) and lengths[2:] == [16] * 4
+        chooser.learn(range(64), lengths[-1], [lengths[-1] - 1] * 64, [[1.0] * lengths[-1]] * 64)
+    assert lengths[0] == 1 < lengths[1] < 16 and lengths == sorted(lengths) and lengths[3:] == [16] * 4
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
@@ -145,7 +145,8 @@ def test_at_first_no_more_is_risked_than_the_allowance(rows):
     chooser = controller()
     for row in range(rows):
         chooser.start(row)
-    assert COSTS.cycle(chooser.choose(range(rows)), rows) / COSTS.cycle(1, rows) - 1 <= 3.5
+    chooser.learn(range(rows), 1, [0] * rows, [[1.0]] * rows)
+    assert 0 < COSTS.cycle(chooser.choose(range(rows)), rows) / COSTS.cycle(1, rows) - 1 <= 4
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -187,13 +188,22 @@ def test_without_confidences_an_always_wrong_drafter_costs_no_more():
     assert speed([[made_up([0] * 256)] * 4], tells=False) > 0.95
 
 
-def test_what_the_context_tower_is_not_sure_of_is_not_drafted():
+@pytest.mark.parametrize("confidences, length", [([1.0], 1), ([1.0, 1.0], 16), ([1.0, 0.4], 1), ([0.4, 1.0], 1)])
+def test_what_the_context_tower_is_not_sure_of_is_not_drafted(confidences, length):
     chooser = controller()
-    chooser.start("a", confidence=0.4)
-    assert chooser.choose(["a"]) == 1
-    other = controller()
-    other.start("a", confidence=1.0)
-    assert other.choose(["a"]) == 16
+    chooser.start("a", confidences[0])
+    for confidence in confidences[1:]:
+        chooser.learn(["a"], 1, [0], [[confidence]])
+    assert chooser.choose(["a"]) == length
+
+
+def test_rows_that_begin_do_not_keep_others_from_their_drafts():
+    chooser = controller()
+    for row in "abc":
+        chooser.start(row)
+    for row in "ab":
+        chooser.learn([row], 1, [0], [[1.0]])
+    assert chooser.choose("abc") > 1 and chooser.choose("c") == 1
 
 
 def test_a_refusal_of_a_token_nobody_could_foresee_says_little():
@@ -205,7 +215,7 @@ def test_a_refusal_of_a_token_nobody_could_foresee_says_little():
         for _ in range(12):
             chooser.learn(["a"], 1, [0], [[1.0]])
         lengths.append(chooser.choose(["a"]))
-    assert lengths == [16, 1]
+    assert lengths[0] > 1 and lengths[1] == 1
 
 
 def test_where_long_drafts_are_dear_short_ones_are_chosen():
