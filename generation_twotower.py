@@ -144,18 +144,20 @@ class SelfSpeculative(Strategy):
             return config.draft_length
         if config.acceptance_ratio < 1:
             return size  # the text depends on it
-        if (size, steps) not in engine.drafting:
+        # What a compiler makes costs half a minute to try, and is taken to cost what eager passes do.
+        recorded = config.compile and engine.compiled is not None and engine.compiled.records
+        if (size, steps, recorded) not in engine.drafting:
             # Ranks that keep in step cannot measure, nor know what the others would choose.
             missing: Literal["none", "measure"] = "none" if engine.synced else "measure"
-            costs = costs_of(engine.model, size, engine.most_rows, missing)
-            engine.drafting[size, steps] = size
+            costs = costs_of(engine.model, size, engine.most_rows, missing, recorded)
+            engine.drafting[size, steps, recorded] = size
             if costs is not None:
 
                 def cycle(length: int, rows: int) -> float:
                     return costs.cycle(length, rows, min(steps, length - 1))  # each pass fills a position at least
 
-                engine.drafting[size, steps] = DraftController(draft_lengths(size), cycle)
-        return engine.drafting[size, steps]
+                engine.drafting[size, steps, recorded] = DraftController(draft_lengths(size), cycle)
+        return engine.drafting[size, steps, recorded]
 
     def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
         group.commit(values, self.known)

@@ -12,7 +12,8 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from huggingface_hub import constants
 
 from ..cache_twotower import TwoTowerCache
 from ..compat_twotower import logger
+from .compiled import CompiledPasses
 from .kept import Kept
 
 Pass = Literal["denoise", "verify", "step"]
@@ -31,7 +33,7 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 
 # How passes are measured: a warm-up, then rounds over all kinds for so many seconds, but at most so many: short passes
 # are disturbed most by what else runs, and those that take seconds must not be repeated often.
-ROUNDS, SECONDS = 30, 1.0
+ROUNDS, SECONDS = 24, 1.0
 METHOD = "medians beside a step"  # costs that were measured by another are measured anew
 CONTEXT_TOKENS = 32
 FILE_VERSION = 1
@@ -152,7 +154,9 @@ class PassCosts:
         return cls(seconds)
 
     @classmethod
-    def measure(cls, model: Any, lengths: Iterable[int], rows: Iterable[int]) -> "PassCosts":
+    def measure(
+        cls, model: Any, lengths: Iterable[int], rows: Iterable[int], recorded: bool = False
+    ) -> "PassCosts":
         """
         Run every pass a few times on random tokens after a short context, each in turn with steps; medians count.
 
@@ -161,6 +165,7 @@ class PassCosts:
             lengths: S to measure, of which 1 is always.
             rows: R to measure. From the first number on that the memory does not allow, all are left out with a
                 warning.
+            recorded: as CUDA graphs, as `compile=True` has them on a GPU; default eager.
         """
         lengths, rows = [*lengths], [*rows]
         for name, numbers in (("lengths", lengths), ("rows", rows)):
@@ -169,7 +174,7 @@ class PassCosts:
         measured: dict[Pass, dict[int, dict[int, float]]] = {kind: {} for kind in PASSES}
         for count in sorted(set(rows)):
             try:
-                taken = _measure_rows(model, sorted(set(lengths) - {1}), count)
+                taken = _measure_rows(model, sorted(set(lengths) - {1}), count, recorded)
             except torch.OutOfMemoryError:
                 if not measured["step"]:
                     raise
@@ -181,7 +186,11 @@ class PassCosts:
 
 
 def costs_of(
-    model: Any, block_size: int, rows: int, missing: Literal["measure", "anew", "refuse", "none"] = "measure"
+    model: Any,
+    block_size: int,
+    rows: int,
+    missing: Literal["measure", "anew", "refuse", "none"] = "measure",
+    recorded: bool = False,
 ) -> PassCosts | None:
     """
     What passes over up to `rows` rows cost: as set by the user, as kept with the model or in a file, or measured now.
@@ -196,6 +205,7 @@ def costs_of(
         missing: what to do about passes that were never measured: measure them, "refuse" with a ValueError, or return
             None ("none"). Ranks that must take the same passes can not measure. With "anew" all are measured, and
             what was kept is dropped, for when that was measured beside other work.
+        recorded: of passes that are recorded as CUDA graphs, see [`PassCosts.measure`].
     """
     lengths, buckets = draft_lengths(block_size), row_buckets(rows)
     chosen = getattr(model, "pass_costs", None)
@@ -203,7 +213,7 @@ def costs_of(
         _check_chosen(chosen, lengths)
         return chosen
     kept: dict[str, PassCosts] = vars(model).setdefault("_kept_pass_costs", Kept())
-    description = _description(model)
+    description = _description(model) | {"passes": "recorded" if recorded else "eager"}
     key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
     costs: PassCosts | None = None
     if missing != "anew":
@@ -218,7 +228,7 @@ def costs_of(
                 f"passes over {rows} rows in blocks of {block_size} were never measured for this model, and can not "
                 "be while ranks keep in step; set model.pass_costs, or draft_length to a number"
             )
-        costs = _merged_costs(costs, PassCosts.measure(model, lengths, buckets))
+        costs = _merged_costs(costs, PassCosts.measure(model, lengths, buckets, recorded))
         assert costs is not None
         _to_file(pass_costs_file(), key, description, costs)
     kept[key] = costs
@@ -272,29 +282,30 @@ def _merged_costs(old: PassCosts | None, new: PassCosts | None) -> PassCosts | N
 
 
 @torch.no_grad()
-def _measure_rows(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], float]:
+def _measure_rows(model: Any, lengths: list[int], rows: int, recorded: bool) -> dict[tuple[Pass, int], float]:
     """
     Seconds of each pass: a step's, times the median of how many steps it took.
 
     Shared machines are slow for seconds at a time, which a step just before and a pass have in common, and which the
     fastest of either may not.
     """
-    passes = _passes(model, lengths, rows)
-    for run in passes.values():
-        run()
-    step, steps = passes.pop(("step", 1)), []
-    taken: dict[tuple[Pass, int], list[float]] = {key: [] for key in passes}
-    started = time.perf_counter()
-    for _ in range(ROUNDS):
-        for length in lengths or [1]:
-            # As in decoding: steps follow each other, which find their weights in the processor's cache, and drafts
-            # and verifications each other, which do not.
-            step()
-            steps.append(_timed(step))
-            for key in [key for key in passes if key[1] == length]:
-                taken[key].append(_timed(passes[key]) / steps[-1])
-        if time.perf_counter() - started > SECONDS:
-            break
+    steps: list[float] = []
+    with _passes(model, lengths, rows, recorded) as passes:
+        for run in passes.values():
+            run()
+        step = passes.pop(("step", 1))
+        taken: dict[tuple[Pass, int], list[float]] = {key: [] for key in passes}
+        started = time.perf_counter()
+        for _ in range(ROUNDS):
+            for length in lengths or [1]:
+                # As in decoding: steps follow each other, which find their weights in the processor's cache, and
+                # drafts and verifications each other, which do not.
+                step()
+                steps.append(_timed(step))
+                for key in [key for key in passes if key[1] == length]:
+                    taken[key].append(_timed(passes[key]) / steps[-1])
+            if time.perf_counter() - started > SECONDS:
+                break
     seconds: dict[tuple[Pass, int], float] = {("step", 1): median(steps)}
     seconds |= {key: median(steps) * median(ratios) for key, ratios in taken.items()}
     # What else runs can only add to a time: a pass costs no more than one over more tokens did.
@@ -304,37 +315,51 @@ def _measure_rows(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass,
     return seconds
 
 
-def _passes(model: Any, lengths: list[int], rows: int) -> dict[tuple[Pass, int], Callable[[], torch.Tensor]]:
+@contextmanager
+def _passes(
+    model: Any, lengths: list[int], rows: int, recorded: bool
+) -> Iterator[dict[tuple[Pass, int], Callable[[], torch.Tensor]]]:
+    """What is timed, ready to be run as an engine would."""
     generator = torch.Generator().manual_seed(0)
     # Of an offloaded model accelerate moves what it is given to where it runs.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    vocabulary = model.config.vocab_size
+    vocabulary, programs = model.config.vocab_size, CompiledPasses(model, alone=True) if recorded else None
+
+    def run(part: str, *args: Any) -> Any:
+        return getattr(model, part)(*args) if programs is None else programs(part, *args)
 
     def tokens(count: int) -> torch.Tensor:
         return torch.randint(vocabulary, (rows, count), generator=generator).to(device)
 
-    # Rows at their own places, as drafts leave them.
-    counts = None if rows == 1 else torch.arange(rows, device=device) % 2 + CONTEXT_TOKENS - 1
+    ids, times = {length: tokens(length) for length in (1, *lengths)}, torch.full((rows,), 0.5, device=device)
     cache = TwoTowerCache(model.config)
-    model.context_tower(tokens(CONTEXT_TOKENS), cache, counts)
-    # A step reads for good; the few tokens more are nothing beside a pass.
-    growing = cache.copy_rows(torch.arange(rows, device=device))
-    nothing = torch.zeros(rows, dtype=torch.long, device=device)
-    ids = {length: tokens(length) for length in (1, *lengths)}
 
     def step() -> torch.Tensor:
-        return model.context_lm_head(model.context_tower(ids[1], growing)[:, -1])
+        return run("context_lm_head", run("context_tower", ids[1], growing)[:, -1])
 
     def verify(length: int) -> torch.Tensor:
-        logits = model.context_lm_head(model.context_tower(ids[length], cache, tentative=True))
-        cache.accept(nothing)
+        logits = run("context_lm_head", run("context_tower", ids[length], cache, None, True))
+        nothing = [0] * rows
+        cache.accept(nothing) if programs is None else run("accept", cache, nothing)
         return logits
 
     passes: dict[tuple[Pass, int], Callable[[], torch.Tensor]] = {("step", 1): step}
     for length in lengths:
-        passes["denoise", length] = partial(model.denoise, ids[length], cache)
+        passes["denoise", length] = partial(run, "denoise", ids[length], cache, times)
         passes["verify", length] = partial(verify, length)
-    return passes
+    try:
+        if programs is not None:
+            programs.begin()
+        cache.add_rows(rows)
+        # Rows at their own places, as drafts leave them.
+        counts = None if rows == 1 else [CONTEXT_TOKENS - row % 2 for row in range(rows)]
+        run("context_tower", tokens(CONTEXT_TOKENS), cache, counts)
+        # A step reads for good; the few tokens more are nothing beside a pass.
+        growing = cache.copy_rows([*range(rows)])
+        yield passes
+    finally:
+        if programs is not None:
+            programs.close(cache)
 
 
 def _timed(run: Callable[[], torch.Tensor]) -> float:

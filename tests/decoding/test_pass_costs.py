@@ -32,9 +32,9 @@ def measured(monkeypatch):
     calls = []
     measure = PassCosts.measure.__func__
 
-    def spy(cls, model, lengths, rows):
+    def spy(cls, model, lengths, rows, recorded):
         calls.append(tuple(rows))
-        return measure(cls, model, lengths, rows)
+        return measure(cls, model, lengths, rows, recorded)
 
     monkeypatch.setattr(PassCosts, "measure", classmethod(spy))
     return calls
@@ -251,10 +251,10 @@ def test_a_write_that_fails_leaves_the_file_whole(model, monkeypatch, warned):
 def test_rows_that_do_not_fit_into_the_memory_are_extrapolated(model, monkeypatch, warned):
     measure = pass_costs._measure_rows
 
-    def scarce(model, lengths, rows):
+    def scarce(model, lengths, rows, recorded):
         if rows > 4:
             raise torch.OutOfMemoryError("full")
-        return measure(model, lengths, rows)
+        return measure(model, lengths, rows, recorded)
 
     monkeypatch.setattr(pass_costs, "_measure_rows", scarce)
     costs = PassCosts.measure(model, [2], [1, 4, 16])

@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from twotower import TwoTowerEngine, TwoTowerForBlockDiffusion
 from twotower.cache_twotower import MambaState
-from twotower.decoding.compiled import CompiledPasses, records_passes
+from twotower.decoding.compiled import CompiledPasses, programs_of, records_passes
+from twotower.decoding.pass_costs import PassCosts
 from twotower.decoding.recorded import Recording
 
 
@@ -393,3 +394,37 @@ def test_passes_recorded_under_autocast_are_not_those_without(graphs):
         made = graphs.made
     assert torch.equal(model.generate(IDS, compile=True, **flags), expected)
     assert graphs.made > made
+
+
+def test_drafts_go_by_what_recorded_passes_cost(graphs, monkeypatch):
+    model, asked = small_model(), []
+    model.pass_costs = None
+
+    def measured(cls, model, lengths, rows, recorded):
+        asked.append(recorded)
+        return measure(cls, model, lengths, rows, recorded)
+
+    measure = PassCosts.measure.__func__
+    monkeypatch.setattr(PassCosts, "measure", classmethod(measured))
+    flags = {"mode": "self_speculative", "draft_length": "auto", "max_new_tokens": 30}
+    expected = text_of(model, **flags).sequences
+    texts = [text_of(model, compile=True, **flags).sequences for _ in range(2)]
+    assert asked == [False, True]
+    assert all(torch.equal(text, expected) for text in texts)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_recorded_passes_are_measured_with_recordings_of_their_own(rows, graphs):
+    model = small_model()
+    model.generate(random_ids(rows, 5), mode="ar", max_new_tokens=4, compile=True)
+    known, made = dict(programs_of(model)), graphs.made
+    with torch.inference_mode():
+        costs = PassCosts.measure(model, [2, 4], [rows], recorded=True)
+    assert [entry[:3] for entry in costs.entries()] == [
+        *[(kind, tokens, rows) for kind in ("denoise", "verify") for tokens in (2, 4)],
+        ("step", 1, rows),
+    ]
+    assert graphs.made > made
+    assert all(programs_of(model)[key] == recordings for key, recordings in known.items())
+    expected = model.generate(random_ids(rows, 5), mode="ar", max_new_tokens=4)
+    assert torch.equal(model.generate(random_ids(rows, 5), mode="ar", max_new_tokens=4, compile=True), expected)
