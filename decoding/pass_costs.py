@@ -154,9 +154,7 @@ class PassCosts:
         return cls(seconds)
 
     @classmethod
-    def measure(
-        cls, model: Any, lengths: Iterable[int], rows: Iterable[int], recorded: bool = False
-    ) -> "PassCosts":
+    def measure(cls, model: Any, lengths: Iterable[int], rows: Iterable[int], recorded: bool = False) -> "PassCosts":
         """
         Run every pass a few times on random tokens after a short context, each in turn with steps; medians count.
 

@@ -9,6 +9,7 @@ import fake_graphs
 import pytest
 import torch
 from golden_cases import assert_golden_generations
+from huggingface_hub import constants
 from mixed_requests import MODES, differences
 from programs import IDS, KNOBS, MASK, SAMPLED, assert_mixed_requests_get_what_they_get_alone, small_model, text_of
 from tiny import random_ids, tiny_model, without_special_tokens
@@ -396,9 +397,9 @@ def test_passes_recorded_under_autocast_are_not_those_without(graphs):
     assert graphs.made > made
 
 
-def test_drafts_go_by_what_recorded_passes_cost(graphs, monkeypatch):
+def test_drafts_go_by_what_recorded_passes_cost(graphs, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     model, asked = small_model(), []
-    model.pass_costs = None
 
     def measured(cls, model, lengths, rows, recorded):
         asked.append(recorded)
