@@ -1,10 +1,10 @@
 """
 What drafts gain and never lose, and what relaxed verification keeps, on the embedded checkpoint: goes to drafts.json
-beside this file, or where the one argument says. Takes ten minutes on one core.
+beside this file, or where the one argument says. Takes fifteen minutes on one core.
 
-Speeds are tokens per second of one thread's own time, as ratios to `ar` of the same run, in turn, medians
-of REPEATS. "on" are held-out problems, "off" questions this checkpoint knows nothing of, 48 tokens each whatever
-comes, "wrong" the latter, 96 tokens each, with a denoiser whose every draft is another token.
+Speeds are tokens per second of one thread's own time, as ratios to `ar` of the same run, batch by batch in turn,
+medians of REPEATS. "on" are held-out problems, "off" questions this checkpoint knows nothing of, 48 tokens each
+whatever comes, "wrong" the former, 96 tokens each, with a denoiser whose every draft is another token.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from twotower.evaluation.answers import cut_after_end, end_ids, tokenized
 from twotower.evaluation.figures import accuracy_figures
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
-REPEATS, TOKENS = 3, {"off": 48, "wrong": 96}
+REPEATS, TOKENS = 5, {"off": 48, "wrong": 96}
 BATCHES = {1: 24, 16: 32, 64: 64}  # how many texts each batch size is timed on
 PROBLEMS, SEED = 400, 1
 
@@ -82,28 +82,33 @@ def main(target: Path) -> None:
 def speeds(model: Any, tokenizer: Any, kind: str, size: int, count: int) -> dict[str, Any]:
     """Tokens per second of each variant, as ratios to `ar`, with their spread."""
     limits: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
+    ends = end_ids(model)
     if kind != "on":
-        limits = {"max_new_tokens": TOKENS[kind], "eos_token_id": None, "pad_token_id": 0}
-    asked = prompts("on" if kind == "on" else "off", count, seed=7)
+        limits, ends = {"max_new_tokens": TOKENS[kind], "eos_token_id": None, "pad_token_id": 0}, set()
+    asked = prompts("off" if kind == "off" else "on", count, seed=7)
     batches = tokenized(asked, size, tokenizer, model)
     timed = dict(list(variants(model).items())[: 3 if kind == "wrong" else None])
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    seconds: dict[str, list[float]] = {name: [0.0] * (REPEATS + 1) for name in timed}
     tokens: dict[str, int] = {}
     for repeat in range(REPEATS + 1):
-        for name, knobs in timed.items():
-            if kind == "wrong" and name != "ar":
-                model.denoise = always_wrong(type(model).denoise.__get__(model))
-            started, tokens[name] = time.thread_time(), 0
-            for batch in batches:
-                output = model.generate(**batch, **limits, **knobs, return_dict_in_generate=True)
-                tokens[name] += int((~output.log_probs.isnan()).sum())
-            if repeat > 0:  # the first warms up, and measures costs
-                seconds[name].append(time.thread_time() - started)
-            vars(model).pop("denoise", None)
-    base = statistics.median(seconds["ar"]) / tokens["ar"]
+        tokens = dict.fromkeys(timed, 0)
+        for batch in batches:
+            for name, knobs in timed.items():
+                if kind == "wrong" and name != "ar":
+                    model.denoise = always_wrong(type(model).denoise.__get__(model))
+                started = time.thread_time()
+                output = model.generate(**batch, **limits, **knobs)
+                seconds[name][repeat] += time.thread_time() - started
+                new = output[:, batch["input_ids"].shape[1] :].tolist()
+                tokens[name] += sum(len(cut_after_end(row, ends)) for row in new)
+                vars(model).pop("denoise", None)
     found = {}
     for name, own in seconds.items():
-        ratios = [base * tokens[name] / each for each in own]
+        # The first warms up, and measures costs.
+        ratios = [
+            (base / tokens["ar"]) / (each / tokens[name])
+            for base, each in zip(seconds["ar"][1:], own[1:], strict=True)
+        ]
         found[name] = {"of ar": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
         print(
             f"{kind}, batch {size}: {name} {found[name]['of ar']:.2f} [{min(ratios):.2f}-{max(ratios):.2f}]",
