@@ -46,9 +46,10 @@ class Mirror:
         self.layers: dict[int, Layer] = {}
         self.held: list[int] = []  # of each row, how many of its tokens
 
-    def pull(self, cache: TwoTowerCache, rows: Sequence[int], columns: int) -> None:
-        """Fetch what is new of some rows of a cache that is no part, and have room for so many columns."""
+    def pull(self, cache: TwoTowerCache, rows: Sequence[int], columns: int, room: int = 0) -> None:
+        """Fetch what is new of some rows of a cache that is no part, and have room for so many columns, and rows."""
         lengths = cache.host_lengths or []
+        room = max(room, len(lengths))
         self.held += [NOTHING] * (len(lengths) - len(self.held))
         stale = [row for row in rows if self.held[row] != lengths[row]]
         fresh = [row for row in stale if not 0 <= self.held[row] < lengths[row]]
@@ -61,15 +62,15 @@ class Mirror:
             if isinstance(home, KeyValueLayer) and home.buffers is not None:
                 assert isinstance(own, KeyValueLayer)
                 buffers = own.buffers
-                if buffers is None or len(buffers.key) < len(lengths) or buffers.key.shape[2] < columns:
+                if buffers is None or len(buffers.key) < room or buffers.key.shape[2] < columns:
                     like = KeyValues(*(buffer[:0].to(place) for buffer in home.buffers))
-                    buffers = own.reserve(like, len(lengths), columns)
+                    buffers = own.reserve(like, room, columns)
                 if stale:
                     news.fetch_tokens(home.buffers, buffers, fresh)
             elif isinstance(home, MambaLayer) and home.state is not None and stale:
                 assert isinstance(own, MambaLayer)
                 like_state = MambaState(*(part[:0].to(place) for part in home.state))
-                news.fetch_states(home.state, own.reserve(like_state, len(lengths)))
+                news.fetch_states(home.state, own.reserve(like_state, room))
         # Only now, so that after an error in the middle all of it is fetched again.
         for row in stale:
             self.held[row] = lengths[row]

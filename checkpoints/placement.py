@@ -109,6 +109,11 @@ def prompts_device(model: Any) -> torch.device:
     return execution_device(embeddings) or embeddings.weight.device
 
 
+def stays_in_place(hook: Any) -> bool:
+    """Whether accelerate's hook leaves the weights of its module where they are."""
+    return not any(getattr(one, "offload", True) for one in getattr(hook, "hooks", (hook,)))
+
+
 def _checked(devices: Sequence[Device]) -> list[Device]:
     if isinstance(devices, str | int | torch.device) or len(devices) == 0:
         raise ValueError(f"devices for the towers are {devices!r}; give a list of one or more, such as [0, 1]")
@@ -222,5 +227,6 @@ __all__ = [
     "execution_device",
     "memory_for_towers",
     "prompts_device",
+    "stays_in_place",
     "towers_device_map",
 ]

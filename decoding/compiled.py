@@ -5,7 +5,8 @@ A program serves passes of one kind over so many tokens, rows and columns of the
 which a pass is padded, so that a few programs serve all texts, and what of it counts is told by tensors of one shape.
 Programs belong to the model and are compiled when a pass first needs them. Weights are among their inputs, so that
 they see every change of them. Heads, what is chosen from logits, and code of the user's run between passes. On a GPU
-they are recorded rather than compiled ([`Recording`]), unless a config asks for a compiler.
+they are recorded rather than compiled ([`Recording`]), unless a config asks for a compiler; then the towers may be on
+two cards, too, and the denoiser looks at what a [`Mirror`] holds on its own.
 
 Shapes: R rows and T tokens of a pass, B and S of its program, H hidden size, V vocabulary.
 """
@@ -22,8 +23,9 @@ import torch
 from transformers import CompileConfig
 
 from ..cache_twotower import KeyValueLayer, KeyValues, KeyValueSlot, MambaLayer, MambaState, TwoTowerCache, uploaded
-from ..checkpoints.placement import CONTEXT_PARTS
+from ..checkpoints.placement import CONTEXT_PARTS, stays_in_place
 from ..compat_twotower import tqdm
+from ..mirror_twotower import Mirror
 from .kept import Kept
 from .recorded import Recording, Weights, with_own_memory
 
@@ -118,7 +120,8 @@ class Programs(Kept):
         self.weights_states: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}  # the state that the next pass would find, see `look_ahead`
         self.prepared: dict[Any, Any] = {}  # by module what recordings find prepared of its weights
-        self.pool: Any = None  # of memory
+        self.pools: dict[torch.device, Any] = {}  # of memory
+        self.mirrors: dict[int, Mirror] = {}  # by columns, of whichever cache they were last
         # By layer what a cache has left that nobody has any more: states, and by their columns keys and values.
         self.spare: Sequence[LayerContent] = ()
         self.rooms: dict[int, list[LayerContent]] = {}
@@ -223,11 +226,20 @@ def check_can_compile(model: Any, config: CompileConfig | None = None) -> None:
     """Raise a ValueError for a model whose passes cannot be compiled, or not so, before any of them is run."""
     if model._is_synced(False):
         raise ValueError("compile=True is not supported while parameters are spread over ranks; leave compile out")
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) > 1 or devices == ["meta"] or any(hasattr(module, "_hf_hook") for module in model.modules()):
+    device = model.context_tower.embeddings.weight.device
+    recorded = records_passes(config, device)
+    towers: dict[bool, set[torch.device]] = {True: set(), False: set()}
+    for name, parameter in model.named_parameters():
+        towers[name.startswith(CONTEXT_PARTS)].add(parameter.device)
+    devices = set.union(*towers.values())
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    # Those of a model whose towers are placed move nothing that is where it is wanted.
+    fixed = recorded and max(map(len, towers.values())) == 1 and all(map(stays_in_place, hooks))
+    if device.type == "meta" or not (fixed or (len(devices) == 1 and not hooks)):
         raise ValueError(
-            "compile=True needs all weights to stay on one device, and accelerate moves these, or what they are given "
-            f"({', '.join(devices)}); load the model without device_map and move it whole, or leave compile out"
+            "compile=True needs all weights to stay on one device (where passes are recorded, each tower's on one), "
+            f"and accelerate moves these, or what they are given ({', '.join(sorted(map(str, devices)))}); load the "
+            'model without device_map and move it whole, with device_map="towers" on two GPUs, or leave compile out'
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
@@ -235,7 +247,6 @@ def check_can_compile(model: Any, config: CompileConfig | None = None) -> None:
             f"compile=True is not supported by transformers' {type(quantizer).__name__}; quantise otherwise, or leave "
             "compile out"
         )
-    records_passes(config, model.context_tower.embeddings.weight.device)
 
 
 def records_passes(config: CompileConfig | None, device: torch.device) -> bool:
@@ -284,6 +295,8 @@ class CompiledPasses:
 
     def __init__(self, model: Any, alone: bool = False):
         self.model, self.device, self.alone = model, model.context_tower.embeddings.weight.device, alone
+        denoiser = model.denoiser_tower if model.has_denoiser else model.context_tower
+        self.devices = {"context": self.device, "denoiser": denoiser.embeddings.weight.device}
         self.config: CompileConfig | None = None
         self.compiled_by, self.programs = "", Programs()
         self.templates: list[LayerContent] = []  # by layer what the cache will hold, of no rows
@@ -310,7 +323,6 @@ class CompiledPasses:
 
     def __call__(self, part: str, *args: Any) -> torch.Tensor:
         # Caches and programs hold ordinary tensors: of the inference mode that engines are in, they would be others.
-        # What is recorded, and where it runs, is the current card's.
         card = torch.cuda.device(self.device) if self.records else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), card:
             return getattr(self, part)(*args)
@@ -330,7 +342,8 @@ class CompiledPasses:
         columns = self._columns(cache, tokens)
         masked = None if mask is None else self._padded(mask.bool(), rows, fill=True)
         times = None if timestep is None else self._padded(timestep, rows)
-        held = self._held(cache, rows, columns, writes=False)[0]
+        mirrored = self.devices["denoiser"] != self.device
+        held = self._mirrored(cache, rows, columns) if mirrored else self._held(cache, rows, columns, False)[0]
         inputs = (self._padded(ids, rows), self._lengths(cache, rows), times, masked)
         kind = ("untimed",) * (timestep is None) + ("masked",) * (mask is not None)
         return self._run(denoising, (rows, tokens, columns, *kind), held, *inputs)[: len(ids)]
@@ -431,12 +444,34 @@ class CompiledPasses:
         if the pass writes. Without `columns`, states alone.
         """
         whole = cache if cache.whole is None else cache.whole
-        count, there = cache.batch_size, whole.batch_size
-        first = isinstance(cache.rows, slice)
-        held = self._fitted(whole, max(there, rows), columns)
-        if first and (not writes or count in (rows, there)):
+        held = self._fitted(whole, max(whole.batch_size, rows), columns)
+        return self._rows_of(held, cache, rows, columns, writes)
+
+    def _rows_of(
+        self, held: list[LayerContent], cache: TwoTowerCache, rows: int, columns: int | None, writes: bool
+    ) -> tuple[list[LayerContent], bool]:
+        count, whole = cache.batch_size, cache if cache.whole is None else cache.whole
+        if isinstance(cache.rows, slice) and (not writes or count in (rows, whole.batch_size)):
             return self._first_rows(held, rows, columns), False
         return self._copied(held, [*cache.indices, *[cache.indices[0]] * (rows - count)], columns), True
+
+    def _mirrored(self, cache: TwoTowerCache, rows: int, columns: int) -> list[LayerContent]:
+        """What layers hold of B rows, on the denoiser's card. Of so many columns one mirror, which keeps its place."""
+        whole, device = cache if cache.whole is None else cache.whole, self.devices["denoiser"]
+        room = max(whole.batch_size, rows)
+        self._fitted(whole, room, columns)
+        mirror = self.programs.mirrors.get(columns)
+        if mirror is None:
+            places = [device if isinstance(layer, KeyValueLayer | MambaLayer) else None for layer in whole.layers]
+            mirror = self.programs.mirrors[columns] = Mirror(places)
+        if whole.mirror is not mirror:
+            mirror.held, whole.mirror = [], mirror
+        mirror.pull(whole, range(whole.batch_size) if cache is whole else cache.indices, columns, room)
+        contents = [_content(mirror.layers.get(idx)) for idx in range(len(whole.layers))]
+        known = self.fitted.get((device, columns))
+        if known is None or any(map(is_not, contents, known[0])):
+            known = self.fitted[device, columns] = contents, contents
+        return self._rows_of(known[1], cache, rows, columns, writes=False)[0]
 
     def _fitted(self, whole: TwoTowerCache, rows: int, columns: int | None) -> list[LayerContent]:
         """What layers hold of so many rows and columns: the same list as long as it is the same that they hold."""
@@ -451,17 +486,19 @@ class CompiledPasses:
 
     def _first_rows(self, held: list[LayerContent], rows: int, columns: int | None) -> list[LayerContent]:
         """Views of them, the same ones as long as what is looked at stays where it is."""
-        known = self.first.get((rows, columns))
+        sizes = rows, columns, _device(held)
+        known = self.first.get(sizes)
         if known is None or known[0] is not held:
             views = [each and self._static(type(each)(*(part[:rows] for part in each))) for each in held]
-            known = self.first[rows, columns] = held, views
+            known = self.first[sizes] = held, views
         return known[1]
 
     def _copied(self, held: list[LayerContent], indices: Sequence[int], columns: int | None) -> list[LayerContent]:
         """Copies of rows, which always lie in the same place."""
         # Of compiled programs, unlike recordings, another engine may run some at the same time.
         scratch = self.programs.scratch if self.records else self.scratch
-        index, sizes = uploaded(indices, self.device), (len(indices), columns)
+        device = _device(held) or self.device
+        index, sizes = uploaded(indices, device), (len(indices), columns, device)
         if sizes not in scratch:
             copies = [each and type(each)(*(part.index_select(0, index) for part in each)) for each in held]
             scratch[sizes] = [each and self._static(each) for each in copies]
@@ -526,7 +563,9 @@ class CompiledPasses:
         numbers = "x".join(str(size) for size in sizes if isinstance(size, int))
         name = " ".join([program.__name__, numbers, *(size for size in sizes if isinstance(size, str))])
         if self.records:
-            return self._run_recorded(program, name, key, static, inputs)
+            # What is recorded, and where it runs, is the current card's, which may be the denoiser's.
+            with torch.cuda.device(self.devices[TOWER_OF[program.__name__]]):
+                return self._run_recorded(program, name, key, static, inputs)
         compiled = self.programs.get(key)
         if compiled is None:
             with self._shown(name):
@@ -539,8 +578,8 @@ class CompiledPasses:
         return with_own_memory(outputs) if self.device.type == "cuda" else outputs
 
     def _run_recorded(self, program: Callable[..., Any], name: str, key: Any, static: Any, inputs: Any) -> Any:
-        programs = self.programs
-        part = TOWER_OF[program.__name__]
+        programs, part = self.programs, TOWER_OF[program.__name__]
+        device = self.devices[part]
         if program is not accepting:  # which reads none
             programs.forget_changed(self.model, part)
         # Of one key there may be two: of a cache's first rows, and of copies of others; first the one that ran last.
@@ -548,10 +587,12 @@ class CompiledPasses:
         recording = next((each for each in recordings if each.fits(static)), None)
         if recording is None:
             del recordings[1:]
-            if not any(held for each, held in programs.items() if each[-1] == "recorded"):
-                programs.pool = torch.cuda.graph_pool_handle()  # torch takes none again whose graphs have all gone
+            there = [held for each, held in programs.items() if each[-1] == "recorded" and self._runs_on(device, each)]
+            if not any(there):
+                programs.pools[device] = torch.cuda.graph_pool_handle()  # torch takes none whose graphs have all gone
+            place = (device, programs.pools[device])
             with self._shown(name):
-                recording = Recording(program, self.model, static, inputs, programs.prepared, programs.pool)
+                recording = Recording(program, self.model, place, static, inputs, programs.prepared)
             recordings.insert(0, recording)
         elif recording is not recordings[0]:
             recordings.reverse()
@@ -560,6 +601,9 @@ class CompiledPasses:
             programs.look_ahead(part)
         # The next pass of the kind overwrites them; the states' updates are used up before.
         return (outputs[0].clone(), outputs[1]) if isinstance(outputs, tuple) else with_own_memory(outputs)
+
+    def _runs_on(self, device: torch.device, key: Any) -> bool:
+        return self.devices[TOWER_OF[key[0]]] == device
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[None]:
@@ -638,6 +682,8 @@ class CompiledPasses:
         if not self.programs.has_user(self):
             return self._close_bar()  # rows have come and gone since that asked for no programs
         self.programs.user = None
+        if cache.mirror in self.programs.mirrors.values():
+            cache.mirror = None  # which is another's from now on
         # States that an eager pass has left may be of inference mode, and could not be written to.
         kept = any(getattr(each, "shared", False) or _is_inference(_content(each)) for each in cache.layers)
         if not kept:
@@ -670,6 +716,10 @@ def _own_code(function: Any, name: str) -> Callable[..., Any]:
 
 def _content(layer: Any) -> Any:
     return layer.buffers if isinstance(layer, KeyValueLayer) else getattr(layer, "state", None)
+
+
+def _device(held: Sequence[LayerContent]) -> torch.device | None:
+    return next((each[0].device for each in held if each is not None), None)
 
 
 def _content_to_write(layer: Any) -> Any:

@@ -54,23 +54,25 @@ class Recording:
     Args:
         program: `program(model, static, *inputs)`; what is recorded reads nothing back from the device.
         model: [`TwoTowerForBlockDiffusion`].
+        place: the card that it runs on, and a pool of memory, that of other recordings there, too: of all of them one
+            runs at a time.
         static: tensors, in lists and tuples, that later passes find in the same place, and may write to.
         inputs: tensors, or None, whose values a later pass brings, maybe on the host.
         found: by module what is prepared of its weights, where it stays.
-        pool: of memory, that of other recordings, too: of all of them one runs at a time.
     """
 
     def __init__(
         self,
         program: Callable[..., Any],
         model: Any,
+        place: tuple[torch.device, Any],
         static: Any,
         inputs: Sequence[Any],
         found: dict[Any, Any],
-        pool: Any,
     ):
+        device, pool = place
         self.static, self.places = static, _where_they_lie(static)
-        self.inputs = [each if each is None else each.to(model.device, copy=True) for each in inputs]
+        self.inputs = [each if each is None else each.to(device, copy=True) for each in inputs]
         self.prepared = list(found.values())
         prepared.by_module = found
         try:

@@ -37,12 +37,13 @@ class FakeGraph:
             if other.pool is self.pool and other.number > self.number:
                 for tensor in other.fresh:
                     tensor.fill_(77)
-        for function, args, kwargs, output in self.launches:
-            found = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(output), tree_leaves(found), strict=True):
-                # Of views and of what is done in place, the memory is that of an argument.
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+        with torch._C.DisableTorchFunction():  # a graph knows where its tensors are
+            for function, args, kwargs, output in self.launches:
+                found = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(output), tree_leaves(found), strict=True):
+                    # Of views and of what is done in place, the memory is that of an argument.
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
 
 class Recorder(TorchDispatchMode):

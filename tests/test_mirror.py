@@ -5,6 +5,7 @@ import pickle
 from contextlib import contextmanager
 from random import Random
 
+import fake_graphs
 import pytest
 import torch
 from cards import Cards
@@ -116,6 +117,57 @@ def test_one_card_whose_cache_compiled_passes_have_read_first(monkeypatch):
         assert torch.equal(second_turn(model, mode="ar", compile=True), expected)
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    return fake_graphs.put_in_place(monkeypatch)
+
+
+def test_goldens_by_recorded_passes_of_towers_on_two_cards(goldens, graphs):
+    with Cards() as cards:
+        model = TwoTowerForBlockDiffusion.from_pretrained(goldens / "checkpoint")
+        cards.place(model, towers_device_map(model, CARDS[:2]), CARDS[0])
+        assert_golden_generations(model, goldens, compile=True)
+    assert graphs.made > 10
+
+
+@pytest.mark.parametrize("option", ["greedy", "drawn", "all recorded", "text is read"])
+@pytest.mark.parametrize("mode", MODES)
+def test_recorded_passes_of_towers_on_two_cards(mode, option, graphs):
+    """A second call records nothing; a turn more goes on with a cache whose mirror is others' by then."""
+    arguments = {"mode": mode, **knobs(mode), **OPTIONS[option], "return_dict_in_generate": True}
+    plain, made = without_special_tokens(tiny_model("each kind once")), []
+    expected = plain.generate(PROMPTS, **arguments)
+    with Cards() as cards:
+        model = model_on(cards, 2)
+        for _ in range(3):
+            output = model.generate(PROMPTS, compile=True, **arguments)
+            made.append(graphs.made)
+            assert torch.equal(output.sequences.cpu(), expected.sequences)
+            assert output.denoiser_forwards.tolist() == expected.denoiser_forwards.tolist()
+            assert output.cache.mirror is None
+    assert 0 < made[0] == made[-1]
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar"])
+def test_bytes_of_recorded_passes_do_not_grow_with_the_context(mode, graphs):
+    per_pass = {"unmasking_rule": "fixed", "tokens_per_step": 2} if mode == "mask_diffusion" else {}
+    crossed = []
+    with Cards() as cards:
+        model = model_on(cards, 2)
+        for length in (300, 400):  # which look at as many columns
+            for tokens in (8, 8, 16):
+                cards.crossings.clear()
+                model.generate(random_ids(1, length), mode=mode, max_new_tokens=tokens, compile=True, **per_pass)
+                crossed.append(cards.between(*CARDS))
+    assert 0 < crossed[2] - crossed[1] == crossed[5] - crossed[4]
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_tower_on_two_cards_is_not_recorded(count, graphs):
+    with Cards() as cards, pytest.raises(ValueError, match="needs all weights to stay on one device"):
+        model_on(cards, count).generate(PROMPTS, compile=True, **knobs("ar"))
+
+
 @pytest.mark.parametrize(
     ("mode", "option", "count"),
     [(mode, option, count) for mode in MODES for option, count in (("greedy", 2), ("drawn", 3), ("all recorded", 2))]
@@ -176,8 +228,10 @@ def test_a_callback_sees_its_tensors_beside_the_prompt():
         assert torch.equal(output.cpu(), expected)
 
 
-@pytest.mark.parametrize(("count", "seed"), [(1, 0), (2, 1), (3, 2)])
-def test_rows_that_come_and_go(seed, count):
+@pytest.mark.parametrize(("count", "seed", "recorded"), [(1, 0, 0), (2, 1, 0), (3, 2, 0), (2, 3, 1), (2, 4, 2 / 3)])
+def test_rows_that_come_and_go(seed, count, recorded, request):
+    """`recorded` is the share of requests that ask for recorded passes; others then share their cache."""
+    graphs = request.getfixturevalue("graphs") if recorded else None
     rng, plain, wanted = Random(seed), mixed_model(), []
     with Cards() as cards:
         model = mixed_model()
@@ -188,7 +242,9 @@ def test_rows_that_come_and_go(seed, count):
         engine = TwoTowerEngine(model, slots=rng.choice([3, 5]))
         for _ in range(9):
             request = mixed_request(rng, most_new_tokens=7)
-            wanted.append((request, engine.add_request(request.ids, **request.arguments())))
+            compiled = recorded > 0 and rng.random() < recorded
+            handle = engine.add_request(request.ids, **request.arguments(), compile=compiled)
+            wanted.append((request, handle))
             for _ in range(rng.randint(0, 3)):
                 engine.step()
         while engine.step():
@@ -198,6 +254,7 @@ def test_rows_that_come_and_go(seed, count):
     for (request, _), text in zip(wanted, texts, strict=True):
         expected = plain.generate(request.ids, **request.arguments())
         assert torch.equal(text, expected if isinstance(expected, torch.Tensor) else expected.sequences), request
+    assert graphs is None or graphs.made > 3
 
 
 @pytest.mark.parametrize(("count", "main"), [(2, 0), (2, 1), (3, 1)])

@@ -218,7 +218,7 @@ def test_a_first_pass_that_fails_leaves_states_as_they_were(graphs):
 
     state = MambaState(torch.ones(1, 2), torch.ones(1, 3))
     with pytest.raises(ZeroDivisionError):
-        Recording(program, small_model("M"), [state], [], {}, None)
+        Recording(program, small_model("M"), (torch.device("cpu"), None), [state], [], {})
     assert torch.equal(state.ssm, torch.ones(1, 3))
 
 
