@@ -50,6 +50,7 @@ from .compat_twotower import (
     can_return_tuple,
     force_accelerate_hooks,
     grouped_mm_experts_forward,
+    logger,
     slice_logits_to_keep,
 )
 from .configuration_twotower import TwoTowerConfig
@@ -875,6 +876,22 @@ def check_not_adapted(name: str, module: nn.Module) -> None:
         )
 
 
+def call_hooks_before(*modules: nn.Module) -> None:
+    """
+    Of modules whose weights are used without calling them, the hooks that would run before a call: weight norm and
+    pruning make the weights in these. There is nothing to show to others.
+    """
+    for module in modules:
+        if module._forward_pre_hooks or module._forward_hooks:
+            for hook in list(module._forward_pre_hooks.values()):
+                hook(module, ())
+            if module._forward_hooks:
+                logger.warning_once(
+                    f"a forward hook is on the {type(module).__name__} of a Mamba layer, whose weights are used "
+                    "without calling it: the hook is not called; put it on the layer"
+                )
+
+
 class Preparing:
     """
     A module with tensors that depend on its weights alone. They are computed at every pass, since weights may change
@@ -956,6 +973,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
+        call_hooks_before(conv1d, norm)
         A, bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
@@ -1258,14 +1276,19 @@ class TimestepEmbedder(Preparing, nn.Module):
     def of_weights(self) -> tuple[torch.Tensor, ...]:
         return (self._frequencies(next(self.mlp.parameters()).device),)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        # Layers that torch has quantised dynamically have no parameters.
+        return next((each.dtype for each in self.mlp.parameters()), torch.float32)
+
     def _frequencies(self, device: torch.device) -> torch.Tensor:
-        wide = torch.promote_types(next(self.mlp.parameters()).dtype, torch.float32)
+        wide = torch.promote_types(self._dtype, torch.float32)
         half = torch.arange(self.features // 2, device=device, dtype=wide)
         return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period, dtype=torch.float32)))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
-        dtype = next(self.mlp.parameters()).dtype
+        dtype = self._dtype
         wide = torch.promote_types(dtype, torch.float32)
         held = self.held()
         frequencies = held[0] if held else self._frequencies(timestep.device)

@@ -23,7 +23,7 @@ from ..compat_twotower import logger
 from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .bundling import CODE_ROOT, write_code
-from .loading import ADAPTER_CONFIG, WEIGHT_DTYPES, check_no_adapter
+from .loading import ADAPTER_CONFIG, REMEDY_OF_RENAMED, WEIGHT_DTYPES, check_no_adapter, renamed_weights
 
 AUTO_MAP = {
     "AutoConfig": f"configuration_twotower.{TwoTowerConfig.__name__}",
@@ -108,6 +108,8 @@ def export(
 def _check_source(source: str | Path | PreTrainedModel, origin: Path | None) -> None:
     if isinstance(source, nn.Module):
         check_no_adapter(source)
+        if renamed := renamed_weights(source):
+            raise ValueError(f"{renamed[0]} is computed from other tensors; {REMEDY_OF_RENAMED}")
         # Not isinstance of our class: a model that was itself loaded as remote code is of another one.
         kind = getattr(getattr(source, "config", None), "model_type", None)
         if kind != TwoTowerConfig.model_type:

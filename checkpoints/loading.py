@@ -192,6 +192,21 @@ def check_no_adapter(model: nn.Module) -> None:
             )
 
 
+def renamed_weights(model: nn.Module) -> list[str]:
+    """Weights that are computed from tensors of other names, by torch's parametrizations, weight norm or pruning."""
+    found = []
+    for name, module in model.named_modules():
+        own = [*module._modules["parametrizations"]._modules] if "parametrizations" in module._modules else []
+        own += {key.rpartition("_")[0] for key in module._parameters if key.endswith(("_orig", "_g"))}
+        found += [f"{name}.{weight}" for weight in own]
+    return found
+
+
+REMEDY_OF_RENAMED = (
+    "make it a weight again (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove)"
+)
+
+
 def merge_expert_matrices(
     experts: nn.Module,
     state_dict: dict[str, torch.Tensor],

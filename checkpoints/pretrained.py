@@ -10,16 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..compat_twotower import CONFIG_NAME, NemotronHExperts, find_adapter_config_file, is_peft_available
+from ..compat_twotower import CONFIG_NAME, NemotronHExperts, find_adapter_config_file, is_peft_available, logger
 from ..configuration_twotower import TwoTowerConfig
 from ..kernels.backends import check_kernels
 from .loading import (
+    REMEDY_OF_RENAMED,
     check_complete,
     check_no_adapter,
     check_parts,
     check_safetensors,
     config_of_backbone,
     load_backbone,
+    renamed_weights,
     spare_modules,
 )
 from .placement import CONTEXT_PARTS, Device, devices_for_towers, memory_for_towers, towers_device_map
@@ -108,7 +110,8 @@ class PretrainedInterface(PreTrainedModel):
     ) -> dict[str, Device]:
         """`device_map="towers"` of a checkpoint that `from_pretrained(path, **kwargs)` is to load."""
         config, max_memory = kwargs.get("config"), kwargs.get("max_memory")
-        if not isinstance(config, TwoTowerConfig):
+        # Not by our class: of an exported folder, remote code has its config of another class of that name.
+        if config is None or isinstance(config, str | os.PathLike):
             place = _without_adapter(path, kwargs) if config is None else config
             config = TwoTowerConfig.from_pretrained(place, **where_of(kwargs))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
@@ -162,6 +165,11 @@ class PretrainedInterface(PreTrainedModel):
         self.check_denoiser("save_pretrained")
         if not self._hf_peft_config_loaded:  # else transformers writes the adapter that it has put there
             check_no_adapter(self)
+        if renamed := renamed_weights(self):
+            logger.warning(
+                f"what is saved lacks {renamed[0]}, which is computed from other tensors here, so that "
+                f"from_pretrained will refuse it; {REMEDY_OF_RENAMED} before saving a model to be loaded"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -629,8 +629,9 @@ class CompiledPasses:
                 ) from error
             raise NotCompiled(
                 f"the pass {name} could not be compiled: {reason}. Leave compile out, or choose how to compile by "
-                "compile_config=CompileConfig(...); on a CPU, inductor needs a C++ compiler (g++, or the one that the "
-                'environment variable CXX names), which backend="aot_eager" does not'
+                "compile_config=CompileConfig(...), fullgraph=False where it cannot be one graph; on a CPU, inductor "
+                "needs a C++ compiler (g++, or the one that the environment variable CXX names), which "
+                'backend="aot_eager" does not'
             ) from error
         self.bar.update()
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,6 +38,8 @@ ROUNDS, SECONDS = 24, 1.0
 METHOD = "medians beside a step"  # costs that were measured by another are measured anew
 CONTEXT_TOKENS = 32
 FILE_VERSION = 1
+# Threads that measure at a time would disturb each other.
+looking = Lock()
 
 
 def draft_lengths(block_size: int) -> tuple[int, ...]:
@@ -46,6 +49,8 @@ def draft_lengths(block_size: int) -> tuple[int, ...]:
 
 def row_buckets(rows: int) -> tuple[int, ...]:
     """The numbers of rows to measure for up to `rows`: 1, 4, 16, ..., the last at least `rows`."""
+    if rows < 1:
+        raise ValueError(f"rows are {rows}; give a whole number of at least 1")
     return tuple(4**power for power in range(math.ceil(math.log(rows, 4) - 1e-9) + 1))
 
 
@@ -167,7 +172,7 @@ class PassCosts:
         """
         lengths, rows = [*lengths], [*rows]
         for name, numbers in (("lengths", lengths), ("rows", rows)):
-            if min(numbers, default=1) < 1:
+            if not all(isinstance(each, int) and each >= 1 for each in numbers) or (name == "rows" and not numbers):
                 raise ValueError(f"{name} to measure are {numbers}; give whole numbers of at least 1")
         measured: dict[Pass, dict[int, dict[int, float]]] = {kind: {} for kind in PASSES}
         for count in sorted(set(rows)):
@@ -210,6 +215,13 @@ def costs_of(
     if chosen is not None:
         _check_chosen(chosen, lengths)
         return chosen
+    with looking:
+        return _kept_or_measured(model, lengths, buckets, missing, recorded)
+
+
+def _kept_or_measured(
+    model: Any, lengths: tuple[int, ...], buckets: tuple[int, ...], missing: str, recorded: bool
+) -> PassCosts | None:
     kept: dict[str, PassCosts] = vars(model).setdefault("_kept_pass_costs", Kept())
     description = _description(model) | {"passes": "recorded" if recorded else "eager"}
     key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -223,8 +235,8 @@ def costs_of(
             return None
         if missing == "refuse":
             raise ValueError(
-                f"passes over {rows} rows in blocks of {block_size} were never measured for this model, and can not "
-                "be while ranks keep in step; set model.pass_costs, or draft_length to a number"
+                f"passes over {buckets[-1]} rows in blocks of {lengths[-1]} were never measured for this model, and "
+                "can not be while ranks keep in step; set model.pass_costs, or draft_length to a number"
             )
         costs = _merged_costs(costs, PassCosts.measure(model, lengths, buckets, recorded))
         assert costs is not None

@@ -38,6 +38,8 @@ def main(auto_class, source, save_to, other_source=None):
         "mode": model.generation_config.mode,
         "token_ids": tokenizer("a cab")["input_ids"],
     }
+    placed = auto.from_pretrained(source, trust_remote_code=True, device_map="towers", max_memory={"cpu": "1GB"})
+    seen["placed"] = placed(prompt).logits.tolist()
     model.save_pretrained(save_to)
     tokenizer.save_pretrained(save_to)
     # A second load in this process gets the same class, unless its folder holds other code.

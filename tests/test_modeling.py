@@ -22,6 +22,7 @@ from tiny import (
 from tolerances import GRADIENTS, assert_close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune, weight_norm
 from transformers import FineGrainedFP8Config, NemotronHConfig, NemotronHForCausalLM
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -900,3 +901,46 @@ def test_a_fake_pass_leaves_nothing_behind():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(ids), use_cache=False)
     assert type(model(ids, use_cache=False).logits) is torch.Tensor
+
+
+def _prune(module):
+    prune.l1_unstructured(module, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("change", [_prune, weight_norm], ids=["pruning", "weight norm"])
+@pytest.mark.parametrize("part", ["conv1d", "norm"])
+def test_weights_that_hooks_make_are_those_of_the_pass(change, part):
+    if change is weight_norm and part == "norm":
+        pytest.skip("of weights of two dimensions")
+    model, ids = tiny_model("only M"), random_ids(2, 9)
+    mixer = model.context_tower.layers[0].mixer
+    change(getattr(mixer, part))
+    if change is weight_norm:
+        with torch.no_grad():
+            mixer.conv1d.weight_g.mul_(0.2)
+    plain = tiny_model("only M")
+    made = getattr(mixer, part)
+    for hook in made._forward_pre_hooks.values():
+        hook(made, ())
+    with torch.no_grad():
+        plain.context_tower.layers[0].mixer.get_submodule(part).weight.copy_(made.weight)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    flags = {"mode": "ar", "max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    assert torch.equal(
+        torch.stack(model.generate(ids, **flags).logits), torch.stack(plain.generate(ids, **flags).logits)
+    )
+    with torch.enable_grad():
+        for _ in range(2):  # the hook makes a new graph for each pass
+            model(ids).logits.sum().backward()
+
+
+def test_a_hook_that_nobody_calls_is_told_of(warned):
+    model = tiny_model("only M")
+    model.context_tower.layers[0].mixer.conv1d.register_forward_hook(lambda *_: None)
+    model(random_ids(1, 4))
+    assert "a forward hook is on the Conv1d of a Mamba layer" in warned.text
+
+
+def test_linear_layers_that_torch_quantises_dynamically():
+    model = torch.ao.quantization.quantize_dynamic(tiny_model("base"), {torch.nn.Linear})
+    assert model.generate(random_ids(1, 5), max_new_tokens=4).shape == (1, 9)

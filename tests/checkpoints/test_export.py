@@ -463,7 +463,7 @@ def check(seen, expected):
     assert seen["module"].startswith("transformers_modules.")
     assert seen["config_module"].startswith("transformers_modules.")
     assert seen["same_class_again"]
-    for name in ("logits", "pickled"):
+    for name in ("logits", "pickled", "placed"):
         torch.testing.assert_close(torch.tensor(seen[name]), torch.tensor(expected["logits"]))
     for name in ("generated", "by_mode", "modules", "mode", "token_ids"):
         assert seen[name] == expected[name], name

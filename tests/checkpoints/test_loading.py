@@ -11,6 +11,7 @@ from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from tiny import GEOMETRIES, random_block, random_ids, randomize, tiny_config, tiny_model
 from tolerances import assert_close
+from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.trainer_utils import load_sharded_checkpoint
 
+from twotower.checkpoints.export import export
 from twotower.checkpoints.loading import check_safetensors
 from twotower.configuration_twotower import TwoTowerConfig
 from twotower.modeling_twotower import TWOTOWER_PARTS, TwoTowerForBlockDiffusion
@@ -742,3 +744,20 @@ def test_a_quantised_checkpoint_may_hold_integers(broken):
     tensors = load_file(broken)
     save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, broken, metadata={"format": "pt"})
     assert check_safetensors(broken.parent, {}) == set(stored(broken.parent))
+
+
+def _pruned(head):
+    prune.l1_unstructured(head, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("change", [_pruned, weight_norm, parametrizations.weight_norm])
+def test_weights_under_other_names_are_told_of_and_not_exported(change, tmp_path, warned):
+    model = tiny_model()
+    change(model.lm_head)
+    with pytest.raises(ValueError, match=r"lm_head.weight is computed from other tensors; make it a weight again"):
+        export(model, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    model.save_pretrained(tmp_path / "saved")
+    assert "what is saved lacks lm_head.weight" in warned.text
+    with pytest.raises(ValueError, match="lacks lm_head.weight"):
+        TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "saved")

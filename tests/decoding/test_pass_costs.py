@@ -113,6 +113,12 @@ def test_passes_over_nothing_are_not_measured(model):
         PassCosts.measure(model, [4, 0], [1])
     with pytest.raises(ValueError, match=r"rows to measure are \[0\]; give"):
         PassCosts.measure(model, [4], [0])
+    with pytest.raises(ValueError, match=r"lengths to measure are \[2.5\]; give"):
+        PassCosts.measure(model, [2.5], [1])
+    with pytest.raises(ValueError, match=r"rows to measure are \[\]; give"):
+        PassCosts.measure(model, [4], [])
+    with pytest.raises(ValueError, match="rows are 0; give"):
+        costs_of(model, 4, 0)
 
 
 def test_every_pass_is_measured(model):
@@ -133,6 +139,14 @@ def test_what_is_measured_is_kept_with_the_model_and_in_the_file(model, measured
     assert measured == [(1, 4)]
     assert costs_of(model, 4, rows=16).of("step", 1, 4) > 0
     assert measured == [(1, 4), (1, 4, 16)]
+
+
+def test_blocks_wider_than_texts_are_measured_for_few_lengths(model, measured):
+    for tokens in (5, 6, 7, 8):
+        model.generate(
+            torch.ones(1, 3, dtype=torch.long), mode="self_speculative", block_size=16, max_new_tokens=tokens
+        )
+    assert len(measured) == 1
 
 
 def test_anew_means_that_what_was_kept_is_dropped(model, measured):
