@@ -941,6 +941,19 @@ def test_a_hook_that_nobody_calls_is_told_of(warned):
     assert "a forward hook is on the Conv1d of a Mamba layer" in warned.text
 
 
-def test_linear_layers_that_torch_quantises_dynamically():
-    model = torch.ao.quantization.quantize_dynamic(tiny_model("base"), {torch.nn.Linear})
-    assert model.generate(random_ids(1, 5), max_new_tokens=4).shape == (1, 9)
+def test_layers_without_parameters_embed_the_time():
+    """As torch's dynamically quantised ones are."""
+
+    class Packed(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.packed = (linear,)
+
+        def forward(self, hidden_states):
+            return self.packed[0](hidden_states)
+
+    model, ids = tiny_model("base"), random_ids(1, 5)
+    expected = model.generate(ids, max_new_tokens=4)
+    for idx in (0, 2):
+        model.t_embedder.mlp[idx] = Packed(model.t_embedder.mlp[idx])
+    assert torch.equal(model.generate(ids, max_new_tokens=4), expected)
