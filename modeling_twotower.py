@@ -32,7 +32,7 @@ from .cache_twotower import (
     uploaded,
 )
 from .checkpoints.loading import merge_expert_matrices, register_checkpoint_layout
-from .checkpoints.placement import CONTEXT_PARTS, execution_device
+from .checkpoints.placement import CONTEXT_PARTS, execution_device, stays_in_place
 from .checkpoints.pretrained import TWOTOWER_PARTS, LoadedTowers, PretrainedInterface, TrainedTowers, check_towers
 from .compat_twotower import (
     CacheOutput,
@@ -933,7 +933,8 @@ class Preparing:
         weights = self.weights()
         tensors = [weight for weight in weights if weight is not None]
         whole = all(type(each) in (nn.Parameter, torch.Tensor) and each.numel() > 0 for each in tensors)
-        if tensors and whole and not (self._forward_pre_hooks or self._forward_hooks or hasattr(self, "_hf_hook")):
+        fixed = not hasattr(self, "_hf_hook") or stays_in_place(self._hf_hook)
+        if tensors and whole and fixed and not (self._forward_pre_hooks or self._forward_hooks):
             with torch.inference_mode(False), torch.no_grad():
                 self._prepared = weights, self.of_weights()
 

@@ -18,6 +18,7 @@ from twotower.cache_twotower import KeyValues, MambaState, TwoTowerCache
 from twotower.checkpoints.placement import towers_device_map
 from twotower.generation_twotower import MODES
 from twotower.mirror_twotower import views_on
+from twotower.modeling_twotower import TwoTowerMamba, TwoTowerRouter
 
 CARDS = [f"privateuseone:{number}" for number in range(4)]
 FIRST, SECOND = (torch.device(card) for card in CARDS[:2])
@@ -160,6 +161,15 @@ def test_bytes_of_recorded_passes_do_not_grow_with_the_context(mode, graphs):
                 model.generate(random_ids(1, length), mode=mode, max_new_tokens=tokens, compile=True, **per_pass)
                 crossed.append(cards.between(*CARDS))
     assert 0 < crossed[2] - crossed[1] == crossed[5] - crossed[4]
+
+
+def test_what_depends_on_weights_that_stay_is_prepared_once():
+    with Cards() as cards:
+        model = model_on(cards, 2)
+        layers = [module for module in model.modules() if isinstance(module, TwoTowerMamba | TwoTowerRouter)]
+        with model.prepared():
+            assert len(layers) >= 4 and all(layer._prepared is not None for layer in layers)
+        assert all(layer._prepared is None for layer in layers)
 
 
 @pytest.mark.parametrize("count", [3, 4])
