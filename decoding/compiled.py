@@ -226,16 +226,15 @@ def check_can_compile(model: Any, config: CompileConfig | None = None) -> None:
     """Raise a ValueError for a model whose passes cannot be compiled, or not so, before any of them is run."""
     if model._is_synced(False):
         raise ValueError("compile=True is not supported while parameters are spread over ranks; leave compile out")
-    device = model.context_tower.embeddings.weight.device
-    recorded = records_passes(config, device)
     towers: dict[bool, set[torch.device]] = {True: set(), False: set()}
     for name, parameter in model.named_parameters():
         towers[name.startswith(CONTEXT_PARTS)].add(parameter.device)
     devices = set.union(*towers.values())
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
-    # Those of a model whose towers are placed move nothing that is where it is wanted.
-    fixed = recorded and max(map(len, towers.values())) == 1 and all(map(stays_in_place, hooks))
-    if device.type == "meta" or not (fixed or (len(devices) == 1 and not hooks)):
+    # Of a tower on one card, hooks that leave weights there have nothing to move.
+    fixed = max(map(len, towers.values())) == 1 and all(map(stays_in_place, hooks))
+    recorded = all(records_passes(config, device) for device in devices)
+    if not (fixed and recorded) and (len(devices) > 1 or hooks or next(iter(devices)).type == "meta"):
         raise ValueError(
             "compile=True needs all weights to stay on one device (where passes are recorded, each tower's on one), "
             f"and accelerate moves these, or what they are given ({', '.join(sorted(map(str, devices)))}); load the "
@@ -450,6 +449,7 @@ class CompiledPasses:
     def _rows_of(
         self, held: list[LayerContent], cache: TwoTowerCache, rows: int, columns: int | None, writes: bool
     ) -> tuple[list[LayerContent], bool]:
+        """The cache's, padded to B, of what layers hold of all rows; see `_held`."""
         count, whole = cache.batch_size, cache if cache.whole is None else cache.whole
         if isinstance(cache.rows, slice) and (not writes or count in (rows, whole.batch_size)):
             return self._first_rows(held, rows, columns), False

@@ -8,6 +8,7 @@ from random import Random
 import fake_graphs
 import pytest
 import torch
+from accelerate import cpu_offload
 from cards import Cards
 from golden_cases import assert_golden_generations
 from mixed_requests import differences, mixed_model, mixed_request
@@ -16,6 +17,7 @@ from tiny import random_block, random_ids, tiny_config, tiny_model, without_spec
 from twotower import Stateless, TwoTowerEngine, TwoTowerForBlockDiffusion
 from twotower.cache_twotower import KeyValues, MambaState, TwoTowerCache
 from twotower.checkpoints.placement import towers_device_map
+from twotower.decoding import compiled
 from twotower.generation_twotower import MODES
 from twotower.mirror_twotower import views_on
 from twotower.modeling_twotower import TwoTowerMamba, TwoTowerRouter
@@ -178,6 +180,18 @@ def test_a_tower_on_two_cards_is_not_recorded(count, graphs):
         model_on(cards, count).generate(PROMPTS, compile=True, **knobs("ar"))
 
 
+def test_nor_what_is_offloaded_or_partly_on_the_host(graphs, monkeypatch):
+    refused = pytest.raises(ValueError, match="needs all weights to stay on one device")
+    offloaded = cpu_offload(tiny_model("base"))
+    with refused:
+        offloaded.generate(PROMPTS, compile=True, **knobs("ar"))
+    monkeypatch.setattr(compiled, "records_passes", lambda config, device: device.type != "cpu")
+    with Cards() as cards, refused:
+        model = tiny_model("base")
+        cards.put_model(model.context_tower, FIRST)
+        model.generate(PROMPTS, compile=True, **knobs("ar"))
+
+
 @pytest.mark.parametrize(
     ("mode", "option", "count"),
     [(mode, option, count) for mode in MODES for option, count in (("greedy", 2), ("drawn", 3), ("all recorded", 2))]
@@ -252,8 +266,8 @@ def test_rows_that_come_and_go(seed, count, recorded, request):
         engine = TwoTowerEngine(model, slots=rng.choice([3, 5]))
         for _ in range(9):
             request = mixed_request(rng, most_new_tokens=7)
-            compiled = recorded > 0 and rng.random() < recorded
-            handle = engine.add_request(request.ids, **request.arguments(), compile=compiled)
+            records = recorded > 0 and rng.random() < recorded
+            handle = engine.add_request(request.ids, **request.arguments(), compile=records)
             wanted.append((request, handle))
             for _ in range(rng.randint(0, 3)):
                 engine.step()
