@@ -250,8 +250,9 @@ def resolve(config: GenerationConfig, trained_block_size: int) -> None:
             raise ValueError(f"block_size is {size}; self_speculative needs at least 2")
         if length != "auto" and length > size:
             raise ValueError(f"draft_length is {length}, more than the block_size {size}; give at most that")
-        # A power of two, as drafts' lengths are, so that few lengths are ever asked for.
-        config.block_size = min(size, 1 << (max(tokens, trained_block_size, 2) - 1).bit_length())
+        widest = max(tokens, trained_block_size, 2)
+        # Of lengths that are chosen a power of two, so that calls of few tokens do not each ask what another one costs.
+        config.block_size = min(size, 1 << (widest - 1).bit_length() if length == "auto" else widest)
         if length != "auto":
             config.draft_length = min(length, config.block_size)
     if config.mode == "mask_diffusion" and size > most:
