@@ -251,7 +251,7 @@ def resolve(config: GenerationConfig, trained_block_size: int) -> None:
         if length != "auto" and length > size:
             raise ValueError(f"draft_length is {length}, more than the block_size {size}; give at most that")
         widest = max(tokens, trained_block_size, 2)
-        # Of lengths that are chosen a power of two, so that calls of few tokens do not each ask what another one costs.
+        # Where lengths are chosen a power of two, so that calls of few tokens do not each ask what another one costs.
         config.block_size = min(size, 1 << (widest - 1).bit_length() if length == "auto" else widest)
         if length != "auto":
             config.draft_length = min(length, config.block_size)
