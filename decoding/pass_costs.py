@@ -222,6 +222,7 @@ def costs_of(
 def _kept_or_measured(
     model: Any, lengths: tuple[int, ...], buckets: tuple[int, ...], missing: str, recorded: bool
 ) -> PassCosts | None:
+    """What `costs_of` returns where the user has set nothing."""
     kept: dict[str, PassCosts] = vars(model).setdefault("_kept_pass_costs", Kept())
     description = _description(model) | {"passes": "recorded" if recorded else "eager"}
     key = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
