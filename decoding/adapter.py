@@ -22,6 +22,7 @@ from ..compat_twotower import (
     GenerationOutput,
     RequestStatus,
     accepts_past_key_values,
+    logger,
     tqdm,
 )
 from ..inputs_twotower import as_ids, check_attention_mask, check_ids
@@ -33,6 +34,7 @@ from .config import (
     TwoTowerGenerationConfig,
     plain,
     resolve,
+    without_effect,
 )
 from .engine import Engine
 from .rules import UnmaskingRule
@@ -289,6 +291,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         ):
             config.max_new_tokens = None  # the checkpoint's, which would go before the caller's max_length
         resolve(config, self.config.block_size)
+        if ignored := without_effect(kwargs, config):
+            way = f"mode {config.mode!r} with unmasking_rule {config.unmasking_rule!r}"
+            logger.warning_once(f"no effect in {way}: {', '.join(ignored)}")
         if not self.has_denoiser and config.mode != "ar":
             raise ValueError(
                 f"mode is {config.mode!r}, which needs the denoiser, and this model was loaded without "

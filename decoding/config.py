@@ -57,6 +57,12 @@ KNOBS: dict[str, Parameter] = {
     ),
     **PARAMETERS,
 }
+# Knobs that have an effect in these modes alone.
+MODES_OF: dict[str, tuple[str, ...]] = {
+    "steps_per_block": ("mask_diffusion",),
+    **dict.fromkeys(("draft_steps", "draft_length", "acceptance_ratio"), ("self_speculative",)),
+    **dict.fromkeys(("block_size", "unmasking_rule", *PARAMETERS), ("mask_diffusion", "self_speculative")),
+}
 STRATEGY_DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in KNOBS.items()}
 TOKENS = {
     "bos_token_id": Parameter(None, "give a token id, or None", _is_whole),
@@ -271,6 +277,18 @@ def resolve(config: GenerationConfig, trained_block_size: int) -> None:
         logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
 
 
+def without_effect(given: Mapping[str, Any], config: GenerationConfig) -> list[str]:
+    """Those of the knobs given that the mode and the rule of a resolved config do not look at."""
+    rule = config.unmasking_rule
+    parameters = UNMASKING_RULES[rule].parameters if isinstance(rule, str) else {}
+    return [
+        name
+        for name, modes in MODES_OF.items()
+        if given.get(name) is not None
+        and (config.mode not in modes or (name in PARAMETERS and name not in parameters))
+    ]
+
+
 def check_supported(config: GenerationConfig) -> None:
     """Refuse by name what has no meaning for two towers; all knobs are set."""
     for name, unset in REFUSED.items():
@@ -317,4 +335,4 @@ def check_compile_config(given: Any, is_used: bool) -> None:
         )
 
 
-__all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "plain", "resolve"]
+__all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "plain", "resolve", "without_effect"]

@@ -197,3 +197,22 @@ def test_a_rule_of_ones_own_in_a_config_is_asked_itself(model):
     assert rule.calls >= 2
     copied = copy.deepcopy(config)
     assert copied.unmasking_rule is rule and copied == config and copied.bad_words_ids is not config.bad_words_ids
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"mode": "ar", "draft_steps": 3, "block_size": 4}, "draft_steps, block_size"),
+        ({"mode": "mask_diffusion", "acceptance_ratio": 0.5}, "acceptance_ratio"),
+        ({"mode": "self_speculative", "steps_per_block": 4}, "steps_per_block"),
+        ({"mode": "mask_diffusion", "unmasking_rule": "fixed", "confidence_threshold": 0.7}, "confidence_threshold"),
+        ({"mode": "mask_diffusion", "steps_per_block": 4, "confidence_threshold": 0.7, "block_size": 4}, None),
+        ({"mode": "self_speculative", "draft_steps": 3, "confidence_threshold": 0.7, "block_size": 4}, None),
+        ({"mode": "ar"}, None),
+    ],
+)
+def test_knobs_without_an_effect_are_told_of(model, knobs, told, warned):
+    generate(model, **knobs)
+    messages = [record.message for record in warned.records if "no effect in mode" in record.message]
+    assert len(messages) == (told is not None)
+    assert told is None or messages[0].endswith(f": {told}")
