@@ -876,20 +876,23 @@ def check_not_adapted(name: str, module: nn.Module) -> None:
         )
 
 
-def call_hooks_before(*modules: nn.Module) -> None:
+def make_weights(*modules: nn.Module) -> None:
     """
-    Of modules whose weights are used without calling them, the hooks that would run before a call: weight norm and
-    pruning make the weights in these. There is nothing to show to others.
+    Call those hooks of modules whose weights are used without calling them that make the weights: torch's weight norm,
+    spectral norm and pruning. There is nothing to show to others.
     """
     for module in modules:
-        if module._forward_pre_hooks or module._forward_hooks:
-            for hook in list(module._forward_pre_hooks.values()):
-                hook(module, ())
-            if module._forward_hooks:
-                logger.warning_once(
-                    f"a forward hook is on the {type(module).__name__} of a Mamba layer, whose weights are used "
-                    "without calling it: the hook is not called; put it on the layer"
-                )
+        if not (module._forward_pre_hooks or module._forward_hooks):
+            continue
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        making = [hook for hook in hooks if type(hook).__module__.startswith("torch.nn.utils.")]
+        for hook in making:
+            hook(module, ())
+        if len(making) < len(hooks):
+            logger.warning_once(
+                f"a forward hook is on the {type(module).__name__} of a Mamba layer, whose weights are used without "
+                "calling it: the hook is not called; put it on the layer"
+            )
 
 
 class Preparing:
@@ -974,7 +977,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
     ) -> tuple[torch.Tensor, MambaState | MambaUpdate | None]:
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
-        call_hooks_before(conv1d, norm)
+        make_weights(conv1d, norm)
         A, bias = self.prepared()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size

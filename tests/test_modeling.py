@@ -934,9 +934,10 @@ def test_weights_that_hooks_make_are_those_of_the_pass(change, part):
             model(ids).logits.sum().backward()
 
 
-def test_a_hook_that_nobody_calls_is_told_of(warned):
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_nobody_calls_is_told_of(register, warned):
     model = tiny_model("only M")
-    model.context_tower.layers[0].mixer.conv1d.register_forward_hook(lambda *_: None)
+    getattr(model.context_tower.layers[0].mixer.conv1d, register)(lambda module, inputs, *output: inputs[0])
     model(random_ids(1, 4))
     assert "a forward hook is on the Conv1d of a Mamba layer" in warned.text
 
