@@ -39,9 +39,7 @@ class Group:
         self.rows, self.device = rows, device
         self.request: Request = rows[0].request
         self.timestep: torch.Tensor | None = None  # (R,) float32 that the denoiser is told
-        self.places: torch.Tensor | None = (
-            None  # (N,) of the R x S positions, those whose logits are made; default all
-        )
+        self.places: torch.Tensor | None = None  # (N,) of R x S positions, those whose logits are made; default all
         self.wide: dict[str, torch.Tensor] = {}  # of the pass reported last, (R, S, V)
 
     @cached_property

@@ -139,7 +139,8 @@ class DraftController:
             self.rest -= 1
             return 1
         costs, seen = self._costs(len(rows)), [self.by_row.get(row, UNSEEN) for row in rows]
-        if 2 * sum(each.tokens <= FIRST_TOKENS - 1 for each in seen) > len(seen):  # whose tokens hardly fade
+        # What was seen of a row's tokens has faded a little when the next is, so that two count as more than one.
+        if 2 * sum(each.tokens <= FIRST_TOKENS - 1 for each in seen) > len(seen):
             return 1
         affordable = self._affordable(costs, seen)
         skill, is_unspent = self.pool.skill(SKILL), self._allowance(costs) >= self._first_allowance(costs)

@@ -136,7 +136,7 @@ def test_goldens_by_recorded_passes_of_towers_on_two_cards(goldens, graphs):
 @pytest.mark.parametrize("option", ["greedy", "drawn", "all recorded", "text is read"])
 @pytest.mark.parametrize("mode", MODES)
 def test_recorded_passes_of_towers_on_two_cards(mode, option, graphs):
-    """A second call records nothing; a turn more goes on with a cache whose mirror is others' by then."""
+    """Calls after the first record nothing, and the cache that each returns has no mirror, which is the next one's."""
     arguments = {"mode": mode, **knobs(mode), **OPTIONS[option], "return_dict_in_generate": True}
     plain, made = without_special_tokens(tiny_model("each kind once")), []
     expected = plain.generate(PROMPTS, **arguments)
