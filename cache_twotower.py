@@ -772,6 +772,13 @@ class TwoTowerCache(Cache):
             self.version = self.whole.version
 
 
+def check_cache(cache: Any, model: Any) -> None:
+    """Refuse what a model cannot go on from."""
+    if not isinstance(cache, TwoTowerCache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
+    cache.check_model(model.config, model.context_tower)
+
+
 def listed(counts: Counts) -> list[int]:
     """Counts as the host knows them; a tensor (B,) is read from its device."""
     return counts.tolist() if isinstance(counts, torch.Tensor) else list(counts)
@@ -838,6 +845,7 @@ __all__ = [
     "Past",
     "Present",
     "TwoTowerCache",
+    "check_cache",
     "exchange_rows",
     "listed",
     "uploaded",

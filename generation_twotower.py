@@ -1,8 +1,9 @@
 """Decoding: blocks filled by the denoiser, drafts verified by the context tower, or one token at a time by either.
 
 One class per mode. Its methods advance rows by one pass and never loop: the engine runs the passes, and calls `begin`
-for a row that joins, `open` for rows that need a canvas, `after_denoise` and `after_read` with what was read back from
-the device after a pass of the denoiser or the context tower; on the device before, `read` chooses tokens.
+for a row that joins, `open` for rows that need a canvas, `after_denoise` once a denoiser pass has left its mark on
+canvases, and `after_read` with what was read back from the device after a pass of the context tower; on the device
+before, `read` chooses tokens.
 
 Shapes: R rows of a pass, S block, H hidden size, V vocabulary.
 """
@@ -81,14 +82,9 @@ class MaskDiffusion(Strategy):
                 row.canvas.ids[: len(given)] = given
                 row.canvas.open = [token == mask for token in row.canvas.ids]
         if begun:
-            self._settle(engine, begun)
+            self.after_denoise(engine, begun, [row.canvas for row in begun])
 
-    def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
-        group.commit(values)
-        self._settle(engine, group.rows)
-
-    def _settle(self, engine: Engine, rows: Sequence[Row]) -> None:
-        canvases = [row.canvas for row in rows]
+    def after_denoise(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
         prefixes = [[*canvas.open, True].index(True) for canvas in canvases]
         stops = first_stops(rows, canvases, prefixes)
         # A block is written as a whole, or up to where the text ends in it.
@@ -159,9 +155,8 @@ class SelfSpeculative(Strategy):
                 engine.drafting[size, steps, recorded] = DraftController(draft_lengths(size), cycle)
         return engine.drafting[size, steps, recorded]
 
-    def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
-        group.commit(values, self.known)
-        for row in group.rows:
+    def after_denoise(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
+        for row in rows:
             if not _is_open(row) or row.step == row.request.steps:
                 row.phase = VERIFY
 
@@ -172,8 +167,11 @@ class SelfSpeculative(Strategy):
         draft = group.canvas[0][:, 1:]
         return group.predict(logits, draft=draft, in_step=_all_keep_as_much(group.request))
 
-    def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
-        rows, canvases, drafting = group.rows, group.chosen(values), self._drafting(engine, group.request)
+    def after_read(
+        self, engine: Engine, group: Group, canvases: Sequence[Canvas], values: list[Any]
+    ) -> dict[Row, int]:
+        """Returns how many tokens of a draft each row keeps."""
+        rows, drafting = group.rows, self._drafting(engine, group.request)
         confidences = [reported[2] for reported in values] if group.watched else None
         kept, drafted, begins = {}, [0] * len(rows), not rows[0].tokens
         for row in rows:
@@ -241,8 +239,8 @@ class MockAr(Strategy):
         row.newest = row.unread.pop()
         return READ if row.unread else DENOISE
 
-    def after_denoise(self, engine: Engine, group: Group, values: list[Any]) -> None:
-        self.write_first_stop(engine, group.rows, group.chosen(values, step=0))
+    def after_denoise(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
+        self.write_first_stop(engine, rows, canvases)
 
     def after_writing(self, row: Row, canvas: Canvas) -> str:
         row.unread, row.newest = [row.newest], canvas.ids[0]
@@ -258,8 +256,10 @@ class Ar(Strategy):
     def read(self, group: Group, logits: torch.Tensor) -> Prediction:
         return group.predict(logits)
 
-    def after_read(self, engine: Engine, group: Group, values: list[Any]) -> dict[Row, int]:
-        self.write_first_stop(engine, group.rows, group.chosen(values))
+    def after_read(
+        self, engine: Engine, group: Group, canvases: Sequence[Canvas], values: list[Any]
+    ) -> dict[Row, int]:
+        self.write_first_stop(engine, group.rows, canvases)
         return {}
 
     def after_writing(self, row: Row, canvas: Canvas) -> str:

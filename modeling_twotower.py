@@ -28,6 +28,7 @@ from .cache_twotower import (
     Past,
     Present,
     TwoTowerCache,
+    check_cache,
     listed,
     uploaded,
 )
@@ -615,7 +616,7 @@ class TwoTowerForBlockDiffusion(
             raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected (batch, tokens) with at least one token")
         if cache is None and optional:
             return
-        self._check_cache(cache)
+        check_cache(cache, self)
         assert cache is not None
         if cache.batch_size not in (-1, len(ids)):
             raise ValueError(f"{name} has {len(ids)} rows, but past_key_values holds {cache.batch_size}")
@@ -914,22 +915,18 @@ class Preparing:
         return list(self._parameters.values())
 
     def prepared(self) -> tuple[torch.Tensor, ...]:
-        held = self.held()
-        return self.of_weights() if held is None else held
-
-    def held(self) -> tuple[torch.Tensor, ...] | None:
-        """What has been prepared; None where nothing has been, or is of no use to this pass."""
+        """What has been prepared; empty where nothing has been, or is of no use to this pass."""
         if torch.compiler.is_compiling():
-            return None  # a compiled pass, which outlives what is prepared, is to do it by itself
+            return ()  # a compiled pass, which outlives what is prepared, is to do it by itself
         own = prepared.by_module
         held = self._prepared if own is None else own.get(self)  # looked up once, as another thread may end it
         # What was prepared has no gradients.
         if held is None or torch.is_grad_enabled():
-            return None
+            return ()
         # Adapters put other weights in the place of a module's during its pass.
         before, now = held[0], self.weights()
         changed = len(before) != len(now) or any(map(is_not, before, now))
-        return None if changed else held[1]
+        return () if changed else held[1]
 
     def prepare(self) -> None:
         """Not where weights come and go: what offloads, shards or adapts them does so around a pass of the module."""
@@ -978,7 +975,7 @@ class TwoTowerMamba(Preparing, NemotronHMamba2Mixer):
         conv_before, ssm_before = past if past is not None else (None, None)
         conv1d, norm = self.conv1d, self.norm
         make_weights(conv1d, norm)
-        A, bias = self.prepared()
+        A, bias = self.prepared() or self.of_weights()
         # 1. Gate (B, T, H * P), convolution inputs (B, T, C) and step sizes (B, T, H), the last two 0 off the tokens.
         channels, states = self.intermediate_size, self.n_groups * self.ssm_state_size
         gate, inputs, dt = self.in_proj(hidden_states).split_with_sizes([channels, self.conv_dim, self.num_heads], -1)
@@ -1073,19 +1070,19 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
         weights = self.weights()
         return tuple(torch.cat(part) for part in (weights[::2], weights[1::2]) if None not in part)  # type: ignore
 
-    def _projected(self, hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Queries, keys and values, each (B, T, heads * D)."""
-        merged = self.held()
-        if not merged:
-            return [each(hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)]
-        keys = merged[0].shape[0] // (self.num_key_value_groups + 2)
-        return F.linear(hidden_states, *merged).split_with_sizes([self.num_key_value_groups * keys, keys, keys], -1)
-
     def forward(
         self, hidden_states: torch.Tensor, past: KeyValues | KeyValueSlot | None, layout: ChunkLayout
     ) -> tuple[torch.Tensor, KeyValues | None]:
+        # Queries, keys and values, each (B, T, heads * D).
+        parts: Sequence[torch.Tensor]
+        if merged := self.prepared():
+            keys = merged[0].shape[0] // (self.num_key_value_groups + 2)
+            sizes = [self.num_key_value_groups * keys, keys, keys]
+            parts = F.linear(hidden_states, *merged).split_with_sizes(sizes, -1)
+        else:
+            parts = [each(hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj)]
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = (part.view(heads).transpose(1, 2) for part in self._projected(hidden_states))
+        query, key, value = (part.view(heads).transpose(1, 2) for part in parts)
         present: KeyValues | None = KeyValues(key, value)
         own = present
         if isinstance(past, KeyValueSlot):
@@ -1131,9 +1128,10 @@ class TwoTowerRouter(Preparing, NemotronHTopkRouter):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(..., H) -> router logits (tokens, E), weights and indices (tokens, top-k)."""
         tokens, backend = hidden_states.flatten(0, -2), self.kernels["top_k_routing"]
-        # Kernels read weights as they are, of which there are fewer bytes.
-        own = (self.weight, self.e_score_correction_bias)
-        weight, bias = self.prepared() if is_torch(backend, tokens) else own
+        weight: torch.Tensor = self.weight
+        bias = self.e_score_correction_bias
+        if is_torch(backend, tokens):  # kernels read weights as they are, of which there are fewer bytes
+            weight, bias = self.prepared() or self.of_weights()
         return top_k_routing(
             tokens,
             weight,
@@ -1294,7 +1292,7 @@ class TimestepEmbedder(Preparing, nn.Module):
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
         dtype = self._dtype
         wide = torch.promote_types(dtype, torch.float32)
-        held = self.held()
+        held = self.prepared()
         frequencies = held[0] if held else self._frequencies(timestep.device)
         angles = (timestep.to(dtype) * self.scale).to(wide)[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))

@@ -103,9 +103,9 @@ def _parsed(raw: bytes, number: int) -> Line:
         raise ValueError('give either "prompt", a text, or "input_ids"')
     if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
         raise ValueError(f"prompt is {prompt!r}; give a text")
-    if input_ids is not None and not (isinstance(input_ids, list) and input_ids and all(map(_is_whole, input_ids))):
+    if input_ids is not None and not (isinstance(input_ids, list) and set(map(type, input_ids)) == {int}):
         raise ValueError(f"input_ids is {input_ids!r}; give a list of token ids")
-    if name is not None and not (isinstance(name, str) or _is_whole(name)):
+    if name is not None and type(name) not in (str, int):
         raise ValueError(f"id is {name!r}; give a text or a whole number")
     for text in (name, prompt):
         if isinstance(text, str):
@@ -113,10 +113,6 @@ def _parsed(raw: bytes, number: int) -> Line:
     knobs = {key: value for key, value in content.items() if key not in OWN and value is not None}
     key = ("index", number) if name is None else ("id", name)
     return Line(number, key, prompt, input_ids, knobs)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

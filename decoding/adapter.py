@@ -13,9 +13,10 @@ from itertools import compress
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
-from ..cache_twotower import TwoTowerCache
+from ..cache_twotower import TwoTowerCache, check_cache
 from ..compat_twotower import (
     BaseStreamer,
     EosTokenCriteria,
@@ -327,13 +328,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if cache is None:
             cache = TwoTowerCache(self.config)
         else:
-            self._check_cache(cache)
+            check_cache(cache, self)
         model_kwargs["cache"] = cache
-
-    def _check_cache(self, cache: Any) -> None:
-        if not isinstance(cache, TwoTowerCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the TwoTowerCache of an earlier call")
-        cache.check_model(self.config, self.context_tower)
 
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
@@ -414,7 +410,6 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         with nullcontext() if synced else self.prepared(), undone:
             try:
                 loop.admit(request)
-                cache.expect(max(len(row.prompt) for row in request.rows))
                 while loop.rows:
                     loop.step()
             finally:
@@ -431,6 +426,16 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             if not generation_config.return_dict_in_generate:
                 return request.sequences(prompts)
             return request.output(prompts, cache)
+
+    def _is_synced(self, synced_gpus: bool) -> bool:
+        """Whether ranks must keep in step: if asked for, or with FSDP2, of which transformers does not know."""
+        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return False
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if "_run_part" not in vars(self):
+            register_fsdp_forward_method(self, "_run_part")  # of another than an FSDP2 module, nothing happens
+        return synced_gpus or any(isinstance(module, FSDPModule) for module in self.modules())
 
     def _request(
         self,
@@ -454,7 +459,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if config.compile:
             check_can_compile(self, config.compile_config)
         cache = model_kwargs["cache"]
-        if cache.batch_size not in (-1, len(input_ids)):
+        if cache.host_lengths is not None and cache.batch_size != len(input_ids):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
         # The denoiser needs no token that the context tower has not read.
         least = 0 if config.mode == "mask_diffusion" else 1

@@ -194,8 +194,6 @@ class Group:
                 if canvas is not None:
                     self._forbid_mask(scores)
             tokens = self._choose(scores, -known)
-            if canvas is not None and self.places is not None:
-                return self._prediction(logits, scores, tokens).among(canvas[0], self.places)
             if draft is not None:
                 tokens[:, :-1] = self._or_draft(tokens[:, :-1], draft, scores[:, :-1])
             return self._prediction(logits, scores, tokens)
@@ -375,7 +373,11 @@ class Group:
             # What is no number, or infinite, less itself is no number: fewer operations than `isfinite`.
             largest = logits.amax(-1)
             problems = problems.masked_fill((largest - largest) != 0, NOT_A_NUMBER)
-        return Prediction(logits, tokens, scores, problems, certain)
+        if self.places is not None:  # of (N,) tokens; what is elsewhere stays as it is
+            ids = self.canvas[0]
+            tokens = ids.flatten().index_copy(0, self.places, tokens).view(ids.shape)
+            problems = problems.new_zeros(ids.numel()).index_copy(0, self.places, problems).view(ids.shape)
+        return Prediction(logits, tokens, scores, problems, certain, self.places)
 
     def report(self, prediction: Prediction, committed: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -397,9 +399,9 @@ class Group:
             self.wide = {name: wide[name] for name in WIDE_RECORDS if name in request.recorded}
         return torch.stack([part.double() for part in parts], dim=1)
 
-    def commit(self, values: list[list[list[float]]], known: int = 0) -> None:
+    def commit(self, values: list[list[list[float]]], known: int = 0) -> list[Canvas]:
         """
-        Fix on the rows' canvases what a denoiser pass committed, and show them.
+        Fix on the rows' canvases, which are returned, what a denoiser pass committed, and show them.
 
         Args:
             values: what [`report`] became on the host.
@@ -422,6 +424,7 @@ class Group:
         if request.streamer is not None and hasattr(request.streamer, "put_draft"):
             with torch.inference_mode(False), torch.no_grad():
                 request.streamer.put_draft(torch.tensor([row.canvas.ids[known:] for row in self.rows]))
+        return [row.canvas for row in self.rows]
 
     def chosen(self, values: list[list[list[float]]], step: int = -1) -> list[Canvas]:
         """Canvases of which every position is what was chosen, from what [`report`] became on the host."""

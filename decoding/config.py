@@ -25,10 +25,6 @@ COUNTS = {
 }
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 # The strategy's own knobs; None in a config is unset.
 KNOBS: dict[str, Parameter] = {
     "mode": one_of(MODES),
@@ -46,7 +42,7 @@ KNOBS: dict[str, Parameter] = {
         None,
         "give a whole number of 64 bits, or a list of one per row",
         lambda value: all(
-            _is_whole(number) and -(2**63) <= number < 2**64
+            type(number) is int and -(2**63) <= number < 2**64
             for number in (value if isinstance(value, list) else [value])
         ),
     ),
@@ -65,12 +61,12 @@ MODES_OF: dict[str, tuple[str, ...]] = {
 }
 STRATEGY_DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in KNOBS.items()}
 TOKENS = {
-    "bos_token_id": Parameter(None, "give a token id, or None", _is_whole),
-    "pad_token_id": Parameter(None, "give a token id, or None", _is_whole),
+    "bos_token_id": Parameter(None, "give a token id, or None", lambda value: type(value) is int),
+    "pad_token_id": Parameter(None, "give a token id, or None", lambda value: type(value) is int),
     "eos_token_id": Parameter(
         None,
         "give a token id or a list of some, or None",
-        lambda value: all(map(_is_whole, value)) if isinstance(value, list) and value else _is_whole(value),
+        lambda value: all(type(each) is int for each in (isinstance(value, list) and value) or [value]),
     ),
 }
 CHECKED = {**{name: whole_number_from(least) for name, least in COUNTS.items()}, **TOKENS, **KNOBS}

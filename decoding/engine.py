@@ -64,12 +64,13 @@ class Engine:
 
     def admit(self, request: Request) -> None:
         """Let a request's rows begin: they are in the cache already, or are added to it."""
-        if self.cache.batch_size != len(self.rows) + len(self.parked) + len(request.rows):
-            self.cache.add_rows(len(request.rows))
         # Quantised and sharded weights are more than tensors and not made for inference mode. Hooks may be the user's,
         # and registered since the last request.
         self.special_modules = self.synced or any(map(_is_special, self.model.modules()))
+        if self.cache.batch_size != len(self.rows) + len(self.parked) + len(request.rows):
+            self.cache.add_rows(len(request.rows))
         self.rows += request.rows
+        self.cache.expect(max(len(row.prompt) for row in self.rows))
         for row in request.rows:
             row.phase = request.strategy.begin(row)
         if request.config.compile:
@@ -92,8 +93,9 @@ class Engine:
             took_part = set()
             for waiting, run_pass in ((self._denoisers, self._denoiser_pass), (self._readers, self._context_pass)):
                 if rows := waiting():
+                    compiled = any(row.request.config.compile for row in rows)
                     try:
-                        run_pass(rows)
+                        run_pass(rows, self.compiled if compiled else self.run)
                     except NotCompiled:
                         # Before anything was done; the others go on without.
                         with self.guarded([row for row in rows if row.request.config.compile]):
@@ -103,7 +105,7 @@ class Engine:
             self.row_passes += len(took_part)
             self.row_chances += len(self.rows)
             self.release()
-        if not self.rows:
+        if not self.rows and self.compiled is not None:
             self.close()
 
     def close(self) -> None:
@@ -123,12 +125,10 @@ class Engine:
         self.last_part = next(iter(parts), self.last_part)
         return [row for row in rows if row.request.strategy.part == self.last_part]
 
-    def _runner(self, rows: list[Row]) -> Any:
-        """Who runs a pass: compiled programs, as soon as one of its rows asks for it."""
-        return self.compiled if any(row.request.config.compile for row in rows) else self.run
-
-    def _denoiser_pass(self, rows: list[Row]) -> None:
-        strategy, part, run = rows[0].request.strategy, self._part(rows), self._runner(rows)
+    def _denoiser_pass(self, rows: list[Row], run: Any) -> None:
+        strategy, part = rows[0].request.strategy, self._part(rows)
+        # Programs are of all positions.
+        leave_out = run is self.run and self.model.may_leave_out_positions()
         groups = [Group(own, self.device) for own in _groups(rows)]
         # Where each group's rows are in the pass; a lone one has all.
         places: list[Any] = [slice(None)]
@@ -138,6 +138,8 @@ class Engine:
             newest = uploaded([[row.newest] for row in rows], self.device)
             logits = run("predict_next", newest, part)[:, None]
         else:
+            if len(groups) == 1 and leave_out:
+                groups[0].leave_out_settled()
             timesteps = []
             for group in groups:
                 steps, request = [row.step for row in group.rows], group.request
@@ -148,9 +150,6 @@ class Engine:
                 times, canvases = times.new_empty(len(rows)), self._canvases(rows)
                 for own, at in zip(timesteps, places, strict=True):
                     times[at] = own
-            # Programs are of all positions.
-            if len(groups) == 1 and run is self.run and self.model.may_leave_out_positions():
-                groups[0].leave_out_settled()
             if groups[0].places is None:
                 logits = run("denoise", canvases[0], part, times, *canvases[1:])
             else:
@@ -172,7 +171,10 @@ class Engine:
                     reports.append((group, group.denoise_step(own, group.request.strategy.known)))
         for group, values in self._host(reports):
             with self.guarded(group.rows):
-                group.request.strategy.after_denoise(self, group, values)
+                known = group.request.strategy.known
+                new = strategy.part == "predict_next"
+                written = group.chosen(values, step=0) if new else group.commit(values, known)
+                group.request.strategy.after_denoise(self, group.rows, written)
 
     def _canvases(self, rows: list[Row]) -> list[torch.Tensor]:
         """Of several groups; those of different sizes are padded, and only then masked."""
@@ -216,13 +218,13 @@ class Engine:
             return []
         return short
 
-    def _context_pass(self, rows: list[Row]) -> None:
-        part, run = self._part(rows), self._runner(rows)
+    def _context_pass(self, rows: list[Row], run: Any) -> None:
+        part = self._part(rows)
         chunks = [_chunk(row) for row in rows]
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)
         tentative = width > 1 and any(row.phase == VERIFY for row in rows)
-        ids = uploaded([padded(chunk, width, 0) for chunk in chunks], self.device)
+        ids = uploaded([chunk + [0] * (width - len(chunk)) for chunk in chunks], self.device)
         even = min(counts) == width
         hidden_states = run("context_tower", ids, part, None if even else counts, tentative)
         self.passes["context"] += 1
@@ -259,7 +261,7 @@ class Engine:
                 kept[row] = 0  # unless its verification gets as far as to say otherwise
         for group, values in self._host(reports):
             with self.guarded(group.rows):
-                kept.update(group.request.strategy.after_read(self, group, values))
+                kept.update(group.request.strategy.after_read(self, group, group.chosen(values), values))
         if tentative:
             counts = [kept[row] for row in rows]
             part.accept(counts) if run is self.run else run("accept", part, counts)

@@ -10,7 +10,7 @@ Shapes: R rows, S block, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -65,14 +65,6 @@ class Prediction:
         """In nats, by `logits`."""
         return self._at_places(entropy_of(self.logits))
 
-    def among(self, ids: torch.Tensor, places: torch.Tensor) -> "Prediction":
-        """Of (N,) tokens and problems those of a block, whose other positions hold what the (R, S) ids say."""
-        assert self.problems is not None
-        tokens = ids.flatten().index_copy(0, places, self.tokens).view(ids.shape)
-        whole = replace(self, tokens=tokens, places=places)
-        whole.problems = whole._at_places(self.problems)
-        return whole
-
     @property
     def _chosen(self) -> torch.Tensor:
         tokens = self.tokens if self.places is None else self.tokens.flatten()[self.places]
@@ -102,22 +94,16 @@ def number_that(requirement: str, default: float, holds: Callable[[float], bool]
     return Parameter(
         default,
         f"it must {requirement}",
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(_as_float(value)),
+        # Of an int beyond what floats can be, nothing holds.
+        lambda value: type(value) in (int, float) and (value == math.inf or abs(value) < 2**1023) and holds(value),
     )
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan  # of which nothing holds
 
 
 def whole_number_from(least: int, default: int | None = None) -> Parameter:
     return Parameter(
         default,
         f"it must be a whole number of at least {least}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        lambda value: type(value) is int and value >= least,
     )
 
 

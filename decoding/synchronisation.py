@@ -46,15 +46,5 @@ class SynchronisedPasses:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         return (ids,) if part == "context_tower" else (ids, TwoTowerCache(self.config))
 
-    def _is_synced(self: Any, synced_gpus: bool) -> bool:
-        """Whether ranks must keep in step: if asked for, or with FSDP2, of which transformers does not know."""
-        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-            return False
-        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-        if "_run_part" not in vars(self):
-            register_fsdp_forward_method(self, "_run_part")  # of another than an FSDP2 module, nothing happens
-        return synced_gpus or any(isinstance(module, FSDPModule) for module in self.modules())
-
 
 __all__ = ["DONE", "SynchronisedPasses"]

@@ -128,16 +128,14 @@ def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None)
     alone, total = len(runs) == 1, sum([each.key.shape[2] for each in runs])
     if len(runs[0].key) != len(query):
         return block_attention_reference(query, runs, scale)
-    if alone and (tokens == 1 or not run.causal or total <= JOINED):
-        return _at_once(query, run.key, run.value, run.visible(query, 0, total), scale)
+    if total <= JOINED or (alone and (tokens == 1 or not run.causal)):
+        key = run.key if alone else torch.cat([each.key for each in runs], dim=2)
+        value = run.value if alone else torch.cat([each.value for each in runs], dim=2)
+        return _at_once(query, key, value, _visible(query, runs), scale)
     # In float32, kernels of other devices hold all scores where heads share keys.
     on_cpu = query.device.type == "cpu"
     if alone and total == tokens and run.mask is None and (on_cpu or query.element_size() == 2):
         return F.scaled_dot_product_attention(query, run.key, run.value, is_causal=True, scale=scale, enable_gqa=True)
-    if total <= JOINED:
-        key = torch.cat([each.key for each in runs], dim=2)
-        value = torch.cat([each.value for each in runs], dim=2)
-        return _at_once(query, key, value, _visible(query, runs), scale)
     # In a causal run with holes a query may see nothing, of which torch's logsumexp is 0.
     holes = run.causal and run.mask is not None
     if on_cpu and run.key.shape[2] == tokens and not holes and not _wants_gradient(query, runs):
@@ -256,8 +254,8 @@ def _folded(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 def _visible(query: torch.Tensor, runs: Sequence[Columns]) -> torch.Tensor | None:
     """What queries see of all columns: bool, (B or 1, 1, S or 1, columns); None for everything."""
     parts = [run.visible(query, 0, run.key.shape[2]) for run in runs]
-    if all(part is None for part in parts):
-        return None
+    if len(runs) == 1 or all(part is None for part in parts):
+        return parts[0]
     rows = max(len(part) for part in parts if part is not None)
     queries = max(part.shape[2] for part in parts if part is not None)
     everything = query.new_ones(1, dtype=torch.bool)

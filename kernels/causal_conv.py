@@ -50,18 +50,14 @@ def causal_conv(
     if kernel is None or after is None:
         padded = inputs_after_state(x, weight.shape[1], state)  # (B, K - 1 + T, C)
         if kernel is None:
-            y = _convolved(padded, weight, bias, activation)
+            convolve = causal_conv_reference if x.device.type == "cpu" else _depthwise
+            # ACT2FN builds a module at every look-up.
+            act = F.silu if activation == "silu" else ACT2FN[activation]
+            y = act(convolve(padded, weight, bias)).to(x.dtype)
         after = padded if return_inputs else conv_state(padded, weight.shape[1], ends)
     if in_place and state is not None and after is not state:
         after = state.copy_(after)
     return y, after
-
-
-def _convolved(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    convolve = causal_conv_reference if padded.device.type == "cpu" else _depthwise
-    # ACT2FN builds a module at every look-up.
-    act = F.silu if activation == "silu" else ACT2FN[activation]
-    return act(convolve(padded, weight, bias)).to(padded.dtype)
 
 
 def causal_conv_reference(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -117,7 +117,9 @@ def grouped_experts(
     lone, top_k = len(indices) == 1, indices.shape[1]
     grouped = x.expand(len(order), -1).contiguous() if lone else x.index_select(0, order // top_k)
     activated = grouped_mm(grouped, up_proj.transpose(1, 2), ends)
-    if _is_relu2(act_fn) and may_give_out(activated):
+    module: Any = act_fn
+    # Where nobody would miss a call of it.
+    if type(module) is RELU2 and not (module._forward_hooks or module._forward_pre_hooks) and may_give_out(activated):
         activated = activated.relu_().square_()
     else:
         activated = act_fn(activated)
@@ -129,11 +131,3 @@ def grouped_experts(
         return weighted.new_zeros(x.shape).index_add(0, order // top_k, weighted)
     by_token = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, indices.shape)  # (T, K, H)
     return torch.bmm(weights[:, None], by_token.to(weights.dtype))[:, 0]
-
-
-def _is_relu2(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether it is that and nobody would miss a call of it."""
-    if type(act_fn) is not RELU2:
-        return False
-    module: Any = act_fn
-    return not (module._forward_hooks or module._forward_pre_hooks)
