@@ -5,7 +5,8 @@ argument says. Takes ten minutes on an idle core.
 - growth: an autoregressive step and a denoiser's block of 16, of one attention layer, over contexts of 1K to 128K
   tokens, beside the time of reading its keys and values, summed and copied; the slopes of the former over the latter.
 - prefill: 16,384 tokens at once and in chunks of 2,048.
-- chunks: 131,072 tokens in chunks of 2,048; peak memory over the loaded model, of the process, relative to the cache.
+- chunks: 131,072 tokens in chunks of 2,048; peak memory over the loaded model, of the process, relative to the cache:
+  as `generate` reads them, which tells the cache how many will come ("long"), and as it grows by itself ("growing").
 
 The released model does not fit in such a machine: growth is that of the embedded checkpoint's attention (4 query and
 2 key/value heads of 32) and of the released one's (32 and 2 of 128), the rest of the embedded checkpoint's context
@@ -40,12 +41,14 @@ def main(file: Path) -> None:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"growth": [growth(name) for name in HEADS]}
     # Each in a process of its own, whose peak is this one's alone.
-    for name, tokens, chunk in (
-        ("whole", PREFILL, PREFILL),
-        ("in_chunks", PREFILL, CHUNK),
-        ("long", LONG, CHUNK),
+    for name, tokens, chunk, expected in (
+        ("whole", PREFILL, PREFILL, PREFILL),
+        ("in_chunks", PREFILL, CHUNK, PREFILL),
+        ("long", LONG, CHUNK, LONG),
+        ("growing", LONG, CHUNK, 0),
     ):
-        out = subprocess.run([sys.executable, __file__, str(tokens), str(chunk)], stdout=subprocess.PIPE, check=True)
+        arguments = [sys.executable, __file__, *map(str, (tokens, chunk, expected))]
+        out = subprocess.run(arguments, stdout=subprocess.PIPE, check=True)
         result[name] = json.loads(out.stdout.splitlines()[-1])
         print(name, result[name], flush=True)
     result["chunking"] = result["in_chunks"]["seconds"] / result["whole"]["seconds"]
@@ -104,14 +107,18 @@ def model() -> TwoTowerForBlockDiffusion:
     return TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint()).eval()
 
 
-def prefill(tokens: int, chunk: int) -> dict[str, float]:
-    """Read so many tokens in chunks of `chunk`: seconds, and megabytes of the cache and over the loaded model."""
+def prefill(tokens: int, chunk: int, expected: int) -> dict[str, float]:
+    """
+    Read so many tokens in chunks of `chunk`, by a cache that expects as many as it is told: seconds, and megabytes of
+    the cache and over the loaded model.
+    """
     torch.set_num_threads(1)
     tower, ids = model().context_tower, torch.randint(4, 512, (1, tokens))
     with torch.inference_mode():
         tower(ids[:, :64], TwoTowerCache(tower.config))
         before = peak_megabytes()
         cache, began = TwoTowerCache(tower.config), time.thread_time()
+        cache.expect(expected)
         for first in range(0, tokens, chunk):
             tower(ids[:, first : first + chunk], cache)
         seconds = time.thread_time() - began
@@ -133,7 +140,7 @@ def peak_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 4:
         print(json.dumps(prefill(*map(int, sys.argv[1:]))))
     else:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("long_context.json"))
