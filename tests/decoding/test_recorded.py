@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from twotower import TwoTowerEngine, TwoTowerForBlockDiffusion
 from twotower.cache_twotower import MambaState
-from twotower.decoding.compiled import CompiledPasses, programs_of, records_passes
+from twotower.decoding.compiled import CompiledPasses, records_passes
 from twotower.decoding.pass_costs import PassCosts
+from twotower.decoding.programs import programs_of
 from twotower.decoding.recorded import Recording
 
 
