@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -387,3 +389,9 @@ def test_without_triton_the_files_of_our_kernels_can_be_imported_still(fresh_pyt
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     result = fresh_python("-c", code, env=environment)
     assert result.stdout.splitlines() == ["None False"] * len(kernels), result.stderr
+
+
+def test_the_gpu_extra_installs_what_backends_use_and_nothing_else():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    used = {backend.name for own in BACKENDS.values() for backend in own.values()}
+    assert {re.match(r"[a-z0-9-]+", each).group() for each in extra} == used == set(backends.MODULES)
