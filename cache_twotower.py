@@ -786,7 +786,7 @@ def listed(counts: Counts) -> list[int]:
 
 def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
     """Numbers in lists as a tensor on the device, without waiting for it (as `torch.tensor(..., device=)` does)."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:

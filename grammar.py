@@ -95,7 +95,8 @@ class GrammarProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(B, T) ids and (B, V) scores of what follows them -> (B, V); -inf all over after a text of no grammar."""
         texts = input_ids[:, self.prompt_length :].tolist()
-        allowed = torch.stack([self._allowed_after(text, scores.shape[-1]) for text in texts])
+        with torch.device("cpu"):  # whatever torch's default device
+            allowed = torch.stack([self._allowed_after(text, scores.shape[-1]) for text in texts])
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
     def _allowed_after(self, tokens: list[int], vocab_size: int) -> torch.Tensor:

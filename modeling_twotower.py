@@ -1286,7 +1286,8 @@ class TimestepEmbedder(Preparing, nn.Module):
     def _frequencies(self, device: torch.device) -> torch.Tensor:
         wide = torch.promote_types(self._dtype, torch.float32)
         half = torch.arange(self.features // 2, device=device, dtype=wide)
-        return torch.exp(half * (-2 / self.features) * torch.log(torch.tensor(self.max_period, dtype=torch.float32)))
+        period = torch.tensor(self.max_period, dtype=torch.float32, device="cpu")  # which any device takes as a number
+        return torch.exp(half * (-2 / self.features) * torch.log(period))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""

@@ -266,6 +266,8 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
         return path_or_model
     if isinstance(path_or_model, PreTrainedModel):
         raise ValueError(f"the backbone is a {type(path_or_model).__name__}; give a NemotronHForCausalLM, or its path")
+    if kwargs.pop("output_loading_info", False):
+        raise ValueError("output_loading_info=True: a backbone that is incomplete is refused anyway; leave it out")
     names = check_safetensors(path_or_model, kwargs)
     if any(is_of(name, ["context_tower", "denoiser_tower"]) for name in names or ()):
         raise ValueError(

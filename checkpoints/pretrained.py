@@ -163,6 +163,14 @@ class PretrainedInterface(PreTrainedModel):
                 PeftModel.
         """
         self.check_denoiser("save_pretrained")
+        if getattr(self, "hf_device_map", None) is None:  # else transformers fetches what is offloaded
+            offloaded = next((name for name, tensor in self.named_parameters() if tensor.is_meta), None)
+            if offloaded is not None and kwargs.get("state_dict") is None:
+                raise ValueError(
+                    f"{offloaded} holds no data here: if accelerate's cpu_offload or disk_offload keeps it elsewhere, "
+                    "call accelerate.hooks.remove_hook_from_submodules(model) before saving, or offload by the "
+                    "device_map of from_pretrained; else give the tensors as state_dict"
+                )
         if not self._hf_peft_config_loaded:  # else transformers writes the adapter that it has put there
             check_no_adapter(self)
         if renamed := renamed_weights(self):
@@ -216,7 +224,7 @@ class PretrainedInterface(PreTrainedModel):
             path_or_model: folder or Hub id of any NemotronH checkpoint, or a loaded [`NemotronHForCausalLM`].
             trained_towers: see [`~TwoTowerForBlockDiffusion.set_trained_towers`].
             kwargs: `block_size`, `mask_token_id` and what else [`TwoTowerConfig`] adds to the backbone's config; with
-                a path also arguments of `from_pretrained`, such as `dtype`.
+                a path also arguments of `from_pretrained`, such as `dtype` or `attn_implementation`.
 
         Raises:
             ValueError: for unknown `trained_towers`, a backbone that is incomplete or spread over devices.
@@ -227,6 +235,14 @@ class PretrainedInterface(PreTrainedModel):
         backbone = load_backbone(path_or_model, **kwargs)
         with torch.device("meta"):
             model = cls(config_of_backbone(backbone, **added)).to(backbone.dtype)
+        # What was asked for by name, or is the backbone's own way.
+        attention, experts = (kwargs.get(f"{each}_implementation") for each in ("attn", "experts"))
+        if attention or backbone.config._attn_implementation == "eager":
+            model.set_attn_implementation(attention or "eager")
+        if experts or backbone.config._experts_implementation != "grouped_mm":
+            model.set_experts_implementation(experts or backbone.config._experts_implementation)
+        # Texts end where the backbone's do.
+        model.generation_config = cls.generation_config_class.from_dict(backbone.generation_config.to_dict())
         device = _device_of_all(backbone)
         cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
         if not given:

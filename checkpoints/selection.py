@@ -83,4 +83,4 @@ def _file(path: str | os.PathLike, name: str, where: dict[str, Any]) -> Path:
     return Path(os.path.abspath(file))
 
 
-__all__ = ["only_tensors_of", "where_of"]
+__all__ = ["WHERE", "only_tensors_of", "where_of"]

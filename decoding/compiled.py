@@ -220,7 +220,7 @@ class CompiledPasses:
     def _numbers(self, numbers: Sequence[int], rows: int) -> torch.Tensor:
         """One of each row -> (B,) on the device, without waiting for it; a recording's are copied there in one."""
         padded = [*numbers, *[0] * (rows - len(numbers))]
-        return torch.tensor(padded) if self.records else uploaded(padded, self.device)
+        return torch.tensor(padded, device="cpu") if self.records else uploaded(padded, self.device)
 
     def _run(self, program: Callable[..., Any], sizes: tuple[Any, ...], static: Any, *inputs: Any) -> Any:
         """`static` are caches and what lies beside them, which keep their places; `inputs` are every pass's own."""

@@ -340,7 +340,7 @@ def _passes(
         return getattr(model, part)(*args) if programs is None else programs(part, *args)
 
     def tokens(count: int) -> torch.Tensor:
-        return torch.randint(vocabulary, (rows, count), generator=generator).to(device)
+        return torch.randint(vocabulary, (rows, count), generator=generator, device="cpu").to(device)
 
     ids, times = {length: tokens(length) for length in (1, *lengths)}, torch.full((rows,), 0.5, device=device)
     cache = TwoTowerCache(model.config)
@@ -439,6 +439,9 @@ def _to_file(file: Path, key: str, description: dict[str, Any], costs: PassCosts
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as staged:
             json.dump({"version": FILE_VERSION, "tables": tables}, staged, indent=1, default=str)
+        # A temporary file is its writer's alone, but the folder may be shared.
+        os.umask(umask := os.umask(0))
+        os.chmod(staged.name, file.stat().st_mode & 0o777 if file.exists() else 0o666 & ~umask)
         os.replace(staged.name, file)
     except (OSError, ValueError) as error:
         if staged is not None:

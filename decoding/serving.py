@@ -69,7 +69,8 @@ class RequestHandle(Future):
     several sequences (`num_return_sequences`) those of the first. Then what went wrong is raised, `CancelledError` if
     it was cancelled.
 
-    Whoever waits for a token, the result or the exception of an engine without a thread takes its steps meanwhile.
+    Whoever waits for a token, the result or the exception of an engine without a thread takes its steps meanwhile; not
+    so `concurrent.futures.wait`, `as_completed` and asyncio, which want an engine with a thread.
     """
 
     def __init__(self, request_id: str, engine: "TwoTowerEngine", prompt_ids: list[int], streaming: bool):
@@ -203,7 +204,7 @@ class TwoTowerEngine:
         generation_config: of requests that bring none; default the model's.
 
     `start` and `stop`, or `with engine:`, let a thread of its own do the work; or call `step` until it is False, or
-    wait for a handle, which does.
+    ask a handle for its result, which does.
     """
 
     def __init__(

@@ -71,8 +71,10 @@ def denoiser_log_likelihood(
 
 def _drawn_masks(length: int, samples: int, generator: torch.Generator) -> torch.Tensor:
     """(N, L) bool, each row with a number of masked tokens that is uniform in 1..L, anywhere."""
-    counts = torch.randint(1, length + 1, (samples, 1), generator=generator)
-    ranks = torch.rand(samples, length, generator=generator, dtype=torch.float32).argsort(dim=1).argsort(dim=1)
+    place = generator.device
+    counts = torch.randint(1, length + 1, (samples, 1), generator=generator, device=place)
+    drawn = torch.rand(samples, length, generator=generator, dtype=torch.float32, device=place)
+    ranks = drawn.argsort(dim=1).argsort(dim=1)
     return ranks < counts
 
 

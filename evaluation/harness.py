@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from ..checkpoints.placement import prompts_device
+from ..checkpoints.selection import WHERE
 from ..compat_twotower import logger
 from ..decoding.config import STRATEGY_DEFAULTS
 from ..generation_twotower import TwoTowerGenerationConfig
@@ -96,11 +97,15 @@ class TwoTowerLM(HFLM):
             raise ValueError(f"likelihood_samples is {likelihood_samples}; give at least 2, for the error")
         self.likelihood, self.likelihood_samples = likelihood, likelihood_samples
         self.likelihood_errors: list[float] = []
+        # Where the tokenizer is, too; of another name, in the files of that one.
+        where = {each: options[each] for each in (*WHERE, "trust_remote_code") if each in options}
+        if tokenizer is not None:
+            where.pop("subfolder", None)
         name, model = _loaded(pretrained, device, dtype, revision, options)
         if tokenizer is None and not name:
             raise ValueError("the model was made here, and says of no place where its tokenizer is; give tokenizer")
         if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, revision=revision, **where)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=int(batch_size), backend="causal", **reading
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from tiny import GEOMETRIES, random_block, random_ids, randomize, tiny_config, tiny_model
 from tolerances import assert_close
@@ -403,6 +404,57 @@ def test_from_a_loaded_backbone():
     model.context_tower.embeddings.weight.data.fill_(1.0)
     assert model.denoiser_tower.embeddings.weight.abs().max() > 1
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_text_ends_where_the_backbones_does(loaded, tmp_path):
+    backbone, ids = nemotron_h().eval(), torch.tensor([[5, 6, 7]])
+    text = backbone.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    backbone.generation_config.eos_token_id = [2, text[3]]
+    backbone.save_pretrained(tmp_path)
+    model = TwoTowerForBlockDiffusion.from_backbone(backbone if loaded else tmp_path)
+    assert model.generation_config.eos_token_id == [2, text[3]]
+    written = model.generate(ids, mode="ar", max_new_tokens=8, pad_token_id=0)[0, 3:].tolist()
+    assert written == text[: text.index(text[3]) + 1]
+
+
+def test_what_is_asked_of_a_backbone_or_is_its_own_way_becomes_the_models(tmp_path):
+    backbone = nemotron_h()
+    backbone.save_pretrained(tmp_path)
+    ways = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    loaded = NemotronHForCausalLM.from_pretrained(tmp_path, **ways)
+    for model in (
+        TwoTowerForBlockDiffusion.from_backbone(tmp_path, **ways),
+        TwoTowerForBlockDiffusion.from_backbone(loaded),
+    ):
+        for tower in (model, model.context_tower, model.denoiser_tower):
+            assert (tower.config._attn_implementation, tower.config._experts_implementation) == ("eager", "eager")
+    plain = TwoTowerForBlockDiffusion.from_backbone(tmp_path).config
+    assert plain._attn_implementation == "sdpa"
+    assert plain._experts_implementation == tiny_model().config._experts_implementation
+    with pytest.raises(ValueError, match="output_loading_info=True: a backbone that is incomplete is refused"):
+        TwoTowerForBlockDiffusion.from_backbone(tmp_path, output_loading_info=True)
+
+
+def test_offloaded_weights_are_told_of_before_anything_is_saved(tmp_path):
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"embeddings.weight holds no data here: .*hooks.remove_hook_from_submodules"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    remove_hook_from_submodules(model)
+    model.save_pretrained(tmp_path / "saved")
+    after = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_subfolder_that_is_not_there_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="inner holds no weights"):
+        TwoTowerForBlockDiffusion.from_pretrained(tmp_path, subfolder="inner")
+    with pytest.raises(OSError, match=r"there is no config.json in .*, subfolder 'inner'"):
+        TwoTowerConfig.from_pretrained(tmp_path, subfolder="inner")
 
 
 @pytest.mark.parametrize("loaded", [True, False])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 
 import pytest
@@ -130,6 +131,24 @@ def test_every_pass_is_measured(model):
     assert all(seconds > 0 for *_, seconds in costs.entries())
     assert costs.of("verify", 2, 1) <= costs.of("verify", 4, 1)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_whatever_torchs_default_device_they_are_measured_where_the_model_is(model):
+    with torch.device("meta"):
+        costs = PassCosts.measure(model, lengths=[1, 2], rows=[1])
+    assert all(seconds > 0 for *_, seconds in costs.entries())
+
+
+def test_the_file_is_as_others_may_read_it(model, measured):
+    others = os.umask(0o022)
+    try:
+        costs_of(model, 4, rows=1)
+        assert pass_costs_file().stat().st_mode & 0o777 == 0o644
+        pass_costs_file().chmod(0o664)
+        costs_of(model, 8, rows=1)
+    finally:
+        os.umask(others)
+    assert pass_costs_file().stat().st_mode & 0o777 == 0o664
 
 
 def test_what_is_measured_is_kept_with_the_model_and_in_the_file(model, measured):

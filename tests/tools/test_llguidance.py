@@ -88,6 +88,14 @@ def test_it_serves_transformers_own_models(model, tokenizer, inputs):
     assert texts_of(model, tokenizer, inputs[3], mode="ar", logits_processor=[grammar]) == expected
 
 
+def test_whatever_torchs_default_device_scores_stay_where_they_are(tokenizer):
+    grammar, scores = Grammar.from_regex("a[0-9]+b", tokenizer), torch.zeros(1, len(tokenizer))
+    expected = grammar.after(2)(torch.tensor([[5, 5]]), scores)
+    ids = torch.tensor([[5, 5]])
+    with torch.device("meta"):
+        assert torch.equal(grammar.after(2)(ids, scores), expected)
+
+
 def test_an_answer_depends_on_the_text_alone(tokenizer):
     grammar = Grammar.from_regex("a[0-9]+b", tokenizer)
     processor = grammar.after(2)

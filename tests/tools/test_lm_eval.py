@@ -5,6 +5,7 @@ Log-likelihoods are the context tower's, or estimates of the denoiser's.
 """
 
 import json
+import shutil
 import sys
 from functools import partial
 
@@ -17,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 import twotower
 from twotower import TwoTowerForBlockDiffusion
@@ -290,6 +291,18 @@ def test_an_interrupted_run_goes_on_from_lm_evals_cache(tasks, model, tokenizer,
     results = lm_eval.simple_evaluate(lm, task_manager=manager, **settings)
     assert seen == [3, 1]
     assert results["results"]["three"]["exact_match,none"] == pytest.approx(2 / 3)
+
+
+def test_a_subfolders_tokenizer_is_its_own(tmp_path):
+    """The repository's root has another one."""
+    shutil.copytree(twotower.demo_checkpoint(), tmp_path / "both")
+    inner = tmp_path / "both" / "inner"
+    tiny_model(vocab_size=280).save_pretrained(inner)
+    tiny_tokenizer().save_pretrained(inner)
+    lm = TwoTowerLM(str(tmp_path / "both"), subfolder="inner", device="cpu")
+    assert lm.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    other = TwoTowerLM(str(tmp_path / "both"), subfolder="inner", device="cpu", tokenizer=str(inner))
+    assert other.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
 
 
 def test_a_checkpoint_is_loaded_by_its_folder(tokenizer):
