@@ -170,18 +170,18 @@ class TwoTowerPreTrainedModel(NemotronHPreTrainedModel):
         """Where none is asked for by name, [`grouped_mm_or_all`], under the name it had when it did otherwise."""
         if requested_experts not in (None, GROUPED_MM_OR_ALL):
             return super().get_correct_experts_implementation(requested_experts)
-        chosen = super().get_correct_experts_implementation(requested_experts and "grouped_mm")
         # Quantised experts are other modules, with implementations of their own.
-        quantized = getattr(self.config, "quantization_config", None) is not None
-        return GROUPED_MM_OR_ALL if chosen == "grouped_mm" and not quantized else chosen
+        if getattr(self.config, "quantization_config", None) is not None:
+            return super().get_correct_experts_implementation(requested_experts and "grouped_mm")
+        return GROUPED_MM_OR_ALL
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        """torch's grouped product wants rows of whole 16 bytes; experts of other sizes fall back to "eager"."""
+        """torch's grouped product wants rows of whole 16 bytes; ours fills up others."""
         rows = (self.config.moe_latent_size or self.config.hidden_size, self.config.moe_intermediate_size)
         if "moe" in self.config.layers_block_type and any(size % 8 for size in rows):
             raise ValueError(
                 f'experts_implementation="grouped_mm" needs expert sizes that are multiples of 8, not {rows}; '
-                'use "eager" or "batched_mm"'
+                'use "eager" or "batched_mm", or leave it unset'
             )
         return super()._grouped_mm_can_dispatch()
 

@@ -27,7 +27,7 @@ from ..compat_twotower import (
     tqdm,
 )
 from ..inputs_twotower import as_ids, check_attention_mask, check_ids
-from .asking import PerRow, asked_by_mode, made_for, serves_all_rows
+from .asking import PerRow, asked_by_mode, made_for, name_of, serves_all_rows
 from .compiled import check_can_compile
 from .config import (
     REFUSED_ARGUMENTS,
@@ -456,6 +456,15 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
         if processors.keeps_state is not None:
             _check_askable(processors, config, len(input_ids), model_kwargs)
+        relaxed = config.mode == "self_speculative" and config.acceptance_ratio < 1
+        if relaxed and stopping.shared and model_kwargs["keep_cache"] and len(input_ids) > 1:
+            name = name_of(stopping.shared[0])
+            raise ValueError(
+                f"acceptance_ratio is {config.acceptance_ratio}, and the stopping criterion {name} is one for "
+                f"{len(input_ids)} rows, of which a cache that is kept (return_dict_in_generate, past_key_values) "
+                "lets none be ahead, so that they would be drafted otherwise than alone; give PerRow(lambda row: ...),"
+                f" or Stateless({name}) if it is a function of its arguments alone, or leave one of the three out"
+            )
         if config.compile:
             check_can_compile(self, config.compile_config)
         cache = model_kwargs["cache"]

@@ -110,6 +110,13 @@ def grouped_experts(
     act_fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Tokens sorted by expert, one product for all experts, and each token's outputs summed by weight."""
+    size = x.shape[1]
+    inner, outer = (-each % (16 // up_proj.element_size()) for each in up_proj.shape[1:])
+    if inner or outer:  # the product wants rows of whole 16 bytes
+        # Of what the inner ones are filled up with nothing comes: it meets zeros.
+        x, up_proj = F.pad(x, (0, outer)), F.pad(up_proj, (0, outer, 0, inner))
+        down_proj = F.pad(down_proj, (0, inner, 0, outer))
+        return grouped_experts(x, indices, weights, up_proj, down_proj, act_fn)[:, :size]
     # A token's place among its K outputs, in the order of experts; and where each expert's tokens end.
     chosen, order = indices.flatten().sort()
     ends = torch._convert_indices_from_coo_to_csr(chosen, len(up_proj), out_int32=True)[1:]

@@ -165,7 +165,7 @@ def ssd_step_reference(
     """The recurrence for one token, in float32 without the skip term: y (B, 1, H, P) and state (B, H, P, N)."""
     batch, _, heads, head_dim = x.shape
     groups, states = B.shape[2:]
-    after = (x * dt.unsqueeze(-1)).view(batch, groups, -1, 1) * B.view(batch, groups, 1, states)
+    after = (x * dt.unsqueeze(-1)).reshape(batch, groups, -1, 1) * B.reshape(batch, groups, 1, states)
     after = after.view(batch, heads, head_dim, states)
     if state is not None:
         after = torch.addcmul(after, (dt * A).exp().view(batch, heads, 1, 1), state.to(x.dtype))
@@ -191,8 +191,8 @@ def ssd_step_by_tiles(
     groups, states = B.shape[2:]
     out = torch.empty_like(state)
     decay = (dt * A).exp_().view(batch, heads, 1, 1)
-    added = (x * dt.unsqueeze(-1)).view(batch, groups, -1, 1)
-    B, C = B.view(batch, groups, 1, states), C.reshape(batch, groups, 1, states)
+    added = (x * dt.unsqueeze(-1)).reshape(batch, groups, -1, 1)
+    B, C = B.reshape(batch, groups, 1, states), C.reshape(batch, groups, 1, states)
     y, rows = x.new_empty(batch, groups, 1, heads // groups * head_dim), max(1, TILE // state[0].numel())
     for first in range(0, batch, rows):
         tile = slice(first, first + rows)

@@ -57,7 +57,7 @@ def read_text(model, lengths) -> TwoTowerCache:
     return cache
 
 
-@pytest.mark.parametrize("geometry", ["all kinds", "pure attention"])
+@pytest.mark.parametrize("geometry", ["all kinds", "pure attention", "odd"])
 def test_one_graph_for_all_widths(geometry):
     torch._dynamo.reset()
     model = tiny_model(geometry)

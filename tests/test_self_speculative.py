@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import random_ids, tiny_model, without_special_tokens
 from transformers import AutoTokenizer, LogitsProcessor
 
 import twotower
-from twotower import Stateless
+from twotower import PerRow, Stateless
 from twotower.decoding.rules import UNMASKING_RULES
 from twotower.demo.evaluation import MAX_NEW_TOKENS
 from twotower.demo.tasks import held_out_tasks
@@ -411,3 +412,24 @@ def test_a_denoiser_that_is_always_right(model, few, monkeypatch, block_size):
                 torch.testing.assert_close(answer.output["acceptance"], (count - 1 + last) / count)
                 steps = torch.arange(most - 1) % block_size
                 assert torch.equal(answer.output["commit_steps"][1:], torch.where(steps == block_size - 1, -1, 0))
+
+
+def test_relaxed_verification_with_a_criterion_for_all_rows_keeps_no_cache():
+    """Else a row keeps as little of a draft as its neighbours, and is drafted otherwise than alone."""
+    model = without_special_tokens(tiny_model("each kind once"))
+    ids, asked = random_ids(3, 9), []
+
+    def never(ids, scores):
+        asked.append(ids.shape)
+        return False
+
+    options = {"mode": "self_speculative", "block_size": 4, "acceptance_ratio": 0.2, "max_new_tokens": 12}
+    with pytest.raises(ValueError, match=r"acceptance_ratio is 0.2, and the stopping criterion function is one for 3"):
+        model.generate(ids, stopping_criteria=[never], return_dict_in_generate=True, **options)
+    assert not asked
+    alone = [model.generate(row[None], **options)[0].tolist() for row in ids]
+    for criterion, kept in ((never, False), (Stateless(never), True), (PerRow(lambda row: lambda ids, scores: False), True)):
+        output = model.generate(ids, stopping_criteria=[criterion], return_dict_in_generate=kept, **options)
+        assert (output.sequences if kept else output).tolist() == alone
+    lone = model.generate(ids[:1], stopping_criteria=[never], return_dict_in_generate=True, **options)
+    assert lone.sequences.tolist() == alone[:1]

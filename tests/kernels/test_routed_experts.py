@@ -47,6 +47,19 @@ def test_torchs_ways(way, tokens):
     assert_close(way(*parts), equation(*parts), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(130, 130), (1030, 64), (24, 9), (30, 40)])
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+def test_rows_of_no_whole_16_bytes(tokens, sizes, dtype):
+    hidden, inner = sizes
+    parts = draw(tokens, hidden=hidden, inner=inner, dtype=dtype)
+    for way in (routed_experts, grouped_experts):
+        assert_close(way(*parts), equation(*parts), dtype, 4.0)
+    weights = [part.requires_grad_() for part in parts[3:5]]
+    grouped_experts(*parts).sum().backward()
+    assert all(weight.grad.isfinite().all() and weight.grad.abs().sum() > 0 for weight in weights)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_done_in_place_leaves_what_was_given(dtype):

@@ -218,6 +218,17 @@ def test_one_token_is_the_recurrence_and_a_chunk_of_one(batch, groups):
     assert_close(scan.state, chunk_after)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_inputs_may_lie_anyhow_in_memory(tokens):
+    arguments = draw(tokens)
+    expected = ssd_scan(**arguments)
+    otherwise = {name: arguments[name].transpose(1, -1).contiguous().transpose(1, -1) for name in ("x", "B", "C")}
+    otherwise["x"] = arguments["x"].transpose(2, 3).contiguous().transpose(2, 3)
+    scan = ssd_scan(**{**arguments, **otherwise})
+    assert_close(scan.y, expected.y)
+    assert_close(scan.state, expected.state)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_one_token_of_large_states_is_taken_some_rows_at_a_time(groups, monkeypatch):
     """Also by `ssd_scan`."""
