@@ -428,7 +428,11 @@ def test_relaxed_verification_with_a_criterion_for_all_rows_keeps_no_cache():
         model.generate(ids, stopping_criteria=[never], return_dict_in_generate=True, **options)
     assert not asked
     alone = [model.generate(row[None], **options)[0].tolist() for row in ids]
-    for criterion, kept in ((never, False), (Stateless(never), True), (PerRow(lambda row: lambda ids, scores: False), True)):
+    for criterion, kept in (
+        (never, False),
+        (Stateless(never), True),
+        (PerRow(lambda row: lambda ids, scores: False), True),
+    ):
         output = model.generate(ids, stopping_criteria=[criterion], return_dict_in_generate=kept, **options)
         assert (output.sequences if kept else output).tolist() == alone
     lone = model.generate(ids[:1], stopping_criteria=[never], return_dict_in_generate=True, **options)
