@@ -1275,27 +1275,20 @@ class TimestepEmbedder(Preparing, nn.Module):
         # Of an adapter (peft's target_modules="all-linear") or a parametrization the weight lies elsewhere.
         return [first._parameters.get("weight")] if is_untouched(first) else []
 
-    def of_weights(self) -> tuple[torch.Tensor, ...]:
-        return (self._frequencies(next(self.mlp.parameters()).device),)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        # Layers that torch has quantised dynamically have no parameters.
-        return next((each.dtype for each in self.mlp.parameters()), torch.float32)
-
-    def _frequencies(self, device: torch.device) -> torch.Tensor:
-        wide = torch.promote_types(self._dtype, torch.float32)
+    def of_weights(self, device: torch.device | None = None) -> tuple[torch.Tensor, ...]:
+        """Frequencies, in float32 at least; by default where the weights are."""
+        first = next(self.mlp.parameters(), None)  # of layers that torch has quantised dynamically there are none
+        wide = torch.float32 if first is None else torch.promote_types(first.dtype, torch.float32)
+        device = first.device if device is None and first is not None else device
         half = torch.arange(self.features // 2, device=device, dtype=wide)
         period = torch.tensor(self.max_period, dtype=torch.float32, device="cpu")  # which any device takes as a number
-        return torch.exp(half * (-2 / self.features) * torch.log(period))
+        return (torch.exp(half * (-2 / self.features) * torch.log(period)),)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1]; rounded to the model's dtype before it is scaled, as NVIDIA's code does."""
-        dtype = self._dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        held = self.prepared()
-        frequencies = held[0] if held else self._frequencies(timestep.device)
-        angles = (timestep.to(dtype) * self.scale).to(wide)[:, None] * frequencies
+        (frequencies,) = self.prepared() or self.of_weights(timestep.device)
+        dtype = next((each.dtype for each in self.mlp.parameters()), torch.float32)
+        angles = (timestep.to(dtype) * self.scale).to(frequencies.dtype)[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
