@@ -80,7 +80,7 @@ class TwoTowerConfig(NemotronHConfig):
             raise ValueError(f"{source} holds a {type(config_dict).__name__}, not an object of fields")
         if not config_dict:  # of which transformers makes no error where a subfolder is looked for
             inner = f", subfolder {kwargs['subfolder']!r}" if kwargs.get("subfolder") else ""
-            raise OSError(f"there is no {source}{inner}; look at the name, and at the revision if one was given")
+            raise OSError(f"{source}{inner} is not there, or empty; look at the name, and at revision if it was given")
         kind, known = config_dict.get("model_type"), (cls.model_type, NemotronHConfig.model_type)
         if kind not in known:
             raise ValueError(f"{source} has model_type {kind!r}, expected {' or '.join(known)}; give a TwoTower's")

@@ -154,7 +154,14 @@ class PretrainedInterface(PreTrainedModel):
             raise ValueError(f'dtype is {dtype!r}; give a torch dtype, or the name of one, such as "bfloat16"')
         return towers_device_map(model, devices, None if wanted is None else wanted.itemsize, max_memory)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """
         Write NVIDIA's layout, or with `save_original_format=False` ours; as `PreTrainedModel.save_pretrained`.
 
@@ -163,9 +170,10 @@ class PretrainedInterface(PreTrainedModel):
                 PeftModel.
         """
         self.check_denoiser("save_pretrained")
-        if getattr(self, "hf_device_map", None) is None:  # else transformers fetches what is offloaded
+        # What a device map has offloaded transformers fetches.
+        if is_main_process and state_dict is None and getattr(self, "hf_device_map", None) is None:
             offloaded = next((name for name, tensor in self.named_parameters() if tensor.is_meta), None)
-            if offloaded is not None and kwargs.get("state_dict") is None:
+            if offloaded is not None:
                 raise ValueError(
                     f"{offloaded} holds no data here: if accelerate's cpu_offload or disk_offload keeps it elsewhere, "
                     "call accelerate.hooks.remove_hook_from_submodules(model) before saving, or offload by the "
@@ -178,7 +186,7 @@ class PretrainedInterface(PreTrainedModel):
                 f"what is saved lacks {renamed[0]}, which is computed from other tensors here, so that "
                 f"from_pretrained will refuse it; {REMEDY_OF_RENAMED} before saving a model to be loaded"
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -241,8 +249,10 @@ class PretrainedInterface(PreTrainedModel):
             model.set_attn_implementation(attention or "eager")
         if experts or backbone.config._experts_implementation != "grouped_mm":
             model.set_experts_implementation(experts or backbone.config._experts_implementation)
-        # Texts end where the backbone's do.
-        model.generation_config = cls.generation_config_class.from_dict(backbone.generation_config.to_dict())
+        # Texts end where the backbone's do. How it would be asked otherwise is not how a TwoTower may be.
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if (token := getattr(backbone.generation_config, name, None)) is not None:
+                setattr(model.generation_config, name, token)
         device = _device_of_all(backbone)
         cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
         if not given:

@@ -42,7 +42,7 @@ KNOBS: dict[str, Parameter] = {
         None,
         "give a whole number of 64 bits, or a list of one per row",
         lambda value: all(
-            type(number) is int and -(2**63) <= number < 2**64
+            whole_number_from(-(2**63)).holds(number) and number < 2**64
             for number in (value if isinstance(value, list) else [value])
         ),
     ),
@@ -60,13 +60,14 @@ MODES_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("block_size", "unmasking_rule", *PARAMETERS), ("mask_diffusion", "self_speculative")),
 }
 STRATEGY_DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in KNOBS.items()}
+IS_WHOLE = whole_number_from(-(2**63)).holds
 TOKENS = {
-    "bos_token_id": Parameter(None, "give a token id, or None", lambda value: type(value) is int),
-    "pad_token_id": Parameter(None, "give a token id, or None", lambda value: type(value) is int),
+    "bos_token_id": Parameter(None, "give a token id, or None", IS_WHOLE),
+    "pad_token_id": Parameter(None, "give a token id, or None", IS_WHOLE),
     "eos_token_id": Parameter(
         None,
         "give a token id or a list of some, or None",
-        lambda value: all(type(each) is int for each in (isinstance(value, list) and value) or [value]),
+        lambda value: all(map(IS_WHOLE, (isinstance(value, list) and value) or [value])),
     ),
 }
 CHECKED = {**{name: whole_number_from(least) for name, least in COUNTS.items()}, **TOKENS, **KNOBS}

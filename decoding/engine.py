@@ -315,6 +315,9 @@ class Engine:
     def release(self) -> None:
         """Let the rows that have ended leave their places to the last ones."""
         ended = [row for row in self.rows if row.phase == ENDED]
+        if ended:
+            going_on = [len(row.prompt) for row in self.rows if row.phase != ENDED]
+            self.cache.expect(max(going_on, default=0))
         for row in ended:
             last = len(self.rows) - 1
             if row.slot < last:

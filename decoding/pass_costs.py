@@ -8,12 +8,12 @@ import json
 import math
 import os
 import platform
-import tempfile
+import secrets
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -432,20 +432,18 @@ def _from_file(file: Path, key: str) -> PassCosts | None:
 
 def _to_file(file: Path, key: str, description: dict[str, Any], costs: PassCosts) -> None:
     """Put the costs beside what other models and processes have kept; a file that can not be read stays as it is."""
-    staged = None
+    staged = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
     try:
         tables = _tables(file)
         tables[key] = {"of": description, "seconds": costs.to_dict()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as staged:
-            json.dump({"version": FILE_VERSION, "tables": tables}, staged, indent=1, default=str)
-        # A temporary file is its writer's alone, but the folder may be shared.
-        os.umask(umask := os.umask(0))
-        os.chmod(staged.name, file.stat().st_mode & 0o777 if file.exists() else 0o666 & ~umask)
-        os.replace(staged.name, file)
+        staged.write_text(json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1, default=str), "utf-8")
+        with suppress(OSError):  # who may read it is as before, where the file system knows of such
+            staged.chmod(file.stat().st_mode & 0o777)
+        os.replace(staged, file)
     except (OSError, ValueError) as error:
-        if staged is not None:
-            Path(staged.name).unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
         _warn(file, error)
 
 

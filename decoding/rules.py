@@ -9,6 +9,7 @@ Shapes: R rows, S block, V vocabulary.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,7 +96,12 @@ def number_that(requirement: str, default: float, holds: Callable[[float], bool]
         default,
         f"it must {requirement}",
         # Of an int beyond what floats can be, nothing holds.
-        lambda value: type(value) in (int, float) and (value == math.inf or abs(value) < 2**1023) and holds(value),
+        lambda value: (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and (value == math.inf or abs(value) <= sys.float_info.max)
+            and holds(value)
+        ),
     )
 
 
@@ -103,7 +109,7 @@ def whole_number_from(least: int, default: int | None = None) -> Parameter:
     return Parameter(
         default,
         f"it must be a whole number of at least {least}",
-        lambda value: type(value) is int and value >= least,
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..compat_twotower import grouped_mm
 from ._experts_triton import RELU2
@@ -63,8 +64,18 @@ def routed_experts(
             return all_experts(*arguments)
     elif x.dtype != torch.bfloat16 and tokens * up_proj.numel() < FEW_PRODUCTS_ON_A_GPU:
         return all_experts(*arguments)
-    # torch does not group what is float64.
-    return all_experts(*arguments) if x.dtype == torch.float64 else grouped_experts(*arguments)
+    if x.dtype == torch.float64:  # which torch does not group
+        return all_experts(*arguments)
+    # Where the host may look, which waits for nobody on a CPU, weights need no filling up.
+    odd = any(each % (16 // up_proj.element_size()) for each in up_proj.shape[1:])
+    if (
+        odd
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not any(map(is_functorch_wrapped_tensor, arguments[:5]))
+    ):
+        return experts_in_turn(*arguments)
+    return grouped_experts(*arguments)
 
 
 def copied_experts(
@@ -99,6 +110,25 @@ def all_experts(
     # What an expert that was not chosen makes of a token may be no number.
     weighted = (outputs * shares.t()[..., None]).masked_fill_((shares == 0).t()[..., None], 0.0)
     return weighted.sum(0).to(x.dtype)
+
+
+def experts_in_turn(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """One expert after the other, of those that were chosen; the host reads which."""
+    chosen, order = indices.flatten().sort()
+    experts, counts = (each.tolist() for each in chosen.unique_consecutive(return_counts=True))
+    out = weights.new_zeros(x.shape)
+    for expert, places in zip(experts, order.split(counts), strict=True):
+        tokens = places // indices.shape[1]
+        outputs = F.linear(act_fn(F.linear(x.index_select(0, tokens), up_proj[expert])), down_proj[expert])
+        out.index_add_(0, tokens, outputs.to(weights.dtype) * weights.flatten().index_select(0, places)[:, None])
+    return out
 
 
 def grouped_experts(

@@ -170,7 +170,7 @@ def ssd_step_reference(
     if state is not None:
         after = torch.addcmul(after, (dt * A).exp().view(batch, heads, 1, 1), state.to(x.dtype))
     # A product with one row is several times as fast on a CPU as one with one column.
-    y = torch.bmm(C.reshape(batch * groups, 1, states), after.view(batch * groups, -1, states).transpose(1, 2))
+    y = torch.bmm(C.reshape(batch * groups, 1, states), after.reshape(batch * groups, -1, states).transpose(1, 2))
     return y.view(x.shape), after
 
 

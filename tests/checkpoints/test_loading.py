@@ -410,12 +410,16 @@ def test_from_a_loaded_backbone():
 def test_a_text_ends_where_the_backbones_does(loaded, tmp_path):
     backbone, ids = nemotron_h().eval(), torch.tensor([[5, 6, 7]])
     text = backbone.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 3:].tolist()
-    backbone.generation_config.eos_token_id = [2, text[3]]
-    backbone.save_pretrained(tmp_path)
-    model = TwoTowerForBlockDiffusion.from_backbone(backbone if loaded else tmp_path)
+    backbone.generation_config.update(eos_token_id=[2, text[3]], do_sample=True, temperature=0.5, use_cache=False)
+    backbone.save_pretrained(tmp_path / "backbone")
+    model = TwoTowerForBlockDiffusion.from_backbone(backbone if loaded else tmp_path / "backbone")
     assert model.generation_config.eos_token_id == [2, text[3]]
+    # No more of it than that, which save_pretrained or generate might refuse.
+    model.save_pretrained(tmp_path / "saved")
     written = model.generate(ids, mode="ar", max_new_tokens=8, pad_token_id=0)[0, 3:].tolist()
     assert written == text[: text.index(text[3]) + 1]
+    backbone.generation_config = None
+    assert TwoTowerForBlockDiffusion.from_backbone(backbone).generation_config.eos_token_id == 2
 
 
 def test_what_is_asked_of_a_backbone_or_is_its_own_way_becomes_the_models(tmp_path):
@@ -443,6 +447,8 @@ def test_offloaded_weights_are_told_of_before_anything_is_saved(tmp_path):
     with pytest.raises(ValueError, match=r"embeddings.weight holds no data here: .*hooks.remove_hook_from_submodules"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "given", True, before)
+    assert (tmp_path / "given" / "model.safetensors").exists()
     remove_hook_from_submodules(model)
     model.save_pretrained(tmp_path / "saved")
     after = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "saved").state_dict()
@@ -453,7 +459,7 @@ def test_a_subfolder_that_is_not_there_is_named(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="inner holds no weights"):
         TwoTowerForBlockDiffusion.from_pretrained(tmp_path, subfolder="inner")
-    with pytest.raises(OSError, match=r"there is no config.json in .*, subfolder 'inner'"):
+    with pytest.raises(OSError, match=r"config.json in .*, subfolder 'inner' is not there"):
         TwoTowerConfig.from_pretrained(tmp_path, subfolder="inner")
 
 

@@ -339,6 +339,23 @@ def test_cancelled_while_it_runs_a_request_leaves_within_a_pass(engine):
     assert other.result(0).shape == (1, 14)
 
 
+def test_a_long_prompt_that_leaves_unread_is_expected_no_more(engine):
+    """Else the others' keys and values would be given room for as many tokens."""
+    engine.add_request(IDS, mode="ar", max_new_tokens=90)
+    engine.step()
+    long = engine.add_request(random_ids(1, 5000), mode="ar", max_new_tokens=1, prefill_chunk_size=64)
+    cache, admit = engine._engine.cache, engine._engine.admit
+
+    def cancelled_at_once(request):
+        admit(request)
+        assert cache.tokens.expected == 5000
+        long.cancel()
+
+    engine._engine.admit = cancelled_at_once
+    run(engine)
+    assert cache.tokens.expected == 0 and cache.tokens.buffers.key.shape[2] <= 128
+
+
 def test_a_result_that_comes_as_it_is_cancelled_harms_nobody(model, engine):
     """Between the engine's look at a handle and its result, another thread cancels."""
     racing = engine.add_request(IDS, max_new_tokens=4, mode="ar", streamer=(streamer := Streamer()))

@@ -9,7 +9,13 @@ from tolerances import assert_close
 from twotower.compat_twotower import ACT2FN
 from twotower.kernels import _experts_triton
 from twotower.kernels._experts_triton import expert_tiles, triton_cannot_route
-from twotower.kernels.routed_experts import all_experts, copied_experts, grouped_experts, routed_experts
+from twotower.kernels.routed_experts import (
+    all_experts,
+    copied_experts,
+    experts_in_turn,
+    grouped_experts,
+    routed_experts,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RELU2 = ACT2FN["relu2"]
@@ -41,7 +47,7 @@ def equation(x, indices, weights, up, down, act_fn):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 40])
-@pytest.mark.parametrize("way", [routed_experts, grouped_experts, all_experts])
+@pytest.mark.parametrize("way", [routed_experts, grouped_experts, all_experts, experts_in_turn])
 def test_torchs_ways(way, tokens):
     parts = draw(tokens)
     assert_close(way(*parts), equation(*parts), torch.float32)
@@ -55,9 +61,12 @@ def test_rows_of_no_whole_16_bytes(tokens, sizes, dtype):
     parts = draw(tokens, hidden=hidden, inner=inner, dtype=dtype)
     for way in (routed_experts, grouped_experts):
         assert_close(way(*parts), equation(*parts), dtype, 4.0)
-    weights = [part.requires_grad_() for part in parts[3:5]]
-    grouped_experts(*parts).sum().backward()
-    assert all(weight.grad.isfinite().all() and weight.grad.abs().sum() > 0 for weight in weights)
+    learnt = [parts[0].requires_grad_(), parts[2].requires_grad_(), *(part.requires_grad_() for part in parts[3:5])]
+    expected = torch.autograd.grad(equation(*parts).square().sum(), learnt)
+    for way in (routed_experts, grouped_experts):
+        gradients = torch.autograd.grad(way(*parts).double().square().sum(), learnt)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            assert_close(gradient, wanted, dtype, 20.0)
 
 
 @torch.no_grad()
