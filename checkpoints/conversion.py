@@ -14,11 +14,18 @@ from typing import Any, BinaryIO
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
-from ..compat_twotower import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, NemotronHConfig
+from ..compat_twotower import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    NemotronHConfig,
+)
 from ..configuration_twotower import TwoTowerConfig
+from ..decoding.config import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from .loading import check_complete, check_safetensors, config_of_backbone
+from .loading import check_complete, check_safetensors, config_of_backbone, take_text_tokens
 
 PIECE = 2**22  # bytes copied at a time
 # What a backbone's names begin with, in NVIDIA's layout or transformers', and what they begin with in either tower.
@@ -28,7 +35,7 @@ PREFIXES = {
     "lm_head.": ("context_lm_head.", "lm_head."),
 }
 PREDICTION_LAYERS = "mtp."  # which a TwoTower has none of
-OTHER_FILES = ("*.jinja", "*.model", "*.txt", "tokenizer*", "special_tokens_map.json", "generation_config.json")
+OTHER_FILES = ("*.jinja", "*.model", "*.txt", "tokenizer*", "special_tokens_map.json")
 
 
 def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> Path:
@@ -76,6 +83,10 @@ def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> P
     for pattern in OTHER_FILES:
         for file in origin.glob(pattern):
             shutil.copy(file, folder)
+    texts = TwoTowerGenerationConfig.from_model_config(config)
+    if (origin / GENERATION_CONFIG_NAME).is_file():
+        take_text_tokens(texts, GenerationConfig.from_pretrained(origin))
+    texts.save_pretrained(folder)
     config.architectures = [TwoTowerForBlockDiffusion.__name__]
     config.save_pretrained(folder)  # last: without it, what is there is no checkpoint
     return folder

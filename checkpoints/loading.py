@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import NemotronHForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, NemotronHForCausalLM, PreTrainedModel
 
 from ..compat_twotower import (
     CONFIG_NAME,
@@ -264,8 +264,11 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: meant for loading a backbone, but a loaded one was given")
         return path_or_model
-    if isinstance(path_or_model, PreTrainedModel):
-        raise ValueError(f"the backbone is a {type(path_or_model).__name__}; give a NemotronHForCausalLM, or its path")
+    if not isinstance(path_or_model, str | os.PathLike):
+        merged = " (of a PeftModel, what merge_and_unload() returns)" if hasattr(path_or_model, "peft_config") else ""
+        raise ValueError(
+            f"the backbone is a {type(path_or_model).__name__}; give a NemotronHForCausalLM{merged}, or its path"
+        )
     if kwargs.pop("output_loading_info", False):
         raise ValueError("output_loading_info=True: a backbone that is incomplete is refused anyway; leave it out")
     names = check_safetensors(path_or_model, kwargs)
@@ -278,6 +281,13 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
     backbone, info = NemotronHForCausalLM.from_pretrained(path_or_model, output_loading_info=True, **kwargs)
     check_complete(info["missing_keys"], path_or_model)
     return backbone
+
+
+def take_text_tokens(config: GenerationConfig, backbone: GenerationConfig | None) -> None:
+    """Let texts begin and end where a backbone's do. How it would be asked otherwise is not how a TwoTower may be."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (token := getattr(backbone, name, None)) is not None:
+            setattr(config, name, token)
 
 
 def config_of_backbone(backbone: NemotronHForCausalLM | NemotronHConfig, **fields: Any) -> TwoTowerConfig:
@@ -301,4 +311,5 @@ __all__ = [
     "merge_expert_matrices",
     "register_checkpoint_layout",
     "spare_modules",
+    "take_text_tokens",
 ]

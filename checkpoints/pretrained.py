@@ -23,6 +23,7 @@ from .loading import (
     load_backbone,
     renamed_weights,
     spare_modules,
+    take_text_tokens,
 )
 from .placement import CONTEXT_PARTS, Device, devices_for_towers, memory_for_towers, towers_device_map
 from .selection import only_tensors_of, where_of
@@ -166,10 +167,21 @@ class PretrainedInterface(PreTrainedModel):
         Write NVIDIA's layout, or with `save_original_format=False` ours; as `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: for a model without denoiser, of which a folder would be no TwoTower; for one within a
-                PeftModel.
+            ValueError: before anything is written: for a model without denoiser, of which a folder would be no
+                TwoTower; for one within a PeftModel; for weights that accelerate keeps elsewhere, and for one weight
+                under two names.
         """
         self.check_denoiser("save_pretrained")
+        first: dict[tuple, str] = {}
+        for name, tensor in (state_dict or dict(self.named_parameters(remove_duplicate=False))).items():
+            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
+                continue
+            other = first.setdefault((tensor.device, tensor.data_ptr(), tensor.shape), name)
+            if other != name:
+                raise ValueError(
+                    f"{name} and {other} are one tensor, and a checkpoint has one for each; give one of them a copy, "
+                    "as in nn.Parameter(weight.detach().clone())"
+                )
         # What a device map has offloaded transformers fetches.
         if is_main_process and state_dict is None and getattr(self, "hf_device_map", None) is None:
             offloaded = next((name for name, tensor in self.named_parameters() if tensor.is_meta), None)
@@ -249,10 +261,7 @@ class PretrainedInterface(PreTrainedModel):
             model.set_attn_implementation(attention or "eager")
         if experts or backbone.config._experts_implementation != "grouped_mm":
             model.set_experts_implementation(experts or backbone.config._experts_implementation)
-        # Texts end where the backbone's do. How it would be asked otherwise is not how a TwoTower may be.
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if (token := getattr(backbone.generation_config, name, None)) is not None:
-                setattr(model.generation_config, name, token)
+        take_text_tokens(model.generation_config, backbone.generation_config)
         device = _device_of_all(backbone)
         cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
         if not given:

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.trainer_utils import load_sharded_checkpoint
 
+from twotower.checkpoints.conversion import convert_backbone
 from twotower.checkpoints.export import export
 from twotower.checkpoints.loading import check_safetensors
 from twotower.configuration_twotower import TwoTowerConfig
@@ -418,6 +419,9 @@ def test_a_text_ends_where_the_backbones_does(loaded, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     written = model.generate(ids, mode="ar", max_new_tokens=8, pad_token_id=0)[0, 3:].tolist()
     assert written == text[: text.index(text[3]) + 1]
+    convert_backbone(tmp_path / "backbone", tmp_path / "on disk")
+    converted = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "on disk").generation_config
+    assert converted.to_diff_dict() == model.generation_config.to_diff_dict()
     backbone.generation_config = None
     assert TwoTowerForBlockDiffusion.from_backbone(backbone).generation_config.eos_token_id == 2
 
@@ -453,6 +457,18 @@ def test_offloaded_weights_are_told_of_before_anything_is_saved(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     after = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_one_weight_under_two_names_is_told_of_before_anything_is_saved(tmp_path):
+    model = tiny_model()
+    model.lm_head.weight = model.context_lm_head.weight
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight and \w*lm_head.weight are one tensor.* a copy, as in nn.Par"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "saved")
 
 
 def test_a_subfolder_that_is_not_there_is_named(tmp_path):
@@ -530,6 +546,8 @@ def test_backbones_that_are_refused(tmp_path):
     backbone = nemotron_h()
     with pytest.raises(ValueError, match="the backbone is a NemotronHModel; give a NemotronHForCausalLM"):
         TwoTowerForBlockDiffusion.from_backbone(backbone.model)
+    with pytest.raises(ValueError, match="the backbone is a NoneType; give a NemotronHForCausalLM, or its path"):
+        TwoTowerForBlockDiffusion.from_backbone(None)
     with pytest.raises(ValueError, match="dtype: meant for loading a backbone"):
         TwoTowerForBlockDiffusion.from_backbone(backbone, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="block_size is 0"):
