@@ -463,7 +463,7 @@ def test_one_weight_under_two_names_is_told_of_before_anything_is_saved(tmp_path
     model = tiny_model()
     model.lm_head.weight = model.context_lm_head.weight
     for given in (None, model.state_dict()):
-        with pytest.raises(ValueError, match=r"lm_head.weight and \w*lm_head.weight are one tensor.*give one of them a"):
+        with pytest.raises(ValueError, match=r"lm_head.weight and \w*lm_head.weight are one tensor.*give one of them"):
             model.save_pretrained(tmp_path / "saved", state_dict=given)
     assert not (tmp_path / "saved").exists()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
