@@ -101,7 +101,7 @@ class KeyValueLayer:
         """
         held_rows, held_columns = (0, 0) if self.buffers is None else self.buffers.key.shape[:3:2]
         if columns > held_columns:  # by a share at least, so that appending costs amortised constant time
-            share = held_columns // (8 if held_columns < LONG else 16)
+            share = held_columns // (8 if held_columns < LONG else 32)
             columns = max(columns, held_columns + share, self.expected)
             columns += -columns % COLUMNS
         if rows > held_rows:
