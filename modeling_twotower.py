@@ -67,7 +67,7 @@ from .inputs_twotower import (
     pack_tokens,
 )
 from .kernels.backends import check_kernels, is_torch
-from .kernels.block_attention import block_attention
+from .kernels.block_attention import Masks, block_attention
 from .kernels.causal_conv import causal_conv, inputs_before_blocks
 from .kernels.gated_rms_norm import gated_rms_norm
 from .kernels.precision import at_least_float32, may_give_out
@@ -112,6 +112,7 @@ class ChunkLayout(NamedTuple):
         context_lengths: (B,) how many of the context's columns a row may see; None for all.
         context_mask: (B or B / n, L) bool, True on the context's columns that hold tokens; None for all.
         block_mask: (B, T) bool, True on the chunk's columns that others may see; None for all.
+        masks: what attention has made of these for torch's kernels, of the first layer for all.
         causal: whether a column sees only itself and earlier columns of the chunk.
         state_every: return Mamba states before every so many columns rather than after the last.
         keep: of Mamba layers, return the "state", the "update" that takes one through any number of the columns, or
@@ -123,6 +124,7 @@ class ChunkLayout(NamedTuple):
     context_lengths: torch.Tensor | None = None
     context_mask: torch.Tensor | None = None
     block_mask: torch.Tensor | None = None
+    masks: Masks | None = None
     causal: bool = False
     state_every: int | None = None
     keep: Literal["state", "in place", "update", "nothing"] = "state"
@@ -529,7 +531,7 @@ class TwoTowerForBlockDiffusion(
         Returns:
             (B, S, V) float32 logits, or (N, V).
         """
-        layout = ChunkLayout(mask, context_lengths=context_lengths, block_mask=mask)
+        layout = ChunkLayout(mask, context_lengths=context_lengths, block_mask=mask, masks={})
         modulations = None if timestep is None else self._modulations(timestep)
         hidden_states = self.denoiser_tower(block_ids, pasts, layout, modulations)
         if places is not None:
@@ -812,7 +814,7 @@ class ContextTower(TwoTowerBackbone):
         if ends is not None:
             mask = torch.arange(embedded.shape[1], device=ends.device) < ends[:, None]
         keep: Literal["state", "in place", "update"] = "update" if tentative else "in place" if in_place else "state"
-        layout = ChunkLayout(mask, ends, context_lengths=context_lengths, causal=True, keep=keep)
+        layout = ChunkLayout(mask, ends, context_lengths, masks={}, causal=True, keep=keep)
         return self.run_layers(embedded, pasts, layout, all_hidden_states=all_hidden_states)
 
     def read_blocks(
@@ -1104,6 +1106,7 @@ class TwoTowerAttention(Preparing, NemotronHAttention):
             layout.block_mask,
             causal=layout.causal,
             scale=self.scaling,
+            masks=layout.masks,
             backend=backend,
         )
         return self.o_proj(attended), present

@@ -26,6 +26,9 @@ JOINED = 160
 # Most scores that are held at a time: 128 MB in float32.
 TILE_SCORES = 2**25
 
+# By the queries' device and how many columns there are.
+Masks = dict[tuple[torch.device, int], torch.Tensor | None]
+
 
 class Columns(NamedTuple):
     """
@@ -78,6 +81,7 @@ def block_attention(
     block_mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    masks: Masks | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """
@@ -94,6 +98,8 @@ def block_attention(
         block_mask: (B, S) bool, likewise of the chunk's.
         causal: whether a query sees only itself and earlier columns of the chunk.
         scale: of the scores, default D ** -0.5.
+        masks: what queries see of all columns, by the device and how many these are, where an earlier call made one of
+            the same lengths and masks as this; one that this call makes is added.
         backend: who computes it, see `backends.py`; of torch's ways "sdpa", as "torch", leaves to it what it has a
             kernel for, "eager" computes the equation for everything.
 
@@ -118,11 +124,12 @@ def block_attention(
         runs.append(Columns(context_key, context_value, context_lengths, context_mask, within))
     if key is not None and value is not None:
         runs.append(Columns(key, value, None, block_mask, causal))
-    attend = block_attention_reference if backend == "eager" else _by_torch
-    return attend(query, runs, scale).transpose(1, 2).flatten(2)
+    if backend == "eager":
+        return block_attention_reference(query, runs, scale).transpose(1, 2).flatten(2)
+    return _by_torch(query, runs, scale, {} if masks is None else masks).transpose(1, 2).flatten(2)
 
 
-def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None) -> torch.Tensor:
+def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None, masks: Masks) -> torch.Tensor:
     """With torch's kernels, where these neither repeat keys nor hold all scores of a long context."""
     run, tokens = runs[-1], query.shape[2]
     alone, total = len(runs) == 1, sum([each.key.shape[2] for each in runs])
@@ -131,7 +138,10 @@ def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None)
     if total <= JOINED or (alone and (tokens == 1 or not run.causal)):
         key = run.key if alone else torch.cat([each.key for each in runs], dim=2)
         value = run.value if alone else torch.cat([each.value for each in runs], dim=2)
-        return _at_once(query, key, value, _visible(query, runs), scale)
+        place = (query.device, total)
+        if place not in masks or torch.is_grad_enabled():  # what is computed again has none of its first time's
+            masks[place] = _visible(query, runs)
+        return _at_once(query, key, value, masks[place], scale)
     # In float32, kernels of other devices hold all scores where heads share keys.
     on_cpu = query.device.type == "cpu"
     if alone and total == tokens and run.mask is None and (on_cpu or query.element_size() == 2):

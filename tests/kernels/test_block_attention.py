@@ -208,6 +208,20 @@ def test_consecutive_rows_share_a_context_row(rows, shared_by, masked):
     assert_close(tiled.transpose(1, 2).flatten(2), expected, torch.float32)
 
 
+@torch.no_grad()
+def test_layers_of_a_pass_share_a_mask():
+    masks, lengths = {}, torch.tensor([3, 11, 0])
+    layers = [draw(), draw(kv_heads=1)]
+    for layer in layers:
+        assert_close(block_attention(*layer, lengths, masks=masks), block_attention(*layer, lengths))
+    ((place, mask),) = masks.items()
+    assert place == (torch.device("cpu"), 16)
+    assert mask.shape == (3, 1, 1, 16)
+    # It is what is looked at.
+    masks[place] = torch.ones_like(mask)
+    assert_close(block_attention(*layers[0], lengths, masks=masks), block_attention(*layers[0]))
+
+
 def test_the_scale_is_an_argument():
     for context in (11, 300):
         tensors = draw(context=context)
