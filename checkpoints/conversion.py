@@ -62,7 +62,8 @@ def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> P
         raise ValueError(f"{folder} is not empty; give another folder")
     origin = source if source.is_dir() else Path(snapshot_download(str(source)))
     names = check_safetensors(origin, {})
-    assert names is not None
+    if names is None:
+        raise ValueError(f"{origin} holds an adapter; load it with peft, merge it (merge_and_unload()) and save that")
     foreign = [name for name in sorted(names) if not name.startswith((*PREFIXES, PREDICTION_LAYERS))]
     if foreign:
         raise ValueError(f"{origin} holds {foreign[0]}, which is no NemotronH's; give the folder of a backbone")

@@ -263,6 +263,7 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
     if isinstance(path_or_model, NemotronHForCausalLM):
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: meant for loading a backbone, but a loaded one was given")
+        _check_plain(path_or_model)
         return path_or_model
     if not isinstance(path_or_model, str | os.PathLike):
         merged = " (of a PeftModel, what merge_and_unload() returns)" if hasattr(path_or_model, "peft_config") else ""
@@ -280,7 +281,17 @@ def load_backbone(path_or_model: str | os.PathLike | PreTrainedModel, **kwargs: 
     kwargs["use_safetensors"] = True
     backbone, info = NemotronHForCausalLM.from_pretrained(path_or_model, output_loading_info=True, **kwargs)
     check_complete(info["missing_keys"], path_or_model)
+    _check_plain(backbone)
     return backbone
+
+
+def _check_plain(backbone: nn.Module) -> None:
+    check_no_adapter(backbone)
+    if getattr(backbone, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the backbone is quantised, which a denoiser cannot be trained from; load it without quantization_config, "
+            "and quantise the TwoTower when it is loaded"
+        )
 
 
 def take_text_tokens(config: GenerationConfig, backbone: GenerationConfig | None) -> None:
@@ -295,7 +306,11 @@ def config_of_backbone(backbone: NemotronHForCausalLM | NemotronHConfig, **field
     config = (backbone if isinstance(backbone, NemotronHConfig) else backbone.config).to_dict()
     for name in BACKBONE_ONLY_FIELDS.split():
         config.pop(name, None)
-    return TwoTowerConfig(**{**config, **fields})
+    made = TwoTowerConfig(**{**config, **fields})
+    ends = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
+    if made.mask_token_id in ends:
+        raise ValueError(f"mask_token_id is {made.mask_token_id}, which ends a text; choose one that no text has")
+    return made
 
 
 __all__ = [

@@ -106,7 +106,13 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def prompts_device(model: Any) -> torch.device:
     """Where a model's token ids go: not to the meta device, where offloaded embeddings are while nobody computes."""
     embeddings = model.context_tower.embeddings
-    return execution_device(embeddings) or embeddings.weight.device
+    device = execution_device(embeddings) or embeddings.weight.device
+    if device.type == "meta":
+        raise ValueError(
+            "the model's weights hold no data, as on the meta device; load it with from_pretrained, without "
+            'device_map="meta"'
+        )
+    return device
 
 
 def stays_in_place(hook: Any) -> bool:

@@ -62,7 +62,7 @@ class PretrainedInterface(PreTrainedModel):
 
         Args:
             trained_towers: "denoiser" (default), "context" or "both", see
-                [`~TwoTowerForBlockDiffusion.set_trained_towers`].
+                [`~TwoTowerForBlockDiffusion.set_trained_towers`]; of a folder with an adapter nothing is.
             kernels: who computes each operation, default "auto", see [`~TwoTowerForBlockDiffusion.set_kernels`].
             towers: "both" (default), or "context" for a model without denoiser, its head and time conditioning, which
                 reads and writes in mode "ar"; of a checkpoint in several files only those it needs are fetched.
@@ -74,8 +74,8 @@ class PretrainedInterface(PreTrainedModel):
                 `kernels` that are unknown or not installed, and for a local folder without safetensors, or with a
                 missing or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
         """
-        trained_towers = kwargs.pop("trained_towers", "denoiser")
-        check_towers("trained_towers", trained_towers, TrainedTowers)
+        trained_towers = kwargs.pop("trained_towers", None)
+        check_towers("trained_towers", trained_towers or "denoiser", TrainedTowers)
         kernels = check_kernels(kwargs.pop("kernels", "auto"))
         towers = kwargs.pop("towers", "both")
         check_towers("towers", towers, LoadedTowers)
@@ -101,7 +101,13 @@ class PretrainedInterface(PreTrainedModel):
         if not renamed:
             # What save_pretrained writes is to depend on its arguments, not on the layout this model was loaded from.
             model._weight_conversions = None
-        model.set_trained_towers(trained_towers)
+        if not model._hf_peft_config_loaded:
+            model.set_trained_towers(trained_towers or "denoiser")
+        elif trained_towers is not None:  # of an adapter's folder peft freezes all, and save_pretrained writes no more
+            raise ValueError(
+                f"trained_towers is {trained_towers!r}, but {pretrained_model_name_or_path} holds an adapter, whose "
+                "model is frozen; leave it out, or load the model and put the adapter on it with peft"
+            )
         model.set_kernels(kernels)
         return (model, info) if with_info else model
 

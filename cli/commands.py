@@ -659,6 +659,10 @@ def _origin(model: str | None) -> str:
     if model.startswith(("/", ".", "~")) and not path.exists():
         raise FileNotFoundError(f"{model} does not exist; give a checkpoint's folder or a Hub repository")
     if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(
+                f"{model} holds an adapter; put it on its model with peft, merge it (merge_and_unload()) and save that"
+            )
         raise FileNotFoundError(f"{model} holds no config.json; give a checkpoint's folder or a Hub repository")
     return str(path) if path.exists() else model
 

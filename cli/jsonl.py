@@ -6,6 +6,7 @@ midst, nothing is kept.
 """
 
 import json
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,10 +43,13 @@ class Line:
 
 
 def read_lines(file: Path, check: Callable[[Line], None]) -> list[Line]:
-    """All lines but empty ones; a ValueError that names file and line for the first that can not be answered."""
+    """
+    All lines but empty ones, behind a byte-order mark or not; a ValueError that names file and line for the first that
+    can not be answered.
+    """
     lines: list[Line] = []
     first_of: dict[tuple[str, str | int], int] = {}
-    for number, raw in enumerate(file.read_bytes().split(b"\n")):
+    for number, raw in enumerate(file.read_bytes().removeprefix(BOM_UTF8).split(b"\n")):
         if not raw.strip():
             continue
         with_place = at_line(file, number)

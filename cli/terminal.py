@@ -25,6 +25,8 @@ PLAIN_WIDTH = 10_000
 
 def output_console() -> Console:
     """Standard output: rich on a terminal, plain text elsewhere, whatever FORCE_COLOR says."""
+    if sys.stdout is None:
+        raise ValueError("standard output is closed; redirect it to a file, or to /dev/null")
     if sys.stdout.isatty():
         return Console(markup=False, highlight=False)
     return Console(markup=False, highlight=False, force_terminal=False, color_system=None, width=PLAIN_WIDTH)

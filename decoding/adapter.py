@@ -17,6 +17,7 @@ from torch import distributed
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from ..cache_twotower import TwoTowerCache, check_cache
+from ..checkpoints.placement import prompts_device
 from ..compat_twotower import (
     BaseStreamer,
     EosTokenCriteria,
@@ -128,11 +129,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             return super().generate(None, **kwargs)
         continued = kwargs.get("cache") is not None
         input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), kwargs, continued)
-        device = self.context_tower.embeddings.weight.device
-        if device.type != "meta":  # else it is offloaded, and accelerate moves inputs to where it runs
-            # At once, as transformers makes processors with tensors beside the prompt.
-            input_ids = input_ids.to(device)
-            padding_mask = None if padding_mask is None else padding_mask.to(device)
+        # At once, as transformers makes processors with tensors beside the prompt.
+        input_ids = input_ids.to(prompts_device(self))
+        padding_mask = None if padding_mask is None else padding_mask.to(input_ids.device)
         if padding_mask is None:
             return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
         # Left padding inside, where every row's newest token is in the last column; the prompts go back as they came.

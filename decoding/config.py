@@ -70,7 +70,8 @@ TOKENS = {
         lambda value: all(map(IS_WHOLE, (isinstance(value, list) and value) or [value])),
     ),
 }
-CHECKED = {**{name: whole_number_from(least) for name, least in COUNTS.items()}, **TOKENS, **KNOBS}
+SHARES = {"top_p": number_that("lie in [0, 1]", 1.0, lambda value: 0 <= value <= 1)}
+CHECKED = {**{name: whole_number_from(least) for name, least in COUNTS.items()}, **SHARES, **TOKENS, **KNOBS}
 # Flags without meaning for two towers, or for one cache that only this model has, and the values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     # beams

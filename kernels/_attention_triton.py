@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ._triton import launched_beside, tl, triton
+from ._triton import is_misread, launched_beside, tl, triton
 
 # The least columns of a part of the context, and the most parts.
 LEAST_SPAN = 256
@@ -213,6 +213,13 @@ def attention_with_triton(
     scale: float | None = None,
 ) -> torch.Tensor:
     """What [`block_attention`] does, with its arguments; of a query that sees no column zeros."""
+    if is_misread(query):
+        key, value, context_key, context_value = (
+            part if part is None else part.float() for part in (key, value, context_key, context_value)
+        )
+        masks = (context_lengths, context_mask, block_mask)
+        wide = (query.float(), key, value, context_key, context_value)
+        return attention_with_triton(*wide, *masks, causal, scale).to(query.dtype)
     batch, heads, tokens, width = query.shape
     block = key is not None and value is not None
     context = 0 if context_key is None else context_key.shape[2]
@@ -228,7 +235,8 @@ def attention_with_triton(
     k, v = (part if part is not None else query for part in (context_key, context_value))
     own_k, own_v = (part if part is not None else query for part in (key, value))
     lengths, mask, own_mask = (
-        part if part is not None else query for part in (context_lengths, context_mask, block_mask)
+        query if part is None else part if part.stride(-1) == 1 else part.contiguous()
+        for part in (context_lengths, context_mask, block_mask)
     )
     everything = parts + block
     means = query.new_empty(batch, heads, tokens, everything, width, dtype=torch.float32)

@@ -30,8 +30,9 @@ def causal_conv_with_package(
     batch, tokens, channels = x.shape
     if state is None:
         state = x.new_zeros(batch, weight.shape[1] - 1, channels)
-    # Channels together in memory; a part of a projection may be so without a copy.
-    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
+    # Channels together in memory, each token's at a multiple of 16 bytes; a part of a projection may be so already.
+    odd = any(each % 8 for each in (x.storage_offset(), *x.stride()[:2]))
+    if x.stride(2) != 1 or x.stride(1) == 0 or odd:
         x = x.contiguous()
     if tokens == 1 and ends is None:
         after = state.to(x.dtype, copy=not in_place).contiguous()

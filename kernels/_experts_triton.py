@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..compat_twotower import ACT2FN
-from ._triton import launched_beside, tl, triton
+from ._triton import is_misread, launched_beside, tl, triton
 
 RELU2 = type(ACT2FN["relu2"])
 # The most pairs that a program looks through; of more tokens some at a time.
@@ -105,6 +105,8 @@ def experts_with_triton(
     act_fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """What [`routed_experts`] does, with its arguments: (T, H) float32."""
+    if is_misread(x):
+        return experts_with_triton(x.float(), indices, weights, up_proj.float(), down_proj.float(), act_fn)
     (tokens, chosen), (experts, inner, hidden) = indices.shape, up_proj.shape
     most = MOST_PAIRS // chosen
     if tokens > most:

@@ -11,9 +11,14 @@ except ImportError:
     triton = tl = None
 
 
+def is_misread(tensor: torch.Tensor) -> bool:
+    """Whether `tl.dot` takes a tensor's bits for integers, as Triton's interpreter does those of bfloat16."""
+    return tensor.dtype == torch.bfloat16 and not tensor.is_cuda
+
+
 def launched_beside(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; within, that is the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-__all__ = ["launched_beside", "tl", "triton"]
+__all__ = ["is_misread", "launched_beside", "tl", "triton"]

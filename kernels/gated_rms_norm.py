@@ -35,6 +35,6 @@ def gated_rms_norm(
     if kernel is not None:
         return kernel(*arguments)
     # With the gate first, the product lies in memory as it does, and needs no copy to be seen as groups.
-    gated = F.silu(at_least_float32(gate)).view(x.shape) * x
-    normed = F.rms_norm(gated.view(-1, group_size), (group_size,), eps=eps)
-    return weight * normed.view(gate.shape).to(gate.dtype)
+    gated = F.silu(at_least_float32(gate)).reshape(x.shape) * x
+    normed = F.rms_norm(gated.reshape(-1, group_size), (group_size,), eps=eps)
+    return weight * normed.reshape(gate.shape).to(gate.dtype)

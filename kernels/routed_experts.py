@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..compat_twotower import grouped_mm
 from ._experts_triton import RELU2
@@ -66,12 +67,12 @@ def routed_experts(
         return all_experts(*arguments)
     if x.dtype == torch.float64:  # which torch does not group
         return all_experts(*arguments)
-    # Where the host may look, which waits for nobody on a CPU, weights need no filling up.
+    # Where the host may look, which waits for nobody on a CPU, weights need no filling up; a trace would keep what it saw.
     odd = any(each % (16 // up_proj.element_size()) for each in up_proj.shape[1:])
     if (
         odd
         and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode())
         and not any(map(is_functorch_wrapped_tensor, arguments[:5]))
     ):
         return experts_in_turn(*arguments)

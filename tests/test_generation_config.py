@@ -60,6 +60,13 @@ def test_a_count_too_small_is_refused_by_name(model, name):
         model.generate(IDS, **{name: COUNTS[name] - 1})
 
 
+@pytest.mark.parametrize("value", [2, -0.1, float("nan"), "0.9", True])
+def test_a_share_of_probability_is_one(model, value):
+    with pytest.raises(ValueError, match=r"top_p is .*; it must lie in \[0, 1\]"):
+        model.generate(IDS, do_sample=True, top_p=value)
+    model.generate(IDS, do_sample=True, top_p=np.float32(0.9), max_new_tokens=2)
+
+
 @pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
 def test_whole_numbers_of_numpy_and_torch_count(model, kind):
     expected = generate(model, block_size=3, steps_per_block=2).sequences

@@ -41,6 +41,8 @@ def build_model(
         model = TwoTowerForBlockDiffusion.from_backbone(origin, dtype=dtype, **given)
     else:
         model = TwoTowerForBlockDiffusion(_new_config(recipe.config or {})).to(dtype)
+    if model._hf_peft_config_loaded:  # of which save_pretrained would write no more, and all else be trained in vain
+        raise ValueError(f"{origin} holds an adapter; load it with peft, merge it (merge_and_unload()) and save that")
     if recipe.reset_denoiser and stored is None:
         model.reset_denoiser()
     model.set_trained_towers(recipe.trained_towers)

@@ -470,6 +470,13 @@ def test_one_weight_under_two_names_is_told_of_before_anything_is_saved(tmp_path
     model.save_pretrained(tmp_path / "saved")
 
 
+def test_generate_on_the_meta_device_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, device_map="meta")
+    with pytest.raises(ValueError, match=r'weights hold no data, as on the meta device; load it .* device_map="meta"'):
+        model.generate(random_ids(1, 4))
+
+
 def test_a_subfolder_that_is_not_there_is_named(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="inner holds no weights"):
@@ -551,6 +558,8 @@ def test_backbones_that_are_refused(tmp_path):
         TwoTowerForBlockDiffusion.from_backbone(backbone, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="block_size is 0"):
         TwoTowerForBlockDiffusion.from_backbone(backbone, block_size=0)
+    with pytest.raises(ValueError, match="mask_token_id is 2, which ends a text"):
+        TwoTowerForBlockDiffusion.from_backbone(backbone, mask_token_id=2)
     NemotronHModel(backbone.config).save_pretrained(tmp_path / "headless")
     with pytest.raises(ValueError, match=r"headless lacks lm_head\.weight"):
         TwoTowerForBlockDiffusion.from_backbone(tmp_path / "headless")

@@ -330,3 +330,10 @@ def test_options_are_of_all_lines_and_a_line_goes_before_them(checkpoint, files,
     assert [knobs["draft_length"] for knobs in seen] == [4] * 6
     assert [knobs["acceptance_ratio"] for knobs in seen] == [0.5] * 6
     assert [knobs["mode"] for knobs in seen][:3] == ["self_speculative", "ar", "self_speculative"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(checkpoint, files):
+    source, target = files
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    run(checkpoint, source, target)
+    assert set(written(target)) == set(KEYS)

@@ -149,3 +149,9 @@ def test_trace_makes_what_is_new_stand_out_on_a_terminal(tokenizer, terminal):
         streamer.prompt_seen = True
         streamer.put_draft(torch.tensor([tokens]))
     assert "1\x1b[1m1\x1b[0m" in terminal.file.getvalue().splitlines()[-1]
+
+
+def test_a_closed_standard_output_is_told_of(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(ValueError, match="standard output is closed; redirect it"):
+        output_console()

@@ -11,11 +11,14 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import random_ids, student_model, without_special_tokens
+from tiny import random_ids, student_model, tiny_model, without_special_tokens
 from tolerances import assert_close
+from transformers import NemotronHForCausalLM
 
 from twotower import TwoTowerForBlockDiffusion
+from twotower.checkpoints.conversion import convert_backbone
 from twotower.checkpoints.export import export
+from twotower.evaluation.baseline import context_tower_in_transformers
 
 # Attention, Mamba and shared experts by module, routed experts by the tensors that hold all of a layer.
 MODULES = r"denoiser_tower\.layers\.\d+\.mixer\.(shared_experts\.)?(q_proj|v_proj|in_proj|up_proj|down_proj)"
@@ -227,3 +230,31 @@ def test_a_merged_adapter_is_exported(tmp_path):
     export(model.merge_and_unload(), tmp_path / "exported")
     loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "exported")
     assert torch.equal(loaded.generate(random_ids(2, 7), max_new_tokens=8), text)
+
+
+def test_a_model_from_an_adapters_folder_trains_nothing_that_would_not_be_saved(tmp_path):
+    student_model("all kinds").save_pretrained(tmp_path / "model")
+    model = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "model")
+    get_peft_model(model, LoraConfig(target_modules=MODULES)).save_pretrained(tmp_path / "adapter")
+    loaded = TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "adapter")
+    assert any("lora" in name for name, _ in loaded.named_parameters())
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    with pytest.raises(ValueError, match=r"trained_towers is 'both', but .*adapter holds an adapter"):
+        TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "adapter", trained_towers="both")
+
+
+def test_a_backbone_with_an_adapter_is_refused(tmp_path):
+    context_tower_in_transformers(tiny_model()).save_pretrained(tmp_path / "backbone")
+    adapted = get_peft_model(
+        NemotronHForCausalLM.from_pretrained(tmp_path / "backbone"), LoraConfig(target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"PeftModel; give a NemotronHForCausalLM .of a PeftModel, what merge_and_un"):
+        TwoTowerForBlockDiffusion.from_backbone(adapted)
+    for given in (adapted.base_model.model, tmp_path / "adapter"):
+        with pytest.raises(ValueError, match="q_proj has an adapter; merge it first"):
+            TwoTowerForBlockDiffusion.from_backbone(given)
+    with pytest.raises(ValueError, match="holds an adapter; load it with peft, merge it"):
+        convert_backbone(tmp_path / "adapter", tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    TwoTowerForBlockDiffusion.from_backbone(adapted.merge_and_unload())

@@ -12,13 +12,21 @@ import torch
 from tiny import random_ids, tiny_model
 from torch import nn
 from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    NemotronHForCausalLM,
+    QuantoConfig,
+    TorchAoConfig,
+)
 
 import twotower
 from twotower.demo.evaluation import MAX_NEW_TOKENS
 from twotower.demo.marking import Marks
 from twotower.demo.tasks import held_out_tasks
 from twotower.evaluation.answers import cut_after_end, end_ids, tokenized
+from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
@@ -226,3 +234,14 @@ class TestRoutedExperts:
             TwoTowerForBlockDiffusion.from_pretrained(
                 folder, quantization_config=self.config, experts_implementation="grouped_mm"
             )
+
+
+def test_a_quantized_backbone_is_refused(tmp_path):
+    context_tower_in_transformers(tiny_model()).save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"the backbone is quantised, .* without quantization_config"):
+        TwoTowerForBlockDiffusion.from_backbone(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match="the backbone is quantised"):
+        TwoTowerForBlockDiffusion.from_backbone(
+            NemotronHForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        )

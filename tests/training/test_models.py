@@ -107,3 +107,12 @@ def test_adapters_on_what_the_model_has_not_are_refused(tmp_path):
     inputs = make_inputs(tmp_path, "only -")
     with pytest.raises(ValueError, match=r"lora\.targets are attention, of which the model has no layer"):
         train(recipe(inputs, tmp_path / "run", model__lora={"targets": ["attention"]}))
+
+
+def test_a_checkpoint_that_is_an_adapter_is_refused_rather_than_trained_and_not_stored(inputs, tmp_path):
+    first = {"checkpoint": str(inputs / "model"), "lora": {"rank": 2, "merge": False}}
+    adapter = train(recipe(inputs, tmp_path / "first", model=first, steps=1))
+    for lora in (None, {"rank": 2}):
+        with pytest.raises(ValueError, match=r"adapter holds an adapter; .* merge it"):
+            train(recipe(inputs, tmp_path / "second", model={"checkpoint": str(adapter), "lora": lora}, steps=1))
+    assert not [*(tmp_path / "second").glob("*/*")]
