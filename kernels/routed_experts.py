@@ -67,7 +67,7 @@ def routed_experts(
         return all_experts(*arguments)
     if x.dtype == torch.float64:  # which torch does not group
         return all_experts(*arguments)
-    # Where the host may look, which waits for nobody on a CPU, weights need no filling up; a trace would keep what it saw.
+    # Where the host may look, which waits for nobody on a CPU, weights need no filling up. A trace would keep it.
     odd = any(each % (16 // up_proj.element_size()) for each in up_proj.shape[1:])
     if (
         odd
