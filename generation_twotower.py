@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from .decoding.adapter import TwoTowerGenerationAdapter
+from .decoding.asking import RowsOwn, Stateless
 from .decoding.choosing import Group
 from .decoding.config import MODES, TwoTowerGenerationConfig
 from .decoding.drafting import DraftController
@@ -36,8 +37,20 @@ from .decoding.stopping import first_stops
 
 
 class Strategy:
-    """What the modes share. Phases that methods return say what a row waits for next."""
+    """
+    What the modes share, and what others ask about a mode. Phases that methods return say what a row waits for next.
+    """
 
+    # Of `generate`'s knobs and arguments, those that not every mode looks at; the knob that bounds the passes over a
+    # canvas, of a mode that fills some, so that rows take tokens in any number; and as what it then asks a processor
+    # without attributes.
+    knobs: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    steps_knob: str | None = None
+    asks_plain_as: Any = None
+    # Whether it needs the denoiser, whether that chooses what is written, and whether a part of drafts is kept.
+    needs_denoiser, denoiser_chooses, verifies = True, True, False
+    least_unread = 1  # tokens of a text that a cache it is given must not hold yet
     part = "denoise"  # of the model, its denoiser pass
     known = 0  # how many of a canvas's first tokens the text holds already
     after_reading: str | None = None  # what a row waits for once it has been read; by default its next token is chosen
@@ -66,7 +79,9 @@ class MaskDiffusion(Strategy):
     3. read it, unless the text has ended.
     """
 
-    after_reading = OPEN
+    knobs, steps_knob = ("block_size", "steps_per_block", "unmasking_rule"), "steps_per_block"
+    arguments, asks_plain_as = ("starting_block", "step_callback"), Stateless
+    least_unread, after_reading = 0, OPEN
 
     def begin(self, row: Row) -> str:
         return READ if row.unread else OPEN
@@ -113,7 +128,9 @@ class SelfSpeculative(Strategy):
     below 1, 3. also keeps drafted tokens that are so much as likely as the context tower's choice.
     """
 
-    known = 1
+    knobs = ("block_size", "draft_steps", "draft_length", "acceptance_ratio", "unmasking_rule")
+    steps_knob, arguments, asks_plain_as = "draft_steps", ("step_callback",), RowsOwn
+    denoiser_chooses, verifies, known = False, True, 1
 
     def begin(self, row: Row) -> str:
         row.watched = True
@@ -249,6 +266,8 @@ class MockAr(Strategy):
 
 class Ar(Strategy):
     """The context tower alone: 1. it reads the prompt, or the newest token, 2. and chooses the next."""
+
+    needs_denoiser, denoiser_chooses = False, False
 
     def begin(self, row: Row) -> str:
         return READ

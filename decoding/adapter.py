@@ -28,7 +28,7 @@ from ..compat_twotower import (
     tqdm,
 )
 from ..inputs_twotower import as_ids, check_attention_mask, check_ids
-from .asking import PerRow, asked_by_mode, made_for, name_of, serves_all_rows
+from .asking import PerRow, asked_as, made_for, name_of, serves_all_rows
 from .compiled import check_can_compile
 from .config import (
     REFUSED_ARGUMENTS,
@@ -290,22 +290,21 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             limit.get("max_length") is not None for limit in limits
         ):
             config.max_new_tokens = None  # the checkpoint's, which would go before the caller's max_length
-        resolve(config, self.config.block_size)
-        if ignored := without_effect(kwargs, config):
+        resolve(config, self.strategies, self.config.block_size)
+        strategy = self.strategies[config.mode]
+        if ignored := without_effect(kwargs, config, strategy):
             way = f"mode {config.mode!r} with unmasking_rule {config.unmasking_rule!r}"
             logger.warning_once(f"no effect in {way}: {', '.join(ignored)}")
-        if not self.has_denoiser and config.mode != "ar":
+        if strategy.needs_denoiser and not self.has_denoiser:
             raise ValueError(
                 f"mode is {config.mode!r}, which needs the denoiser, and this model was loaded without "
                 '(towers="context"); use mode="ar", or load it with towers="both", the default'
             )
-        if config.mode != "ar":
+        if strategy.needs_denoiser:
             self.check_dtypes()
-        for name, modes in (
-            ("starting_block", ("mask_diffusion",)),
-            ("step_callback", ("mask_diffusion", "self_speculative")),
-        ):
-            if model_kwargs.get(name) is not None and config.mode not in modes:
+        for name in CALL_ARGUMENTS:
+            if model_kwargs.get(name) is not None and name not in strategy.arguments:
+                modes = [mode for mode, each in self.strategies.items() if name in each.arguments]
                 raise ValueError(f"{name} is for mode {' or '.join(modes)}, not {config.mode}; leave it out")
         callback = model_kwargs.get("step_callback")
         if callback is not None and not callable(callback):
@@ -360,7 +359,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         copies = generation_config.num_return_sequences
         prompts = encoder_input_ids.repeat_interleave(copies, dim=0)
         mask = (model_kwargs or {}).get("attention_mask")
-        given: list[Any] = [asked_by_mode(one, generation_config.mode) for one in logits_processor or []]
+        way = self.strategies[generation_config.mode].asks_plain_as
+        given: list[Any] = [asked_as(way, one) for one in logits_processor or []]
         made: list[Any] = []
 
         def build(row: int) -> LogitsProcessorList:
@@ -453,9 +453,10 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         with_dict = config.return_dict_in_generate
         recorded = ["commit_steps", "confidences", "log_probs"] if with_dict else []
         recorded += [name for name in ("scores", "logits") if with_dict and getattr(config, f"output_{name}")]
+        strategy = self.strategies[config.mode]
         if processors.keeps_state is not None:
-            _check_askable(processors, config, len(input_ids), model_kwargs)
-        relaxed = config.mode == "self_speculative" and config.acceptance_ratio < 1
+            _check_askable(processors, config, strategy, len(input_ids), model_kwargs)
+        relaxed = "acceptance_ratio" in strategy.knobs and config.acceptance_ratio < 1
         if relaxed and stopping.shared and model_kwargs["keep_cache"] and len(input_ids) > 1:
             name = name_of(stopping.shared[0])
             raise ValueError(
@@ -469,11 +470,9 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         cache = model_kwargs["cache"]
         if cache.host_lengths is not None and cache.batch_size != len(input_ids):
             cache = _repeated_for(cache, len(input_ids), config.num_return_sequences)
-        # The denoiser needs no token that the context tower has not read.
-        least = 0 if config.mode == "mask_diffusion" else 1
         read, seeds = [0] * len(texts), [0] * len(texts)
         if cache.host_lengths is not None:
-            read = _tokens_read(texts, cache, least, config.num_return_sequences)
+            read = _tokens_read(texts, cache, strategy.least_unread, config.num_return_sequences)
         rule = UnmaskingRule(config)
         if config.do_sample or rule.rule.draws:
             seeds = _seeds(config, len(texts))
@@ -481,7 +480,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         eos = [c.eos_token_id.tolist() for c in stopping_criteria if type(c) is EosTokenCriteria]
         request = Request(
             config=config,
-            strategy=self.strategies[config.mode],
+            strategy=strategy,
             processors=processors,
             rule=rule,
             stopping=stopping,
@@ -493,7 +492,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             recorded=tuple(recorded),
             keep_cache=model_kwargs["keep_cache"],
             device=input_ids.device,
-            steps=config.draft_steps if config.mode == "self_speculative" else config.steps_per_block,
+            steps=1 if strategy.steps_knob is None else getattr(config, strategy.steps_knob),
             in_step=step_callback is not None or bool(stopping.shared) or processors.shared_by_rows is not None,
             runs_users_code=(
                 step_callback is not None or stopping.any or processors.sees_text or callable(config.unmasking_rule)
@@ -566,19 +565,19 @@ def _check_kinds(config: Any, processors: Any, criteria: Any, allowed: Any, give
 
 
 def _check_askable(
-    processors: RowLogitsProcessors, config: GenerationConfig, rows: int, model_kwargs: dict[str, Any]
+    processors: RowLogitsProcessors, config: GenerationConfig, strategy: Any, rows: int, model_kwargs: dict[str, Any]
 ) -> None:
     """Refuse what cannot give a processor that may keep state its calls: each kept token once, in order."""
     mode, name = config.mode, processors.shared_by_rows
-    if name is not None and rows > 1 and mode in ("mask_diffusion", "self_speculative"):
+    if name is not None and rows > 1 and strategy.steps_knob is not None:
         raise ValueError(
             f"the logits processor {name} is one for {rows} rows, and in mode {mode!r} rows do not take one token "
             f"each at a time; give PerRow(lambda row: ...), which makes one for each row, or Stateless({name}) if it "
             'is a function of its arguments alone, or use mode "ar"'
         )
     name = processors.keeps_state
-    for argument in ("starting_block", "step_callback"):
-        if name is not None and mode == "mask_diffusion" and model_kwargs.get(argument) is not None:
+    for argument in CALL_ARGUMENTS:
+        if name is not None and strategy.denoiser_chooses and model_kwargs.get(argument) is not None:
             raise ValueError(
                 f"{argument} decides about tokens that the logits processor {name} would not see, or would see "
                 f"replaced; leave it out, or give Stateless({name}) if it is a function of its arguments alone"

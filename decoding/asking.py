@@ -91,16 +91,14 @@ def is_plain(asked: Any) -> bool:
     return isinstance(asked, FunctionType | BuiltinFunctionType) or (hasattr(asked, "__dict__") and not vars(asked))
 
 
-def asked_by_mode(asked: Any, mode: str) -> Any:
+def asked_as(way: Any, asked: Any) -> Any:
     """
-    A user's processor as a mode asks it.
+    A user's processor as a mode asks it, whose way with plain ones is [`Stateless`], [`RowsOwn`] or None.
 
     Where rows drift apart, a plain one can do without the calls of transformers: for `mask_diffusion` it keeps no
     state; in `self_speculative` it is nevertheless asked each row's calls in `ar`, and never about drafts.
     """
-    if keeps_no_state(asked) or not is_plain(asked):
-        return asked
-    return {"mask_diffusion": Stateless, "self_speculative": RowsOwn}.get(mode, lambda one: one)(asked)
+    return asked if way is None or keeps_no_state(asked) or not is_plain(asked) else way(asked)
 
 
 def made_for(row: int, prompt_length: int, given: Sequence[Any], earlier: list[Any]) -> list[Any]:
@@ -140,7 +138,7 @@ __all__ = [
     "PerRow",
     "RowsOwn",
     "Stateless",
-    "asked_by_mode",
+    "asked_as",
     "keeps_no_state",
     "made_for",
     "name_of",

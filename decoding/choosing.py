@@ -331,11 +331,11 @@ class Group:
 
     def _or_draft(self, tokens: torch.Tensor, draft: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The draft's (R, n) instead of one's own tokens where their (R, n, V) scores make it likely enough."""
-        config = self.request.config
-        if config.mode != "self_speculative" or config.acceptance_ratio == 1:
+        ratio = self.request.config.acceptance_ratio
+        if ratio == 1:
             return tokens
         log_ratio = scores.gather(-1, draft[..., None]) - scores.gather(-1, tokens[..., None])
-        likely = log_ratio[..., 0] >= math.log(config.acceptance_ratio)
+        likely = log_ratio[..., 0] >= math.log(ratio)
         # Where a callback has vetoed what was drafted, the mask stands.
         return torch.where(likely & (draft != self.request.mask_token_id), draft, tokens)
 

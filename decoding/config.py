@@ -53,12 +53,7 @@ KNOBS: dict[str, Parameter] = {
     ),
     **PARAMETERS,
 }
-# Knobs that have an effect in these modes alone.
-MODES_OF: dict[str, tuple[str, ...]] = {
-    "steps_per_block": ("mask_diffusion",),
-    **dict.fromkeys(("draft_steps", "draft_length", "acceptance_ratio"), ("self_speculative",)),
-    **dict.fromkeys(("block_size", "unmasking_rule", *PARAMETERS), ("mask_diffusion", "self_speculative")),
-}
+OF_ALL_MODES = ("mode", "compile", "seed")
 STRATEGY_DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in KNOBS.items()}
 IS_WHOLE = whole_number_from(-(2**63)).holds
 TOKENS = {
@@ -231,9 +226,9 @@ def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def resolve(config: GenerationConfig, trained_block_size: int) -> None:
+def resolve(config: GenerationConfig, strategies: Mapping[str, Any], trained_block_size: int) -> None:
     """
-    Set the knobs a config leaves unset, and refuse by name what has no meaning for two towers.
+    Set the knobs a config leaves unset, and refuse by name what has no meaning for two towers, or for its strategy.
 
     What columns of a block hold that no row may ever write changes what the denoiser makes of the others, so up to
     the trained size, and in `mask_diffusion` up to the largest multiple of it that was ever measured, a block is as
@@ -245,13 +240,14 @@ def resolve(config: GenerationConfig, trained_block_size: int) -> None:
     for name, default in {**STRATEGY_DEFAULTS, "block_size": trained_block_size}.items():
         if getattr(config, name, None) is None:
             setattr(config, name, default)
-    check_supported(config)
+    strategy = strategies[config.mode]
+    check_supported(config, strategy)
     size, length = config.block_size, config.draft_length
     tokens = config.max_length if config.max_new_tokens is None else config.max_new_tokens
     most = max(tokens, MOST_TRAINED_SIZES * trained_block_size)
-    if config.mode == "self_speculative":
+    if "draft_length" in strategy.knobs:
         if size < 2:
-            raise ValueError(f"block_size is {size}; self_speculative needs at least 2")
+            raise ValueError(f"block_size is {size}; {config.mode} needs at least 2")
         if length != "auto" and length > size:
             raise ValueError(f"draft_length is {length}, more than the block_size {size}; give at most that")
         widest = max(tokens, trained_block_size, 2)
@@ -259,12 +255,12 @@ def resolve(config: GenerationConfig, trained_block_size: int) -> None:
         config.block_size = min(size, 1 << (widest - 1).bit_length() if length == "auto" else widest)
         if length != "auto":
             config.draft_length = min(length, config.block_size)
-    if config.mode == "mask_diffusion" and size > most:
+    elif "block_size" in strategy.knobs and size > most:
         raise ValueError(
             f"block_size is {size}, but no row may write more than {tokens} tokens, and the denoiser was trained on "
             f"blocks of {trained_block_size}; give at most {most}, or more max_new_tokens"
         )
-    if config.mode == "mask_diffusion" and size > trained_block_size:
+    elif "block_size" in strategy.knobs and size > trained_block_size:
         logger.warning(
             f"block_size {size} is larger than the {trained_block_size} the denoiser was trained on; the 30B model's "
             "HumanEval fell from 76 to 20 when its blocks went from 16 to 64"
@@ -275,20 +271,16 @@ def resolve(config: GenerationConfig, trained_block_size: int) -> None:
         logger.warning(f"seed={config.seed!r} has no effect without do_sample=True")
 
 
-def without_effect(given: Mapping[str, Any], config: GenerationConfig) -> list[str]:
-    """Those of the knobs given that the mode and the rule of a resolved config do not look at."""
-    rule = config.unmasking_rule
-    parameters = UNMASKING_RULES[rule].parameters if isinstance(rule, str) else {}
-    return [
-        name
-        for name, modes in MODES_OF.items()
-        if given.get(name) is not None
-        and (config.mode not in modes or (name in PARAMETERS and name not in parameters))
-    ]
+def without_effect(given: Mapping[str, Any], config: GenerationConfig, strategy: Any) -> list[str]:
+    """Those of the knobs given that the strategy and the rule of a resolved config do not look at."""
+    rule, looked_at = config.unmasking_rule, (*OF_ALL_MODES, *strategy.knobs)
+    if "unmasking_rule" in strategy.knobs and isinstance(rule, str):
+        looked_at += tuple(UNMASKING_RULES[rule].parameters)
+    return [name for name in KNOBS if given.get(name) is not None and name not in looked_at]
 
 
-def check_supported(config: GenerationConfig) -> None:
-    """Refuse by name what has no meaning for two towers; all knobs are set."""
+def check_supported(config: GenerationConfig, strategy: Any) -> None:
+    """Refuse by name what has no meaning for two towers, or for a strategy; all knobs are set."""
     for name, unset in REFUSED.items():
         value = getattr(config, name, None)
         if value is not None and value not in unset:
@@ -304,15 +296,14 @@ def check_supported(config: GenerationConfig) -> None:
     if seconds is not None and not (isinstance(seconds, int | float) and seconds == seconds):
         raise ValueError(f"max_time is {seconds!r}; give a number of seconds")
     # This rule alone spreads its commits over all the steps there may be, most of which then commit nothing.
-    name = {"mask_diffusion": "steps_per_block", "self_speculative": "draft_steps"}.get(config.mode, "draft_steps")
-    spread = config.unmasking_rule == "posterior" and config.mode in ("mask_diffusion", "self_speculative")
-    if spread and getattr(config, name) > MOST_POSTERIOR_STEPS:
+    name = strategy.steps_knob
+    if name is not None and config.unmasking_rule == "posterior" and getattr(config, name) > MOST_POSTERIOR_STEPS:
         raise ValueError(
             f'{name} is {getattr(config, name)}; the rule "posterior" takes passes that commit nothing, in '
             f"proportion, so give it at most {MOST_POSTERIOR_STEPS}"
         )
     watermark = config.watermarking_config
-    if type(watermark).__name__ == "SynthIDTextWatermarkingConfig" and config.mode not in ("ar", "mock_ar"):
+    if type(watermark).__name__ == "SynthIDTextWatermarkingConfig" and name is not None:
         raise ValueError(
             f"watermarking_config is {watermark!r}, which counts calls and needs one token at a time; "
             f'use mode "ar" or "mock_ar" rather than {config.mode!r}'

@@ -411,21 +411,22 @@ def _nested(flat: list[float], shape: torch.Size) -> list[Any]:
 
 
 def _problem_message(row: Row, problem: int) -> str:
-    request, mode = row.request, row.request.config.mode
+    request, strategy = row.request, row.request.strategy
     new = len(row.tokens) - 1
     where = (
         f"at position {len(row.prompt) + new} of row {row.number}, after {new} new tokens, "
         f"{row.context_forwards} passes of the context tower and {row.denoiser_forwards} of the denoiser"
     )
     if problem == FORBIDDEN:
-        mask = f" but the mask id {request.mask_token_id}" if mode == "mask_diffusion" else ""
+        blocks = strategy.denoiser_chooses and strategy.steps_knob is not None
+        mask = f" but the mask id {request.mask_token_id}" if blocks else ""
         return f"the logits processors forbid every token{mask} {where}; allow one, for example end-of-text"
     if problem == NO_SCORE:
         return (
             f"nothing can be drawn: the logits processors make scores that are no numbers (NaN or infinity) {where}; "
             "look for one that does, or for a temperature near 0"
         )
-    denoiser = problem == DRAFT_NOT_A_NUMBER or mode in ("mask_diffusion", "mock_ar")
+    denoiser = problem == DRAFT_NOT_A_NUMBER or strategy.denoiser_chooses
     return (
         f"the {'denoiser' if denoiser else 'context tower'} gives no numbers (NaN or infinity) {where}; look for "
         "NaN in the model's weights, or try float32"

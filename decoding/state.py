@@ -301,10 +301,9 @@ class Request:
             cache=cache,
             **{name: self._record(name, width) for name in self.recorded},
         )
-        mode = self.config.mode
-        if mode != "ar":
+        if self.strategy.needs_denoiser:
             output.tokens_per_denoiser_forward = per_pass(new, denoiser)
-        if mode == "self_speculative":
+        if self.strategy.verifies:
             cycles = torch.tensor([row.cycles for row in rows], device=device)
             kept = [padded(row.drafts_kept, self.config.block_size - 1, 0) for row in rows]
             output.acceptance = per_pass(torch.tensor(kept, device=device), cycles[:, None])

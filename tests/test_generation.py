@@ -10,7 +10,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from twotower.configuration_twotower import TwoTowerConfig
 from twotower.decoding.asking import PerRow, Stateless
-from twotower.generation_twotower import MODES, TwoTowerGenerationConfig
+from twotower.decoding.config import CHECKED
+from twotower.decoding.rules import one_of
+from twotower.generation_twotower import MODES, STRATEGIES, TwoTowerGenerationConfig
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
 MASK, VOCAB = 3, 97
@@ -535,3 +537,28 @@ def test_a_hook_of_the_users_is_shown_ordinary_tensors(model):
     generate(model, prompts([6])[0][None], mode="ar", max_new_tokens=3)
     hook.remove()
     assert len(seen) == 3 and not any(tensor.is_inference() for tensor in seen)
+
+
+@pytest.mark.parametrize(
+    ("mode", "knobs"),
+    [
+        (
+            "self_speculative",
+            {"draft_steps": 2, "draft_length": 5, "confidence_threshold": 0.3, "acceptance_ratio": 0.2},
+        ),
+        ("mask_diffusion", {"block_size": 4, "steps_per_block": 2, "confidence_threshold": 0.5}),
+        ("mock_ar", {}),
+        ("ar", {}),
+    ],
+)
+def test_nothing_else_names_modes(model, mode, knobs, monkeypatch, warned):
+    """A strategy under another name is the same mode."""
+    monkeypatch.setitem(STRATEGIES, "another", STRATEGIES[mode])
+    monkeypatch.setitem(CHECKED, "mode", one_of((*MODES, "another")))
+    call = {"max_new_tokens": 11, "return_dict_in_generate": True, "pad_token_id": 0, **knobs}
+    expected, found = (model.generate(random_ids(2, 6), mode=name, **call) for name in (mode, "another"))
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        if name != "cache":
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+    assert not warned.records

@@ -209,7 +209,7 @@ def test_a_rule_of_ones_own_in_a_config_is_asked_itself(model):
 @pytest.mark.parametrize(
     ("knobs", "told"),
     [
-        ({"mode": "ar", "draft_steps": 3, "block_size": 4}, "draft_steps, block_size"),
+        ({"mode": "ar", "draft_steps": 3, "block_size": 4}, "block_size, draft_steps"),
         ({"mode": "mask_diffusion", "acceptance_ratio": 0.5}, "acceptance_ratio"),
         ({"mode": "self_speculative", "steps_per_block": 4}, "steps_per_block"),
         ({"mode": "mask_diffusion", "unmasking_rule": "fixed", "confidence_threshold": 0.7}, "confidence_threshold"),
