@@ -131,7 +131,10 @@ class ChunkLayout(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """How a block's timestep modulates one layer, each (R, 1, H): x + gate * mixer(norm(x * scale + shift))."""
+    """
+    How a block's timestep modulates one layer, each (R, 1, H): x + gate * mixer(norm(x * scale + shift)), or of MoE
+    and MLP layers x + gate * mixer(norm(x) * scale + shift); `scale` is 1 + what the tables say.
+    """
 
     shift: torch.Tensor
     scale: torch.Tensor

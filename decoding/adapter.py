@@ -130,7 +130,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         continued = kwargs.get("cache") is not None
         input_ids, padding_mask = self._check_prompt(input_ids, kwargs.pop("attention_mask", None), kwargs, continued)
         # At once, as transformers makes processors with tensors beside the prompt.
-        input_ids = input_ids.to(prompts_device(self))
+        device = self.context_tower.embeddings.weight.device
+        input_ids = input_ids.to(prompts_device(self) if device.type == "meta" else device)
         padding_mask = None if padding_mask is None else padding_mask.to(input_ids.device)
         if padding_mask is None:
             return super().generate(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)

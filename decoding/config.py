@@ -136,7 +136,7 @@ class TwoTowerGenerationConfig(GenerationConfig):
             Most denoiser passes per block, at least 1; for `mask_diffusion`.
         draft_steps (`int`, defaults to 1):
             Most denoiser passes per draft, at least 1; for `self_speculative`.
-        draft_length (`int`, defaults to `"auto"`):
+        draft_length (`int` or `"auto"`, the default):
             Tokens of a draft, the newest token of the text included, from 1 (no draft, a step of `ar`) to
             `block_size`; for `self_speculative`. `"auto"` chooses anew for every cycle among 1, 2, 4, ... and
             `block_size` what promises most tokens per second, by how much of earlier drafts was kept and by what
@@ -152,11 +152,13 @@ class TwoTowerGenerationConfig(GenerationConfig):
             `num_return_sequences` the first uses the seed itself.
         compile (`bool`, defaults to `False`):
             Run passes of both towers as compiled programs of static shapes, see `decoding/compiled.py`: the same
-            text, after minutes of compiling what no call has needed before. Processors, criteria and callbacks are
-            called as ever, between passes. transformers' `compile_config` says how, as arguments of `torch.compile`.
+            text, after what no call has needed before was recorded (on a GPU) or compiled, for minutes. Processors,
+            criteria and callbacks are called as ever, between passes. transformers' `compile_config` says how, as
+            arguments of `torch.compile`.
         unmasking_rule (`str`, defaults to `"confidence"`), confidence_threshold (`float`, defaults to 0.8), ...:
             Which predictions a pass commits, and the rules' parameters: see
-            `decoding/rules.py`; the rule may also be a function, see [`UnmaskingRule`].
+            `decoding/rules.py`; the rule may also be a function (prediction, masked (R, S) bool, step (R,), steps) ->
+            commit (R, S) bool.
         kwargs:
             Any other generation flag of transformers.
 

@@ -4,7 +4,8 @@ An iteration runs at most one denoiser pass and one context pass, each over the 
 next is its strategy's to say. Rows lie at the front of one cache in the order of `rows`; one that ends changes places
 with the last, so that passes over all rows look at views of the cache, and nothing is copied but that row.
 
-What comes back from the device is read in one place, once per pass (`_host`). Which rows share a pass is no more than
+What comes back from the device is read in one place, once per pass (`_host`); processors that read text, criteria and
+callbacks, which are asked in between, cost reads of their own. Which rows share a pass is no more than
 a matter of cost: no row's text depends on it.
 """
 

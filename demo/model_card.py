@@ -94,8 +94,8 @@ LIMITS = """## Limits
 Sentences that no template or kind of step writes, numbers above 999, negative numbers and fractions in word
 problems, functions of other parts and docstrings in other words are outside of what it saw. Where it errs it states
 a wrong number with the same confidence in wording. The denoiser's loss was still falling when its training ended: mask
-diffusion keeps less than the 98.7 % of the 30B model, and now and then writes what is likely, not what was asked for
-(of `get_scores`, which sums, it made `get_total`). `mock_ar` asks the denoiser for the next token without time
+diffusion now and then writes what is likely, not what was asked for (of `get_scores`, which sums, it made
+`get_total`). `mock_ar` asks the denoiser for the next token without time
 conditioning, which this denoiser was never trained for. Generated functions are to be run like any code of unknown
 origin: not without a sandbox.
 """

@@ -7,7 +7,8 @@ theirs are of TF32; and else torch, as in compiled passes and where gradients ar
 is never replaced by another one: where it cannot compute what is asked, a ValueError says why.
 
 To add a backend, write a function with the operation's arguments, one that says why it cannot take some, and an entry
-in `BACKENDS`; what tests are to show of it, see `tests/tools/test_mamba_ssm.py`.
+in `BACKENDS`; of a package that is new here also one in `MODULES`, and its name in pyproject.toml's `gpu`. What tests
+are to show of it, see `tests/tools/test_mamba_ssm.py`.
 """
 
 import functools
