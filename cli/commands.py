@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -98,6 +98,10 @@ def generate(
     confidence_threshold: Annotated[
         float | None, typer.Option(help="Commit predictions surer than this at once, in (0, 1]; default 0.8.")
     ] = None,
+    rule_parameter: Annotated[
+        list[str] | None,
+        typer.Option(help="Another parameter of the rule, as in margin_threshold=0.9; may be given several times."),
+    ] = None,
     do_sample: Annotated[
         bool | None,
         typer.Option(help="Draw tokens, not the likeliest; default the checkpoint's, else no."),
@@ -156,6 +160,10 @@ def generate(
         "top_p": top_p,
         "compile": compiled or None,
     }
+    for name, value in map(_rule_parameter, rule_parameter or ()):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is given twice; leave one out")
+        options[name] = value
     options = {name: value for name, value in options.items() if value is not None}
     if (prompt is None) == (input_file is None):
         raise ValueError("give either PROMPT or --input FILE")
@@ -508,6 +516,18 @@ def _skills(text: str) -> "list[Skill]":
     if len(chosen) != len(_words(text)):
         raise ValueError(f"--skills is {text!r}; give words, code, or both: words,code")
     return chosen
+
+
+def _rule_parameter(given: str) -> tuple[str, Any]:
+    from ..decoding.rules import PARAMETERS
+
+    name, _, value = given.partition("=")
+    if name not in PARAMETERS or not value:
+        raise ValueError(f"--rule-parameter is {given!r}; give NAME=VALUE, NAME one of {', '.join(PARAMETERS)}")
+    for number in (int, float):
+        with suppress(ValueError):
+            return name, number(value)
+    return name, value
 
 
 def _draft_length(text: str | None) -> int | str | None:

@@ -296,6 +296,10 @@ def test_a_knob_that_no_model_can_serve_fails_its_own_line(checkpoint, files):
         (("ab", "--output", "x"), "--input and --output go together"),
         (("--input", "x", "--output", "y", "--trace"), "and without --trace"),
         (("ab", "--draft-length", "long"), "--draft-length is 'long'; give auto or"),
+        (("ab", "--rule-parameter", "sharpness=2"), "--rule-parameter is 'sharpness=2'; give NAME=VALUE, NAME one of"),
+        (("ab", "--rule-parameter", "factor"), "--rule-parameter is 'factor'; give NAME=VALUE"),
+        (("ab", "--rule-parameter", "factor=high"), "factor is 'high'"),
+        (("ab", "--rule-parameter", "factor=1", "--rule-parameter", "factor=2"), "factor is given twice"),
         (("ab", "--draft-length", "0"), "draft_length is 0"),
         (("ab", "--acceptance-ratio", "1.5"), "acceptance_ratio is 1.5"),
     ],
@@ -326,7 +330,10 @@ def test_options_are_of_all_lines_and_a_line_goes_before_them(checkpoint, files,
     seen = []
     add = TwoTowerEngine.add_request
     monkeypatch.setattr(TwoTowerEngine, "add_request", lambda self, **k: seen.append(k) or add(self, **k))
-    run(checkpoint, source, target, "--draft-length", 4, "--acceptance-ratio", 0.5, "--mode", "self_speculative")
+    more = ("--rule-parameter", "tokens_per_step=3", "--rule-parameter", "noise_schedule=cosine")
+    asked = ("--draft-length", 4, "--acceptance-ratio", 0.5, "--mode", "self_speculative", *more)
+    run(checkpoint, source, target, *asked)
+    assert [(knobs["tokens_per_step"], knobs["noise_schedule"]) for knobs in seen] == [(3, "cosine")] * 6
     assert [knobs["draft_length"] for knobs in seen] == [4] * 6
     assert [knobs["acceptance_ratio"] for knobs in seen] == [0.5] * 6
     assert [knobs["mode"] for knobs in seen][:3] == ["self_speculative", "ar", "self_speculative"]
