@@ -192,7 +192,7 @@ def costs_of(
     model: Any,
     block_size: int,
     rows: int,
-    missing: Literal["measure", "anew", "refuse", "none"] = "measure",
+    missing: Literal["measure", "anew", "none"] = "measure",
     recorded: bool = False,
 ) -> PassCosts | None:
     """
@@ -205,9 +205,9 @@ def costs_of(
         model: a TwoTower.
         block_size: the longest draft, its newest known token included.
         rows: the most rows that are decoded at once.
-        missing: what to do about passes that were never measured: measure them, "refuse" with a ValueError, or return
-            None ("none"). Ranks that must take the same passes can not measure. With "anew" all are measured, and
-            what was kept is dropped, for when that was measured beside other work.
+        missing: what to do about passes that were never measured: measure them, or return None ("none"). Ranks that
+            must take the same passes can not measure. With "anew" all are measured, and what was kept is dropped, for
+            when that was measured beside other work.
         recorded: of passes that are recorded as CUDA graphs, see [`PassCosts.measure`].
     """
     lengths, buckets = draft_lengths(block_size), row_buckets(rows)
@@ -234,11 +234,6 @@ def _kept_or_measured(
     if costs is None or costs.lacks(lengths, buckets):
         if missing == "none":
             return None
-        if missing == "refuse":
-            raise ValueError(
-                f"passes over {buckets[-1]} rows in blocks of {lengths[-1]} were never measured for this model, and "
-                "can not be while ranks keep in step; set model.pass_costs, or draft_length to a number"
-            )
         costs = _merged_costs(costs, PassCosts.measure(model, lengths, buckets, recorded))
         assert costs is not None
         _to_file(pass_costs_file(), key, description, costs)

@@ -175,13 +175,4 @@ def grouped(documents: Sequence[Document], batch_size: int, rng: random.Random) 
     return batches
 
 
-def padding_share(batches: Iterable[Mapping[str, Any]]) -> float:
-    """Share of columns that hold padding, of all batches."""
-    columns = tokens = 0
-    for batch in batches:
-        columns += batch["attention_mask"].numel()
-        tokens += int(batch["attention_mask"].sum())
-    return 1 - tokens / columns if columns else 0.0
-
-
-__all__ = ["IGNORED", "BlockCollator", "Document", "document_of", "grouped", "padding_share"]
+__all__ = ["IGNORED", "BlockCollator", "Document", "document_of", "grouped"]

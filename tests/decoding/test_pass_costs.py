@@ -221,14 +221,10 @@ def test_what_the_user_sets_comes_first(model, measured):
     assert not measured
 
 
-def test_where_nothing_may_be_measured_that_is_said(model, measured):
+def test_where_nothing_may_be_measured_nothing_is(model, measured):
     assert costs_of(model, 4, rows=4, missing="none") is None
-    with pytest.raises(
-        ValueError, match=r"passes over 4 rows in blocks of 4 were never measured.*set model\.pass_costs"
-    ):
-        costs_of(model, 4, rows=4, missing="refuse")
     assert not measured
-    assert costs_of(model, 4, rows=4) == costs_of(model, 4, rows=4, missing="refuse")
+    assert costs_of(model, 4, rows=4) == costs_of(model, 4, rows=4, missing="none")
 
 
 @pytest.mark.parametrize(

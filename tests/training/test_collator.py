@@ -8,7 +8,7 @@ import torch
 from tiny import random_ids, tiny_model, tiny_tokenizer
 
 from twotower.demo.tasks import training_tasks
-from twotower.training.collator import IGNORED, BlockCollator, Document, document_of, grouped, padding_share
+from twotower.training.collator import IGNORED, BlockCollator, Document, document_of, grouped
 
 EOS, SIZE = 2, 4
 
@@ -157,6 +157,11 @@ def test_no_document_of_a_batch_sees_another():
     assert context.grad[0].abs().sum() > 0 and not context.grad[1:].any()
     denoised = denoiser.grad.unflatten(0, (3, -1))
     assert denoised.shape[1] <= blocks and denoised[0].abs().sum() > 0 and not denoised[1:].any()
+
+
+def padding_share(batches):
+    masks = [batch["attention_mask"] for batch in batches]
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def test_alike_lengths_share_a_batch():
