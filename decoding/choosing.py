@@ -268,7 +268,9 @@ class Group:
             wanted, ids = canvas[1], ids.where(canvas[1], canvas[0])
         goes_on, kept = torch.ones_like(wanted[:, 0]), torch.zeros_like(ids[:, 0])
         # What is beyond a stop that only a criterion knows of must not be asked of a processor that may keep state.
-        watched = request.stopping.any and draft is not None and canvas is None and processors.keeps_state
+        watched = request.stopping.any and draft is not None and processors.keeps_state
+        if watched and canvas is not None:  # what is settled at the front of a block comes before what is asked about
+            kept = (~self.canvas[1]).int().cumprod(-1).sum(-1)
         for column in range(known, ids.shape[1]):
             asked = wanted[:, column] & goes_on
             before = [
@@ -295,7 +297,7 @@ class Group:
                 goes_on = goes_on & ((ids[:, column] == draft[:, column]) | (draft[:, column] == ANY))
             if watched:
                 kept = kept + asked
-                goes_on = goes_on & ~self._ends_by_criterion(ids[:, : column + 1], scores, kept, in_step)
+                goes_on = goes_on & ~self._ends_by_criterion(ids, scores, kept, wanted, in_step)
             if in_step:
                 goes_on = goes_on & goes_on.all()
         return self._prediction(logits, scores, ids)
@@ -310,17 +312,21 @@ class Group:
         return uploaded(ends, self.device, torch.bool)
 
     def _ends_by_criterion(
-        self, ids: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor, in_step: bool
+        self, ids: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor, wanted: torch.Tensor, in_step: bool
     ) -> torch.Tensor:
-        """(R,) bool, whether the text ends within each row's first `kept` of (R, n) tokens to come."""
+        """(R,) bool, whether the text ends within each row's first `kept` of (R, S) tokens to come, some `wanted`."""
         counts, canvases = kept.tolist(), []
-        for idx, (count, own) in enumerate(zip(counts, ids.tolist(), strict=True)):
+        for idx, (count, own, new) in enumerate(zip(counts, ids.tolist(), wanted.tolist(), strict=True)):
             size = len(own)
             records = {name: [RECORDS[name]] * size for name in self.request.recorded}
             if "scores" in records:
-                records["scores"] = list(scores[idx, :size])
+                records["scores"] = [
+                    scores[idx, at] if is_new else self.rows[idx].canvas.records["scores"][at]
+                    for at, is_new in enumerate(new)
+                ]
             canvases.append(Canvas(own, [False] * size, [0] * size, records, checked=max(count - 1, 0)))
-        stops = first_stops(self.rows, canvases, counts, in_step)
+        # Not by time, which may be over here, but ends the text behind what this pass keeps.
+        stops = first_stops(self.rows, canvases, counts, in_step, timed=False)
         return uploaded([ended for _, ended in stops], self.device, torch.bool)
 
     def _choose(self, scores: torch.Tensor, first: int = 0) -> torch.Tensor:

@@ -151,7 +151,11 @@ class Stopping:
 
 
 def first_stops(
-    rows: Sequence[Row], canvases: Sequence[Canvas], counts: Sequence[int], in_step: bool = False
+    rows: Sequence[Row],
+    canvases: Sequence[Canvas],
+    counts: Sequence[int],
+    in_step: bool = False,
+    timed: bool = True,
 ) -> list[tuple[int, bool]]:
     """
     Where texts end within their next tokens: at the first end-of-text token, length limit, problem, or criterion.
@@ -161,6 +165,7 @@ def first_stops(
         canvases: their tokens to come; some of them may have been looked at before.
         counts: how many of them are final.
         in_step: keep no more of any row than of the one with the fewest.
+        timed: also look at the time, which ends texts behind all of these tokens.
 
     Returns:
         Per row how many tokens there are up to and including its first stop, or its count where there is none, and
@@ -175,7 +180,7 @@ def first_stops(
         stops.append((count, False) if stop is None else (stop, True))
     if rows[0].request.stopping.any:
         stops = rows[0].request.stopping.ask(rows, canvases, stops, in_step)
-    requests = dict.fromkeys(row.request for row in rows if row.request.stopping.timers)
+    requests = dict.fromkeys(row.request for row in rows if timed and row.request.stopping.timers)
     late = [
         request
         for request in requests

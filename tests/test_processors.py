@@ -9,6 +9,7 @@ from tiny import random_ids, tiny_model, without_special_tokens
 from transformers.generation import logits_process
 
 from twotower import PerRow, Stateless
+from twotower.compat_twotower import MaxTimeCriteria
 from twotower.evaluation.baseline import context_tower_in_transformers
 from twotower.generation_twotower import MODES
 
@@ -158,7 +159,45 @@ def test_a_rows_own_criterion_is_asked_no_more_once_it_has_ended_its_row(model, 
     assert output.shape == (1, 7)
 
 
+def test_time_that_ends_within_a_pass_lets_no_token_by_unasked(model, monkeypatch):
+    """As a slow grammar would: what is kept of a draft has been asked about, whatever the clock says meanwhile."""
+    late = []
+    monkeypatch.setattr(MaxTimeCriteria, "__call__", lambda *_: torch.tensor([bool(late)]))
+    for seed in range(20):
+        asked = []
+        late.clear()
+
+        def own(ids, scores, asked=asked):
+            asked.append(ids.shape[1])
+            late[:] = asked[2:]  # over by the third call
+            return scores
+
+        flags = {"acceptance_ratio": 1e-30, "draft_length": 4, "max_time": 60.0}
+        flags |= {"stopping_criteria": [Stateless(lambda ids, _: False)]}
+        processor = PerRow(lambda row, own=own: own)
+        output = generate(
+            model, random_ids(1, 5, seed=seed), mode="self_speculative", logits_processor=[processor], **flags
+        )
+        assert asked == list(range(5, output.shape[1]))
+
+
 # Mask diffusion.
+
+
+@pytest.mark.parametrize("kind", ["shared", "own", "stateless"])
+@pytest.mark.parametrize("flags", [{"steps_per_block": 1}, {"steps_per_block": 2}, {"confidence_threshold": 0.05}])
+def test_diffusion_asks_a_rows_own_about_nothing_beyond_a_criterion(model, rows, kind, flags):
+    ids, mask = padded(rows, "left")
+    criterion = {
+        "shared": lambda: EndsAt([5, 3, 9]),
+        "own": lambda: PerRow(lambda row: EndsAt([[5, 3, 9][row]])),
+        "stateless": lambda: Stateless(lambda text, _: len(text[0]) % 7 == 0),
+    }[kind]
+    asked = [[] for _ in rows]
+    own = PerRow(lambda row: Spy(asked[row], "processor"))
+    more = {"stopping_criteria": [criterion()], "return_dict_in_generate": True, "output_scores": True} | flags
+    generate(model, ids, attention_mask=mask, mode="mask_diffusion", logits_processor=[own], block_size=4, **more)
+    assert [len(calls) for calls in asked] == ([5, 3, 9] if kind != "stateless" else [7, 4, 2])
 
 
 @pytest.mark.parametrize(
