@@ -318,7 +318,7 @@ class Group:
         counts, canvases = kept.tolist(), []
         for idx, (count, own, new) in enumerate(zip(counts, ids.tolist(), wanted.tolist(), strict=True)):
             size = len(own)
-            records = {name: [RECORDS[name]] * size for name in self.request.recorded}
+            records: dict[str, list[Any]] = {name: [RECORDS[name]] * size for name in self.request.recorded}
             if "scores" in records:
                 records["scores"] = [
                     scores[idx, at] if is_new else self.rows[idx].canvas.records["scores"][at]
