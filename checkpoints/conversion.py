@@ -25,7 +25,7 @@ from ..compat_twotower import (
 from ..configuration_twotower import TwoTowerConfig
 from ..decoding.config import TwoTowerGenerationConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
-from .loading import check_complete, check_safetensors, config_of_backbone, take_text_tokens
+from .loading import check_complete, check_mask, check_safetensors, config_of_backbone, take_text_tokens
 
 PIECE = 2**22  # bytes copied at a time
 # What a backbone's names begin with, in NVIDIA's layout or transformers', and what they begin with in either tower.
@@ -68,7 +68,15 @@ def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> P
     if foreign:
         raise ValueError(f"{origin} holds {foreign[0]}, which is no NemotronH's; give the folder of a backbone")
     check_complete({each for each in ("lm_head.weight",) if each not in names}, origin)
-    config = config_of_backbone(NemotronHConfig.from_pretrained(origin), **fields)
+    own = NemotronHConfig.from_pretrained(origin)
+    if getattr(own, "quantization_config", None) is not None:
+        raise ValueError(f"{origin} is quantised, which no denoiser is trained from; give what it was made of")
+    config = config_of_backbone(own, **fields)
+    texts = TwoTowerGenerationConfig.from_model_config(config)
+    if (origin / GENERATION_CONFIG_NAME).is_file():
+        take_text_tokens(texts, GenerationConfig.from_pretrained(origin))
+    check_mask(config.mask_token_id, texts)
+    texts.validate()
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     for shard in _weight_files(origin):
@@ -84,9 +92,6 @@ def convert_backbone(source: str | Path, folder: str | Path, **fields: Any) -> P
     for pattern in OTHER_FILES:
         for file in origin.glob(pattern):
             shutil.copy(file, folder)
-    texts = TwoTowerGenerationConfig.from_model_config(config)
-    if (origin / GENERATION_CONFIG_NAME).is_file():
-        take_text_tokens(texts, GenerationConfig.from_pretrained(origin))
     texts.save_pretrained(folder)
     config.architectures = [TwoTowerForBlockDiffusion.__name__]
     config.save_pretrained(folder)  # last: without it, what is there is no checkpoint

@@ -307,16 +307,22 @@ def config_of_backbone(backbone: NemotronHForCausalLM | NemotronHConfig, **field
     for name in BACKBONE_ONLY_FIELDS.split():
         config.pop(name, None)
     made = TwoTowerConfig(**{**config, **fields})
-    ends = made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
-    if made.mask_token_id in ends:
-        raise ValueError(f"mask_token_id is {made.mask_token_id}, which ends a text; choose one that no text has")
+    check_mask(made.mask_token_id, made)
     return made
+
+
+def check_mask(mask: int, config: Any) -> None:
+    """Raise a ValueError for a mask that by a config, of a model or of texts, ends these."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if mask in ends:
+        raise ValueError(f"mask_token_id is {mask}, which ends a text; choose one that no text has")
 
 
 __all__ = [
     "ADAPTER_CONFIG",
     "WEIGHT_DTYPES",
     "check_complete",
+    "check_mask",
     "check_no_adapter",
     "check_parts",
     "check_safetensors",

@@ -16,6 +16,7 @@ from ..kernels.backends import check_kernels
 from .loading import (
     REMEDY_OF_RENAMED,
     check_complete,
+    check_mask,
     check_no_adapter,
     check_parts,
     check_safetensors,
@@ -268,6 +269,7 @@ class PretrainedInterface(PreTrainedModel):
         if experts or backbone.config._experts_implementation != "grouped_mm":
             model.set_experts_implementation(experts or backbone.config._experts_implementation)
         take_text_tokens(model.generation_config, backbone.generation_config)
+        check_mask(model.config.mask_token_id, model.generation_config)
         device = _device_of_all(backbone)
         cls._take_over(model.context_tower, model.context_lm_head, backbone, copy=given)
         if not given:

@@ -33,7 +33,7 @@ def causal_conv_with_package(
     # Channels together in memory, each token's at a multiple of 16 bytes; a part of a projection may be so already.
     odd = any(each % 8 for each in (x.storage_offset(), *x.stride()[:2]))
     if x.stride(2) != 1 or x.stride(1) == 0 or odd:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # what is contiguous may begin at any place
     if tokens == 1 and ends is None:
         after = state.to(x.dtype, copy=not in_place).contiguous()
         y = package.causal_conv1d_update(x[:, 0], after.transpose(1, 2), weight, bias, activation=activation)

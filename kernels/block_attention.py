@@ -26,8 +26,8 @@ JOINED = 160
 # Most scores that are held at a time: 128 MB in float32.
 TILE_SCORES = 2**25
 
-# By the queries' device and how many columns there are.
-Masks = dict[tuple[torch.device, int], torch.Tensor | None]
+# By the queries' device, for how many columns.
+Masks = dict[torch.device, tuple[int, torch.Tensor | None]]
 
 
 class Columns(NamedTuple):
@@ -138,10 +138,15 @@ def _by_torch(query: torch.Tensor, runs: Sequence[Columns], scale: float | None,
     if total <= JOINED or (alone and (tokens == 1 or not run.causal)):
         key = run.key if alone else torch.cat([each.key for each in runs], dim=2)
         value = run.value if alone else torch.cat([each.value for each in runs], dim=2)
-        place = (query.device, total)
-        if place not in masks or torch.is_grad_enabled():  # what is computed again has none of its first time's
-            masks[place] = _visible(query, runs)
-        return _at_once(query, key, value, masks[place], scale)
+        # What is computed again has none of its first time's. Compilers find by themselves what is alike, and would
+        # take what it is found by for constants.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _at_once(query, key, value, _visible(query, runs), scale)
+        columns, mask = masks.get(query.device, (None, None))
+        if columns != total:
+            mask = _visible(query, runs)
+            masks[query.device] = total, mask
+        return _at_once(query, key, value, mask, scale)
     # In float32, kernels of other devices hold all scores where heads share keys.
     on_cpu = query.device.type == "cpu"
     if alone and total == tokens and run.mask is None and (on_cpu or query.element_size() == 2):

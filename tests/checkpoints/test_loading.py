@@ -560,6 +560,14 @@ def test_backbones_that_are_refused(tmp_path):
         TwoTowerForBlockDiffusion.from_backbone(backbone, block_size=0)
     with pytest.raises(ValueError, match="mask_token_id is 2, which ends a text"):
         TwoTowerForBlockDiffusion.from_backbone(backbone, mask_token_id=2)
+    backbone.generation_config.eos_token_id = [2, 5]
+    backbone.save_pretrained(tmp_path / "chat")
+    for given in (backbone, tmp_path / "chat"):
+        with pytest.raises(ValueError, match="mask_token_id is 5, which ends a text"):
+            TwoTowerForBlockDiffusion.from_backbone(given, mask_token_id=5)
+    with pytest.raises(ValueError, match="mask_token_id is 5, which ends a text"):
+        convert_backbone(tmp_path / "chat", tmp_path / "both", mask_token_id=5)
+    assert not (tmp_path / "both").exists()
     NemotronHModel(backbone.config).save_pretrained(tmp_path / "headless")
     with pytest.raises(ValueError, match=r"headless lacks lm_head\.weight"):
         TwoTowerForBlockDiffusion.from_backbone(tmp_path / "headless")

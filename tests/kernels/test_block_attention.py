@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tolerances import assert_close
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.nemotron_h.modeling_nemotron_h import eager_attention_forward
@@ -214,12 +216,42 @@ def test_layers_of_a_pass_share_a_mask():
     layers = [draw(), draw(kv_heads=1)]
     for layer in layers:
         assert_close(block_attention(*layer, lengths, masks=masks), block_attention(*layer, lengths))
-    ((place, mask),) = masks.items()
-    assert place == (torch.device("cpu"), 16)
+    ((device, (columns, mask)),) = masks.items()
+    assert (device, columns) == (torch.device("cpu"), 16)
     assert mask.shape == (3, 1, 1, 16)
-    # It is what is looked at.
-    masks[place] = torch.ones_like(mask)
+    # It is what is looked at, for as many columns.
+    masks[device] = columns, torch.ones_like(mask)
     assert_close(block_attention(*layers[0], lengths, masks=masks), block_attention(*layers[0]))
+    fewer = draw(context=4)
+    assert_close(block_attention(*fewer, lengths % 5, masks=masks), block_attention(*fewer, lengths % 5))
+
+
+class TwoLayers(torch.nn.Module):
+    def forward(self, query, key, value, mask):
+        masks = {}
+        first, second = (
+            block_attention(query * n, key, value, block_mask=mask, causal=True, masks=masks) for n in (1, 2)
+        )
+        return first + second
+
+
+@pytest.mark.parametrize("way", ["compile", "export", "make_fx"])
+@torch.no_grad()
+def test_a_shared_mask_leaves_lengths_dynamic(way):
+    def inputs(length):
+        return *draw(length=length)[:3], torch.arange(length).expand(3, length) > 1
+
+    if way == "compile":
+        counter = CompileCounter()
+        traced = torch.compile(TwoLayers(), backend=counter, dynamic=True, fullgraph=True)
+    elif way == "export":
+        n = torch.export.Dim("n", min=2, max=100)
+        traced = torch.export.export(TwoLayers(), inputs(7), dynamic_shapes=({2: n}, {2: n}, {2: n}, {1: n})).module()
+    else:
+        traced = make_fx(TwoLayers(), tracing_mode="symbolic")(*inputs(7))
+    for length in (5, 9, 12):
+        assert_close(traced(*inputs(length)), TwoLayers()(*inputs(length)))
+    assert way != "compile" or counter.frame_count == 1
 
 
 def test_the_scale_is_an_argument():

@@ -63,6 +63,7 @@ def test_gates_and_outputs_may_lie_apart():
         torch.randn(2, 1, 16).expand(-1, 5, -1),
         torch.randn(2, 5, 24)[..., 4:20],  # not at 16 bytes in 16 bits
         torch.randn(2, 5, 20)[..., :16],
+        torch.randn(161)[1:].view(2, 5, 16),
     ],
 )
 def test_causal_conv1d_gets_tokens_of_their_own_at_whole_16_bytes(x, monkeypatch):

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import twotower
+from twotower.checkpoints.conversion import convert_backbone
 from twotower.demo.evaluation import MAX_NEW_TOKENS
 from twotower.demo.marking import Marks
 from twotower.demo.tasks import held_out_tasks
@@ -245,3 +246,7 @@ def test_a_quantized_backbone_is_refused(tmp_path):
         TwoTowerForBlockDiffusion.from_backbone(
             NemotronHForCausalLM.from_pretrained(tmp_path, quantization_config=config)
         )
+    NemotronHForCausalLM.from_pretrained(tmp_path, quantization_config=config).save_pretrained(tmp_path / "quantised")
+    with pytest.raises(ValueError, match="quantised is quantised, which no denoiser is trained from"):
+        convert_backbone(tmp_path / "quantised", tmp_path / "both")
+    assert not (tmp_path / "both").exists()
