@@ -76,7 +76,7 @@ class PretrainedInterface(PreTrainedModel):
                 missing or truncated file, before anything is built; for a checkpoint that lacks tensors of a TwoTower.
         """
         trained_towers = kwargs.pop("trained_towers", None)
-        check_towers("trained_towers", trained_towers or "denoiser", TrainedTowers)
+        check_towers("trained_towers", "denoiser" if trained_towers is None else trained_towers, TrainedTowers)
         kernels = check_kernels(kwargs.pop("kernels", "auto"))
         towers = kwargs.pop("towers", "both")
         check_towers("towers", towers, LoadedTowers)
@@ -103,7 +103,7 @@ class PretrainedInterface(PreTrainedModel):
             # What save_pretrained writes is to depend on its arguments, not on the layout this model was loaded from.
             model._weight_conversions = None
         if not model._hf_peft_config_loaded:
-            model.set_trained_towers(trained_towers or "denoiser")
+            model.set_trained_towers("denoiser" if trained_towers is None else trained_towers)
         elif trained_towers is not None:  # of an adapter's folder peft freezes all, and save_pretrained writes no more
             raise ValueError(
                 f"trained_towers is {trained_towers!r}, but {pretrained_model_name_or_path} holds an adapter, whose "
@@ -180,8 +180,11 @@ class PretrainedInterface(PreTrainedModel):
         """
         self.check_denoiser("save_pretrained")
         first: dict[tuple, str] = {}
-        for name, tensor in (state_dict or dict(self.named_parameters(remove_duplicate=False))).items():
-            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
+        written = state_dict or dict(self.named_parameters(remove_duplicate=False))
+        if self._hf_peft_config_loaded:  # of which no more is written than the adapter
+            written = {}
+        for name, tensor in written.items():
+            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or tensor.data_ptr() == 0:
                 continue
             other = first.setdefault((tensor.device, tensor.data_ptr(), tensor.shape), name)
             if other != name:
