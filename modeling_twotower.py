@@ -582,12 +582,12 @@ class TwoTowerForBlockDiffusion(
         """
         size, texts = block_ids.shape[1], len(block_ids) // len(blocks)
         lengths = (torch.arange(blocks.start, blocks.stop, device=block_ids.device) * size).repeat(texts)
-        layout, tokens = ChunkLayout(context_lengths=lengths), torch.full_like(lengths, size)
+        layout, own = ChunkLayout(context_lengths=lengths), None
         if mask is not None:
             own = mask.repeat_interleave(texts // len(mask), dim=0)
             own = own.unflatten(1, (blocks.stop, size))[:, blocks.start :].flatten(0, 1)
-            layout, tokens = ChunkLayout(own, None, lengths, mask, own), own.sum(-1)
-        timestep = masked.sum(-1).float() / tokens.clamp(min=1)
+            layout = ChunkLayout(own, None, lengths, mask, own)
+        timestep = _masked_fraction(masked, own)
         pasts = [_blocks_from(present, blocks, texts) for present in presents]
         return self.denoiser_tower(block_ids, pasts, layout, self._modulations(timestep)), timestep
 

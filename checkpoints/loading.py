@@ -289,8 +289,8 @@ def _check_plain(backbone: nn.Module) -> None:
     check_no_adapter(backbone)
     if getattr(backbone, "hf_quantizer", None) is not None:
         raise ValueError(
-            "the backbone is quantised, which a denoiser cannot be trained from; load it without quantization_config, "
-            "and quantise the TwoTower when it is loaded"
+            "the backbone is quantised, which a denoiser cannot be trained from; give what it was made of, loaded "
+            "without quantization_config, and quantise the TwoTower when it is loaded"
         )
 
 
