@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from torch import nn
@@ -65,6 +66,7 @@ def export(
     Raises:
         ValueError: for a source that is no folder and no TwoTower, or has an adapter, a target that holds something
             else than an earlier export, or an impossible repository name; before any work.
+        OSError: where the upload fails; the folder is whole.
     """
     # 1. Refuse before loading anything.
     folder = Path(folder).expanduser().absolute()
@@ -96,12 +98,23 @@ def export(
         _replace(place, staged, Path(scratch) / "replaced")
     # 4. Upload. Weight files of an earlier upload go: with other shards they would be loaded in place of the new ones.
     if push_to_hub is not None:
-        repo_id = create_repo(push_to_hub, private=private, exist_ok=True).repo_id
-        if repo_id != push_to_hub:  # whose owner is known only now
-            (folder / "README.md").write_text(_model_card(origin, model, repo_id), encoding="utf-8")
-        upload_folder(
-            repo_id=repo_id, folder_path=folder, delete_patterns=WEIGHT_FILES, commit_message="Upload TwoTower model"
-        )
+        try:
+            repo_id = create_repo(push_to_hub, private=private, exist_ok=True).repo_id
+            if repo_id != push_to_hub:  # whose owner is known only now
+                (folder / "README.md").write_text(_model_card(origin, model, repo_id), encoding="utf-8")
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                delete_patterns=WEIGHT_FILES,
+                commit_message="Upload TwoTower model",
+            )
+        except HTTPError as error:
+            if isinstance(error, OSError):  # the Hub's own, which says what is wrong
+                raise
+            raise ConnectionError(
+                f"{folder} is whole, but uploading it to {push_to_hub} failed: {str(error) or type(error).__name__}; "
+                "once the Hub can be reached, export again with overwrite, or use `hf upload`"
+            ) from error
     return folder
 
 

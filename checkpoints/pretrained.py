@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -175,8 +176,8 @@ class PretrainedInterface(PreTrainedModel):
 
         Raises:
             ValueError: before anything is written: for a model without denoiser, of which a folder would be no
-                TwoTower; for one within a PeftModel; for weights that accelerate keeps elsewhere, and for one weight
-                under two names.
+                TwoTower; for one within a PeftModel; for weights that accelerate keeps elsewhere, for one weight under
+                two names, and for a config or generation config that could not be loaded or stored.
         """
         self.check_denoiser("save_pretrained")
         first: dict[tuple, str] = {}
@@ -203,6 +204,9 @@ class PretrainedInterface(PreTrainedModel):
                 )
         if not self._hf_peft_config_loaded:  # else transformers writes the adapter that it has put there
             check_no_adapter(self)
+            self.config.check()
+            with tempfile.TemporaryDirectory() as scratch:  # transformers refuses flags when the config is written
+                self.generation_config.save_pretrained(scratch)
         if renamed := renamed_weights(self):
             logger.warning(
                 f"what is saved lacks {renamed[0]}, which is computed from other tensors here, so that "

@@ -36,6 +36,7 @@ from .config import (
     TwoTowerGenerationConfig,
     plain,
     resolve,
+    unknown_flags,
     without_effect,
 )
 from .engine import Engine
@@ -224,6 +225,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         Returns:
             By request, "req_0" being that of the first input: its prompt and generated tokens.
         """
+        _check_kinds(generation_config, None, None, None, {})
         asked = (knobs, vars(generation_config or GenerationConfig()), vars(self.generation_config))
         copies = next((flags["num_return_sequences"] for flags in asked if flags.get("num_return_sequences")), 1)
         if copies != 1:
@@ -234,8 +236,12 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 "generate_many, which gives generate's"
             )
         prompts = [as_ids("inputs", one) for one in inputs]
-        knobs |= {"generation_config": generation_config, "return_dict_in_generate": False}
-        results = dict(self.generate_many(prompts, slots, progress_bar, **knobs))
+        if generation_config is None:
+            knobs["return_dict_in_generate"] = False
+        else:  # beside which transformers warns of arguments
+            generation_config = copy.copy(generation_config)
+            generation_config.return_dict_in_generate = False
+        results = dict(self.generate_many(prompts, slots, progress_bar, generation_config=generation_config, **knobs))
         return {
             f"req_{number}": GenerationOutput(
                 request_id=f"req_{number}",
@@ -259,6 +265,7 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
                 f"continuous_batching_config={continuous_batching_config!r} is about pages, of which a TwoTower's "
                 "cache has none; leave it out, and give slots and max_queue"
             )
+        _check_kinds(generation_config, None, None, None, {})
         if generation_config is not None and generation_config.use_cache is False:
             # So `transformers serve` says that its batches have caches of their own.
             generation_config = copy.copy(generation_config)
@@ -296,6 +303,8 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
         if ignored := without_effect(kwargs, config, strategy):
             way = f"mode {config.mode!r} with unmasking_rule {config.unmasking_rule!r}"
             logger.warning_once(f"no effect in {way}: {', '.join(ignored)}")
+        if unknown := unknown_flags(config):
+            logger.warning_once(f"no effect, as generate knows no such flags: {', '.join(unknown)}")
         if strategy.needs_denoiser and not self.has_denoiser:
             raise ValueError(
                 f"mode is {config.mode!r}, which needs the denoiser, and this model was loaded without "
@@ -405,6 +414,11 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
             return request
         alone = streamer is None and not request.runs_users_code
         loop = Engine(self, cache, request.device, synced, len(request.rows), alone)
+        if cache.undoing is not None:
+            raise ValueError(
+                "past_key_values is in use by a call that has not ended, in another thread or around this one; give "
+                "each call a cache of its own, as by copy.deepcopy"
+            )
         # A cache of this call alone is of no use after an error, and what rows leave behind need not be copied for it.
         undone = cache.undone_on_error() if request.keep_cache else nullcontext()
         with nullcontext() if synced else self.prepared(), undone:

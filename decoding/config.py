@@ -53,6 +53,7 @@ KNOBS: dict[str, Parameter] = {
     ),
     **PARAMETERS,
 }
+FLAGS = {*vars(GenerationConfig()), *KNOBS}
 OF_ALL_MODES = ("mode", "compile", "seed")
 STRATEGY_DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in KNOBS.items()}
 IS_WHOLE = whole_number_from(-(2**63)).holds
@@ -281,6 +282,11 @@ def without_effect(given: Mapping[str, Any], config: GenerationConfig, strategy:
     return [name for name in KNOBS if given.get(name) is not None and name not in looked_at]
 
 
+def unknown_flags(config: GenerationConfig) -> list[str]:
+    """What a config holds, as one may any name, that neither transformers nor the strategies look at."""
+    return [name for name, value in vars(config).items() if value is not None and name not in FLAGS]
+
+
 def check_supported(config: GenerationConfig, strategy: Any) -> None:
     """Refuse by name what has no meaning for two towers, or for a strategy; all knobs are set."""
     for name, unset in REFUSED.items():
@@ -326,4 +332,12 @@ def check_compile_config(given: Any, is_used: bool) -> None:
         )
 
 
-__all__ = ["MODES", "STRATEGY_DEFAULTS", "TwoTowerGenerationConfig", "plain", "resolve", "without_effect"]
+__all__ = [
+    "MODES",
+    "STRATEGY_DEFAULTS",
+    "TwoTowerGenerationConfig",
+    "plain",
+    "resolve",
+    "unknown_flags",
+    "without_effect",
+]

@@ -7,6 +7,7 @@ with TwoTowerEngine(model, slots=16) as engine:
 """
 
 import asyncio
+import atexit
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,9 @@ from ..inputs_twotower import as_ids
 from .config import STRATEGY_DEFAULTS
 from .engine import Engine
 from .state import ENDED, Request, Row, TwoTowerGenerateOutput
+
+# How long a process that ends waits for the pass of an engine that was not stopped.
+MOST_SECONDS_AT_EXIT = 60
 
 
 class _Turn:
@@ -76,7 +80,7 @@ class RequestHandle(Future):
     def __init__(self, request_id: str, engine: "TwoTowerEngine", prompt_ids: list[int], streaming: bool):
         super().__init__()
         self.request_id, self.prompt_ids, self.streaming = request_id, prompt_ids, streaming
-        self._report: Callable[[GenerationOutput], Any] | None = None
+        self._reports: list[Callable[[GenerationOutput], Any]] = []
         self._turn = engine._turn
         self._engine = ref(engine)  # whose memory a result must not keep
         self._tokens: list[int] = []
@@ -162,7 +166,7 @@ class RequestHandle(Future):
     def report_to(self, report: Callable[[GenerationOutput], Any]) -> None:
         """Call back, in whatever thread, once it is done, and with `streaming` also whenever there are new tokens."""
         with self._news:
-            self._report = report
+            self._reports.append(report)
             if self.streaming and self._tokens:
                 report(self._output())
         self.add_done_callback(lambda handle: report(handle._output()))  # type: ignore[attr-defined]
@@ -179,8 +183,9 @@ class RequestHandle(Future):
         with self._news:
             self._tokens += tokens
             self._news.notify_all()
-            if self.streaming and self._report is not None:
-                self._report(self._output())
+            if self.streaming:
+                for report in self._reports:
+                    report(self._output())
 
     # The engine's; whoever cancels at the same moment is first.
 
@@ -258,7 +263,8 @@ class TwoTowerEngine:
             streamer: as `generate`'s, but its `end` is also called where the request fails or is cancelled: who reads
                 the stream in another thread would wait for ever.
             streaming: see `register_result_handler`.
-            knobs: all other arguments of `generate`, but `past_key_values`.
+            knobs: all other arguments of `generate`, but `past_key_values`. As for transformers' manager, None for
+                `max_new_tokens` or `eos_token_id` is what the engine's `generation_config` says, if it has one.
 
         Raises:
             queue.Full: when `max_queue` requests wait already.
@@ -276,6 +282,10 @@ class TwoTowerEngine:
         with self._work:
             self._check_room(request_id)
         config = self.generation_config if generation_config is None else generation_config
+        if config is not None and config is self.generation_config:  # `transformers serve` always gives both
+            for name in ("max_new_tokens", "eos_token_id"):
+                if knobs.get(name) is None:
+                    knobs.pop(name, None)
         request = self.model.generate(ids, generation_config=config, streamer=streamer, engine=self, **knobs)
         if len(request.rows) > self.slots:
             raise ValueError(f"the request has {len(request.rows)} sequences, the engine {self.slots} slots")
@@ -489,6 +499,8 @@ class TwoTowerEngine:
             if not self.is_running():
                 self._thread = Thread(target=self._run, name="TwoTowerEngine", daemon=True)
                 self._thread.start()
+                # An interpreter that ended within a pass would abort the process.
+                atexit.register(self.stop, timeout=MOST_SECONDS_AT_EXIT)
         return self
 
     def stop(self, finish: bool = False, timeout: float | None = None, block: bool = True) -> None:
@@ -524,11 +536,13 @@ class TwoTowerEngine:
                     self._work.wait_for(lambda: busy or self._queue or self._stopping)  # noqa: B023
                     if self._stopping and not busy and not self._queue:
                         self._thread = None
+                        atexit.unregister(self.stop)
                         return
         except BaseException as error:
             with self._work:
                 waiting, self._queue = self._queue, deque()
                 self._thread, self.background_thread_status.fatal_error = None, error
+                atexit.unregister(self.stop)
             for handle, _ in waiting:
                 handle._fail(RuntimeError(f"the engine's thread was ended by {type(error).__name__}; ask again"))
             raise

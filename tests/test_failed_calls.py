@@ -266,3 +266,20 @@ def test_a_call_that_keeps_no_cache_copies_nothing_of_rows_that_leave(model, mod
     flags = {"eos_token_id": list(range(4, 16)), "pad_token_id": 0}
     model.generate(random_ids(6, 9), mode=mode, max_new_tokens=30, **flags)
     assert noted == [0] * 6
+
+
+def test_a_cache_in_use_is_refused_and_the_call_that_uses_it_goes_on(model):
+    ids = random_ids(2, 5)
+    first = model.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, ids], dim=1)
+    said = []
+
+    def again(step):
+        if not said:
+            with pytest.raises(ValueError, match=r"past_key_values is in use by a call .* copy.deepcopy") as refused:
+                model.generate(torch.cat([text, text], dim=1), cache=first.cache, mode="ar", max_new_tokens=2)
+            said.append(refused)
+
+    expected = model.generate(text, max_new_tokens=9)
+    assert torch.equal(model.generate(text, cache=first.cache, max_new_tokens=9, step_callback=again), expected)
+    assert said

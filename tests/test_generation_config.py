@@ -223,3 +223,10 @@ def test_knobs_without_an_effect_are_told_of(model, knobs, told, warned):
     messages = [record.message for record in warned.records if "no effect in mode" in record.message]
     assert len(messages) == (told is not None)
     assert told is None or messages[0].endswith(f": {told}")
+
+
+@pytest.mark.parametrize("kind", [GenerationConfig, TwoTowerGenerationConfig])
+def test_a_misspelled_flag_of_a_config_is_told_of(model, kind, warned):
+    model.generate(IDS, generation_config=kind(confidence_treshold=0.5, confidence_threshold=0.5, max_new_tokens=2))
+    messages = [record.message for record in warned.records]
+    assert messages == ["no effect, as generate knows no such flags: confidence_treshold"]

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -184,6 +185,15 @@ class TestModelCard:
         )
         export(model, tmp_path / "folder", push_to_hub="tiny")
         assert 'AutoModelForCausalLM.from_pretrained("lab/tiny"' in uploaded[0]
+
+    def test_an_upload_that_fails_leaves_the_folder_whole_and_says_so(self, model, tmp_path, monkeypatch):
+        def unreachable(name, **_):
+            raise HTTPError("connection refused")
+
+        monkeypatch.setattr(export_module, "create_repo", unreachable)
+        with pytest.raises(OSError, match=r"export is whole, but uploading it to lab/tiny failed: connection refused"):
+            export(model, tmp_path / "export", push_to_hub="lab/tiny")
+        assert TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "export").num_parameters()
 
     def test_copied(self, checkpoint, tmp_path):
         source = shutil.copytree(checkpoint, tmp_path / "source")

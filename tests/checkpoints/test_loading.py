@@ -470,6 +470,27 @@ def test_one_weight_under_two_names_is_told_of_before_anything_is_saved(tmp_path
     model.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "value", "message"),
+    [
+        ("config", "block_size", 0, "block_size is 0; it must be positive"),
+        ("generation_config", "unmasking_rule", print, "unmasking_rule=.* cannot be stored"),
+        ("generation_config", "mode", "best", "mode is 'best'; use one of"),
+    ],
+)
+def test_a_config_that_cannot_be_stored_leaves_the_folder_as_it_was(place, name, value, message, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "saved")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    model.config.chunk_size = 16
+    setattr(getattr(model, place), name, value)
+    for folder in ("saved", "new"):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / folder)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_generate_on_the_meta_device_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, device_map="meta")

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -636,6 +637,25 @@ def test_a_result_handler_is_told_on_its_event_loop_as_by_transformers_manager(m
     assert [output.error for output in told["cancelled"]] == ["CancelledError"]
 
 
+def test_a_second_handler_of_a_request_takes_nothing_from_the_first(model):
+    """As of a client that names a request of another's, which is then refused."""
+    first, second = [], []
+
+    async def ask():
+        engine = TwoTowerEngine(model, slots=1)
+        handle = engine.add_request(IDS, request_id="mine", streaming=True, mode="ar", max_new_tokens=4)
+        engine.register_result_handler(handle, first.append)
+        engine.register_result_handler("mine", second.append)
+        with pytest.raises(ValueError, match="'mine' is in use"):
+            engine.add_request(IDS, request_id="mine")
+        run(engine)
+        await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(ask(), WAIT))
+    for told in (first, second):
+        assert [len(output.generated_tokens) for output in told][:4] == [1, 2, 3, 4] and told[-1].is_finished()
+
+
 def test_a_thread_that_was_ended_is_known_by_its_error(model, monkeypatch):
     engine = TwoTowerEngine(model, slots=2)
     monkeypatch.setattr(engine, "step", lambda: sys.exit("enough"))
@@ -947,6 +967,45 @@ def test_the_engine_of_a_generation_config(model):
         assert handle.result(WAIT).shape == (1, 9) and longer.result(WAIT).shape == (1, 11)
     assert not engine.is_running()
     assert isinstance(model.init_continuous_batching(config), TwoTowerEngine)
+
+
+def test_none_is_what_the_engines_config_says_as_for_transformers_manager(model):
+    """`transformers serve` gives both, None where a chat does not ask for them."""
+    text = model.generate(IDS, mode="ar", max_new_tokens=30)[0, IDS.shape[1] :].tolist()
+    end = next(token for token in text[3:] if token not in text[:3])
+    config = GenerationConfig(max_new_tokens=30, mode="ar", eos_token_id=end)
+    unset = {"max_new_tokens": None, "eos_token_id": None}
+    configured = model.init_continuous_batching(config).add_request(IDS, **unset).result()
+    assert torch.equal(configured, model.generate(IDS, config)) and configured.shape[1] < IDS.shape[1] + 30
+    bare = TwoTowerEngine(model).add_request(IDS, mode="ar", **unset).result()
+    assert torch.equal(bare, model.generate(IDS, mode="ar", **unset))
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching"])
+def test_what_is_no_generation_config_is_refused(model, name):
+    arguments = ([IDS],) if name == "generate_batch" else ()
+    with pytest.raises(ValueError, match=r"generation_config is {'max_new_tokens': 3}; give a GenerationConfig"):
+        getattr(model, name)(*arguments, generation_config={"max_new_tokens": 3})
+
+
+def test_a_config_of_a_batch_is_left_as_it_is_and_warned_of_by_nobody(model, warned):
+    config = GenerationConfig(max_new_tokens=3, mode="ar", return_dict_in_generate=True)
+    answer = model.generate_batch([IDS], config)["req_0"].generated_tokens
+    assert answer == model.generate(IDS, max_new_tokens=3, mode="ar")[0, IDS.shape[1] :].tolist()
+    assert config.return_dict_in_generate and not warned.records
+
+
+def test_a_process_may_end_while_an_engine_works():
+    code = """
+import twotower
+model = twotower.TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint())
+engine = twotower.TwoTowerEngine(model).start()
+handles = engine.add_requests([[1] * 50] * 8, mode="ar", max_new_tokens=10**4, eos_token_id=1023)
+next(iter(handles[-1]))
+"""
+    # Not `fresh_python`, whose processes end otherwise.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_prompts_of_very_different_lengths_read_in_chunks_or_whole(model, engine):

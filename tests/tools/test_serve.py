@@ -139,3 +139,6 @@ def test_continuous_batching(folder, generated, tmp_path):
             assert answer.result().choices[0].message.content == generated(max_new_tokens=limit)
         assert streamed(stream.result()) == generated()
         assert sum(bool(chunk.choices[0].delta.content) for chunk in stream.result()) > 1
+        # With a config that says neither where the text ends nor how long it may be, the server gives None for both.
+        unset = {"generation_config": json.dumps({"mode": "mask_diffusion"})}
+        assert asked(client, folder, extra_body=unset).choices[0].message.content == generated()
