@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +24,14 @@ from ..compat_twotower import logger
 from ..configuration_twotower import LAYER_LETTERS, TwoTowerConfig
 from ..modeling_twotower import TwoTowerForBlockDiffusion
 from .bundling import CODE_ROOT, write_code
-from .loading import ADAPTER_CONFIG, REMEDY_OF_RENAMED, WEIGHT_DTYPES, check_no_adapter, renamed_weights
+from .loading import (
+    ADAPTER_CONFIG,
+    REMEDY_OF_RENAMED,
+    WEIGHT_DTYPES,
+    check_no_adapter,
+    not_safetensors,
+    renamed_weights,
+)
 
 AUTO_MAP = {
     "AutoConfig": f"configuration_twotower.{TwoTowerConfig.__name__}",
@@ -145,11 +152,14 @@ def _stored_dtype(origin: Path) -> torch.dtype | str:
     sizes: Counter[torch.dtype] = Counter()
     for file in origin.glob(WEIGHT_FILES):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # which is no dict
-                    part = tensors.get_slice(name)
-                    if (dtype := WEIGHT_DTYPES.get(part.get_dtype())) is not None:
-                        sizes[dtype] += math.prod(part.get_shape())
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  # which is no dict
+                        part = tensors.get_slice(name)
+                        if (dtype := WEIGHT_DTYPES.get(part.get_dtype())) is not None:
+                            sizes[dtype] += math.prod(part.get_shape())
+            except SafetensorError as error:
+                raise ValueError(not_safetensors(file, error)) from error
     return sizes.most_common(1)[0][0] if sizes else "auto"
 
 

@@ -153,7 +153,11 @@ def _tensor_names(file: Path, quantized: bool) -> set[str]:
                     )
             return names
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+        raise ValueError(not_safetensors(file, error)) from error
+
+
+def not_safetensors(file: Path, error: SafetensorError) -> str:
+    return f"{file} is truncated or no safetensors file ({error}); download it again"
 
 
 def is_of(name: str, parts: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from secrets import randbits
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, SafetensorError) as error:  # the last as of a full disk
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 
@@ -265,7 +266,7 @@ def train(
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the finished model here, NAME or OWNER/NAME; before the recipe's.")
     ] = None,
-    folder: Annotated[Path | None, typer.Option(help="Train here; before the recipe's.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Train here; before the recipe's.")] = None,
 ) -> None:
     """
     Train as a recipe says; called again, it goes on where it was stopped, killed or not.
@@ -275,8 +276,10 @@ def train(
     from ..training.recipe import HubRecipe, read_recipe
 
     asked = read_recipe(recipe)
+    if folder == "":  # which a path takes for the current one
+        raise ValueError("--folder is empty; give a folder, or . for the current one")
     if folder is not None:
-        asked = replace(asked, folder=str(folder))
+        asked = replace(asked, folder=folder)
     if push_to_hub is not None:
         asked = replace(asked, hub=HubRecipe(push_to_hub, None if asked.hub is None else asked.hub.private))
     from ..training.run import train as train_by
@@ -361,7 +364,8 @@ def evaluate(
 
     names = None if benchmarks is None else _words(benchmarks)
     asked_seeds = SEEDS if seeds is None else _seeds(seeds)
-    asked_skills = _skills(skills or ("words" if rules or curve or not run_code else "words,code"))
+    default_skills = "words" if rules or curve or not run_code else "words,code"
+    asked_skills = _skills(default_skills if skills is None else skills)
     if sum((rules, curve, card)) > 1:
         raise ValueError("give one of --rules, --curve and --card")
     if not card and (dry_run or limit is not None or benchmarks is not None):
@@ -384,6 +388,7 @@ def evaluate(
     if card:
         evaluating.check_card(json_file, names, dry_run)
     _check_files(json_file, png_file)
+    console = output_console()  # which there may be none of
     two_towers, tokenizer = _load(model)
     torch.set_num_threads(threads)
     # transformers' NemotronH says once per kernel that this machine has none.
@@ -403,7 +408,6 @@ def evaluate(
     report = {"model": model or "demonstration checkpoint", **report}
     if json_file is not None:
         write_json(json_file, report)
-    console = output_console()
     if rules:
         show_table(
             console, rules_evaluation.rules_title(report), *rules_evaluation.rules_table(report), left_columns=2
@@ -464,6 +468,7 @@ def bench(
         **{name: value for name, value in given.items() if value is not None},
     )
     _check_files(json_file, png_file)
+    console = output_console()  # which there may be none of
     two_towers, tokenizer = _load(model)
     torch.set_num_threads(threads)
     # transformers' NemotronH says once per kernel that this machine has none.
@@ -478,7 +483,6 @@ def bench(
             write_whole(png_file, lambda file: charts.draw_bench(report, file))
 
     report = running.bench(two_towers, tokenizer, plan, save, say=lambda line: typer.echo(line, err=True))
-    console = output_console()
     for title, header, rows in running.tables(report):
         show_table(console, title, header, rows)
     console.print(running.footnote(report), soft_wrap=True)
@@ -578,9 +582,12 @@ def _generate_lines(
     def arguments(line: jsonl.Line) -> dict[str, Any]:
         knobs = _knobs_of_line(options, line.knobs)
         _check_sampling(knobs, two_towers.generation_config.do_sample)
-        ids = line.input_ids if line.prompt is None else _encode(line.prompt, tokenizer, raw).input_ids[0].tolist()
+        ids: Any = (
+            line.input_ids if line.prompt is None else _encode(line.prompt, tokenizer, raw).input_ids[0].tolist()
+        )
         needs = {"tokenizer": tokenizer} if knobs.get("stop_strings") else {}
-        return {"input_ids": ids, "return_dict_in_generate": True, **knobs, **needs}
+        every = torch.ones(1, len(ids), dtype=torch.long)  # is read, where padding's id would be taken for padding
+        return {"input_ids": ids, "attention_mask": every, "return_dict_in_generate": True, **knobs, **needs}
 
     def answer(line: jsonl.Line, output: Any) -> dict[str, Any]:
         sequence = output.sequences[0].tolist()
@@ -707,6 +714,8 @@ def _check_sampling(options: dict[str, Any], sampling_is_default: bool | None) -
 
 
 def _prompt(argument: str) -> str:
+    if argument == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed; redirect it from a file, or give the question itself")
     prompt = sys.stdin.read().removesuffix("\n") if argument == "-" else argument
     try:
         prompt.encode()

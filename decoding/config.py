@@ -67,7 +67,14 @@ TOKENS = {
     ),
 }
 SHARES = {"top_p": number_that("lie in [0, 1]", 1.0, lambda value: 0 <= value <= 1)}
-CHECKED = {**{name: whole_number_from(least) for name, least in COUNTS.items()}, **SHARES, **TOKENS, **KNOBS}
+CHECKED = {
+    **{name: whole_number_from(least) for name, least in COUNTS.items()},
+    **SHARES,
+    **TOKENS,
+    # Of which any text, "no" too, would be true.
+    "do_sample": Parameter(False, "give True or False", lambda value: value in (True, False)),
+    **KNOBS,
+}
 # Flags without meaning for two towers, or for one cache that only this model has, and the values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     # beams

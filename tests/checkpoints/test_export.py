@@ -297,6 +297,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="nowhere is not a folder"):
             export("nowhere", tmp_path / "export")
 
+    def test_weights_are_cut_off(self, checkpoint, tmp_path):
+        source = shutil.copytree(checkpoint, tmp_path / "source")
+        [weights] = source.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=r"source/model.safetensors is truncated .*; download it again"):
+            export(source, tmp_path / "export")
+
     def test_source_is_another_model(self, tmp_path):
         config = LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors import SafetensorError
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import twotower
 from twotower import TwoTowerForBlockDiffusion
 from twotower.bench import running, sections
-from twotower.cli import commands
+from twotower.cli import commands, terminal
 from twotower.cli.commands import app
 from twotower.decoding.rules import UNMASKING_RULES
 from twotower.demo import evaluation, marking, rules_evaluation
@@ -318,7 +319,7 @@ def test_eval_refuses_an_impossible_batch_size(checkpoint, size):
     assert "--batch-size" in result.stderr
 
 
-@pytest.mark.parametrize("skills", ["word", "words,", "code,words,words"])
+@pytest.mark.parametrize("skills", ["", "word", "words,", "code,words,words"])
 def test_eval_refuses_an_unknown_skill(checkpoint, skills):
     result = run("eval", "--model", checkpoint, f"--skills={skills}", code=2)
     assert f"--skills is '{skills}'; give words, code, or both" in result.stderr
@@ -383,6 +384,14 @@ def test_train_follows_a_recipe(tmp_path, monkeypatch):
     assert (second.folder, second.hub.repository) == (str(tmp_path / "other"), "me/mine")
 
 
+def test_train_takes_an_empty_folder_for_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_run, "train", lambda recipe: pytest.fail(f"trained in {recipe.folder}"))
+    file = tmp_path / "recipe.yaml"
+    file.write_text("folder: run\nsteps: 3\nmodel: {checkpoint: demo}\ndata: {files: [a.jsonl]}\n")
+    message = "error: --folder is empty; give a folder, or . for the current one\n"
+    assert run("train", file, "--folder", "", code=2).stderr == message
+
+
 @pytest.mark.parametrize(("recipe", "message"), [("absent.yaml", "No such file or directory"), ("", "Is a directory")])
 def test_train_without_a_recipe_says_so_in_a_line(tmp_path, recipe, message):
     result = run("train", tmp_path / recipe, code=1)
@@ -395,6 +404,16 @@ def test_export_writes_a_hub_folder(checkpoint, tmp_path):
     assert result.stdout.strip() == str(target)
     assert (target / "modeling_twotower.py").is_file()
     assert "error: " in run("export", target, "--model", tmp_path / "absent", code=2).stderr
+
+
+def test_what_a_full_disk_does_to_weights_is_a_line(checkpoint, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(TwoTowerForBlockDiffusion, "save_pretrained", full)
+    result = run("export", tmp_path / "hub", "--model", checkpoint, code=1)
+    assert result.stderr == "error: I/O error: No space left on device (os error 28)\n"
+    assert not [*tmp_path.iterdir()]
 
 
 def test_help_names_the_commands():
@@ -415,6 +434,12 @@ def test_generate_refuses_an_empty_prompt_before_any_work(prompt, given, monkeyp
     for raw in ((), ("--raw",)):
         result = run("generate", prompt, *raw, code=2, input=given)
         assert result.stderr == f"error: {name} is empty; give a question, or with --raw the beginning of a text\n"
+
+
+def test_generate_says_where_there_is_no_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed; redirect it from a file, or give the question"):
+        commands._prompt("-")
 
 
 def test_generate_refuses_what_is_no_text():
@@ -547,6 +572,17 @@ def test_an_interrupted_bench_leaves_the_steps_it_has_done(checkpoint, short_ben
 def test_bench_refuses_wrong_options_before_any_work(arguments, message, monkeypatch):
     monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("loaded a model"))
     assert message in run("bench", *arguments, code=2).stderr
+
+
+@pytest.mark.parametrize("arguments", [("eval",), ("eval", "--rules"), ("eval", "--card", "--dry-run"), ("bench",)])
+def test_a_closed_standard_output_is_told_of_before_any_work(arguments, monkeypatch):
+    monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("loaded a model"))
+    monkeypatch.setattr(terminal, "output_console", no_console)
+    assert "standard output is closed" in run(*arguments, code=2).stderr
+
+
+def no_console():
+    raise ValueError("standard output is closed")
 
 
 def test_bench_needs_a_place_for_its_files(monkeypatch, tmp_path):

@@ -105,6 +105,22 @@ def test_a_text_without_a_token_is_no_prompt(checkpoint, files):
     assert (answer["tokens"], answer["text"], answer["token_ids"]) == (0, "", [])
 
 
+def test_paddings_id_is_a_token_of_a_line(checkpoint, files):
+    """In a text, and in ids at an end, as it is of a prompt alone: a line is not padded."""
+    source, target = files
+    tokenizer = commands._load(str(checkpoint))[1]
+    asked = [tokenizer(f"Tom {tokenizer.pad_token} has 3").input_ids, [tokenizer.pad_token_id, 5, 6, 7]]
+    assert all(tokenizer.pad_token_id in ids for ids in asked)
+    lines = [{"prompt": f"Tom {tokenizer.pad_token} has 3"}, {"input_ids": asked[1]}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(checkpoint, source, target, "--raw")
+    model, answers = TwoTowerForBlockDiffusion.from_pretrained(checkpoint), written(target)
+    for number, ids in enumerate(map(torch.tensor, asked)):
+        alone = model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=12)
+        text = tokenizer.decode(alone[0, len(ids) :], skip_special_tokens=True).strip()
+        assert answers["index", number]["text"] == text
+
+
 def test_lines_are_written_as_they_finish(checkpoint, files):
     source, target = files
     run(checkpoint, source, target, "--slots", 6)
@@ -193,6 +209,7 @@ def test_a_killed_process_loses_and_repeats_nothing(checkpoint, fresh_python, tm
         ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
         ('{"prompt": "a", "num_beams": 2}', "num_beams=2 is not supported"),
         ('{"prompt": "a", "eos_token_id": "x"}', "eos_token_id is 'x'; give a token id"),
+        ('{"prompt": "a", "do_sample": "no"}', "do_sample is 'no'; give True or False"),
         ('{"prompt": "a", "seed": 3}', "--seed given without sampling"),
         ('{"prompt": "a", "min_p": 0.1}', "--min-p given without sampling"),
         ('{"prompt": "a", "prompt": "b"}', "prompt is given twice"),
