@@ -451,7 +451,7 @@ class TwoTowerForBlockDiffusion(
         cache: TwoTowerCache,
         timestep: torch.Tensor | float | None = None,
         attention_mask: torch.Tensor | None = None,
-        places: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         One denoiser pass over a block that follows the cached context; the cache stays as it is.
@@ -462,20 +462,22 @@ class TwoTowerForBlockDiffusion(
             timestep: (B,) or a number in [0, 1]; default each row's masked fraction.
             attention_mask: (B, S) or (B, earlier columns + S), of which the last S columns count: 1 on tokens, 0 on
                 padding at either end of the block. Default all ones.
-            places: (N,) int64, numbers of positions in the flattened block, to have logits of no others. Not with
+            positions: (N,) int64, numbers of positions in the flattened block, to have logits of no others. Not with
                 `attention_mask`.
 
         Returns:
-            (B, S, V) float32 logits for the same positions, meaningless on padding; or (N, V) for those at `places`.
+            (B, S, V) float32 logits for the block, meaningless on padding; or (N, V) for its `positions` alone.
         """
         self.check_denoiser("denoise")
         self.check_dtypes()
         self._check_ids("block_ids", block_ids, cache)
         packed, mask = PackedTokens(block_ids), None
-        if attention_mask is not None and places is not None:
-            raise ValueError("attention_mask and places were both given; give one of them")
-        if places is not None and not (places.ndim == 1 and places.dtype == torch.long):
-            raise ValueError(f"places are {places.dtype} of shape {tuple(places.shape)}; give int64 of one dimension")
+        if attention_mask is not None and positions is not None:
+            raise ValueError("attention_mask and positions were both given; give one of them")
+        if positions is not None and not (positions.ndim == 1 and positions.dtype == torch.long):
+            raise ValueError(
+                f"positions are {positions.dtype} of shape {tuple(positions.shape)}; give int64 of one dimension"
+            )
         if attention_mask is not None:
             packed = pack_tokens(block_ids, attention_mask, cache.width)
             mask = packed.mask()
@@ -485,7 +487,7 @@ class TwoTowerForBlockDiffusion(
             timestep = _time_per_row(timestep, len(block_ids), block_ids.device)
         timestep = timestep.to(block_ids.device, torch.float32)
         pasts = self._pasts(cache)
-        logits = self.denoiser_pass(packed.ids, pasts, cache.context_lengths(), timestep, mask, places)
+        logits = self.denoiser_pass(packed.ids, pasts, cache.context_lengths(), timestep, mask, positions)
         return logits if mask is None else packed.unpack(logits)
 
     def may_leave_out_positions(self) -> bool:
@@ -518,7 +520,7 @@ class TwoTowerForBlockDiffusion(
         context_lengths: torch.Tensor | None,
         timestep: torch.Tensor | None,
         mask: torch.Tensor | None = None,
-        places: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         What `denoise` and `predict_next` do, without a check: tensors in, tensors out.
@@ -529,7 +531,7 @@ class TwoTowerForBlockDiffusion(
             context_lengths: the cache's `context_lengths()`.
             timestep: (B,) float32; None for no time conditioning.
             mask: (B, S) bool, True on tokens, which come first; default all.
-            places: (N,) of the B x S positions, those whose logits are wanted; default all.
+            positions: (N,) of the B x S positions, those whose logits are wanted; default all.
 
         Returns:
             (B, S, V) float32 logits, or (N, V).
@@ -537,8 +539,8 @@ class TwoTowerForBlockDiffusion(
         layout = ChunkLayout(mask, context_lengths=context_lengths, block_mask=mask, masks={})
         modulations = None if timestep is None else self._modulations(timestep)
         hidden_states = self.denoiser_tower(block_ids, pasts, layout, modulations)
-        if places is not None:
-            hidden_states = hidden_states.flatten(0, 1).index_select(0, places.to(hidden_states.device))
+        if positions is not None:
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, positions.to(hidden_states.device))
         logits = self.lm_head(hidden_states)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

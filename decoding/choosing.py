@@ -39,7 +39,7 @@ class Group:
         self.rows, self.device = rows, device
         self.request: Request = rows[0].request
         self.timestep: torch.Tensor | None = None  # (R,) float32 that the denoiser is told
-        self.places: torch.Tensor | None = None  # (N,) of R x S positions, those whose logits are made; default all
+        self.positions: torch.Tensor | None = None  # (N,) of R x S positions, those whose logits are made; default all
         self.wide: dict[str, torch.Tensor] = {}  # of the pass reported last, (R, S, V)
 
     @cached_property
@@ -50,7 +50,7 @@ class Group:
         return ids, uploaded([canvas.open for canvas in canvases], self.device, torch.bool)
 
     def leave_out_settled(self) -> None:
-        """Ask for logits of open positions alone, unless something looks at others; see `places`."""
+        """Ask for logits of open positions alone, unless something looks at others; see `positions`."""
         request, canvases = self.request, [row.canvas for row in self.rows]
         asked = request.processors.lists[0] or request.step_callback or callable(request.config.unmasking_rule)
         # What is recorded is to be the same to the last bit, with a callback or without: products of fewer rows round
@@ -59,7 +59,7 @@ class Group:
             return
         size = len(canvases[0].ids)
         starts = range(0, len(canvases) * size, size)
-        self.places = uploaded(
+        self.positions = uploaded(
             [start + at for start, own in zip(starts, canvases, strict=True) for at in range(size) if own.open[at]],
             self.device,
         )
@@ -78,8 +78,8 @@ class Group:
         self.device = logits.device
         if "canvas" in vars(self):
             self.canvas = (self.canvas[0].to(self.device), self.canvas[1].to(self.device))
-        if self.places is not None:
-            self.places = self.places.to(self.device)
+        if self.positions is not None:
+            self.positions = self.positions.to(self.device)
         if self.timestep is not None:
             self.timestep = self.timestep.to(self.device)
         return logits
@@ -89,7 +89,7 @@ class Group:
         What one denoiser pass over the rows' canvases commits: what the rule and the user say.
 
         Args:
-            logits: (R, S, V) float32, or (N, V) of `places`, to be written to.
+            logits: (R, at least S, V) float32, or (N, V) of `positions`, to be written to.
             known: how many of the canvas's first tokens, a draft's, the text holds already.
 
         Returns:
@@ -97,6 +97,8 @@ class Group:
         """
         request, rule, processors, steps = self.request, self.request.rule, self.request.processors, self.request.steps
         ids, masked = self.canvas
+        if self.positions is None:
+            logits = logits[:, : ids.shape[1]]
         numbers = [row.step for row in self.rows]
         mask_logits = logits[..., request.mask_token_id]
         if request.step_callback is not None:
@@ -175,7 +177,7 @@ class Group:
         not the draft's.
 
         Args:
-            logits: (R, S, V) float32; or with a canvas (N, V) of `places`.
+            logits: (R, S, V) float32; or with a canvas (N, V) of `positions`.
             canvas: (R, S) ids and where they are open: choose for these, and never the mask; default S positions
                 after the text.
             known: how many of the canvas's first tokens the text holds already.
@@ -379,11 +381,11 @@ class Group:
             # What is no number, or infinite, less itself is no number: fewer operations than `isfinite`.
             largest = logits.amax(-1)
             problems = problems.masked_fill((largest - largest) != 0, NOT_A_NUMBER)
-        if self.places is not None:  # of (N,) tokens; what is elsewhere stays as it is
+        if self.positions is not None:  # of (N,) tokens; what is elsewhere stays as it is
             ids = self.canvas[0]
-            tokens = ids.flatten().index_copy(0, self.places, tokens).view(ids.shape)
-            problems = problems.new_zeros(ids.numel()).index_copy(0, self.places, problems).view(ids.shape)
-        return Prediction(logits, tokens, scores, problems, certain, self.places)
+            tokens = ids.flatten().index_copy(0, self.positions, tokens).view(ids.shape)
+            problems = problems.new_zeros(ids.numel()).index_copy(0, self.positions, problems).view(ids.shape)
+        return Prediction(logits, tokens, scores, problems, certain, self.positions)
 
     def report(self, prediction: Prediction, committed: torch.Tensor | None = None) -> torch.Tensor:
         """

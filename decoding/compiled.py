@@ -20,7 +20,7 @@ from transformers import CompileConfig
 from ..cache_twotower import TwoTowerCache, uploaded
 from ..checkpoints.placement import CONTEXT_PARTS, stays_in_place
 from ..compat_twotower import tqdm
-from .places import Places, padded_size
+from .buffers import ProgramBuffers, padded_size
 from .programs import TOWER_OF, Programs, accepting, denoising, programs_of, reading, verifying
 from .recorded import Recording, with_own_memory
 
@@ -100,7 +100,7 @@ class CompiledPasses:
         denoiser = model.denoiser_tower if model.has_denoiser else model.context_tower
         self.devices = {"context": self.device, "denoiser": denoiser.embeddings.weight.device}
         self.config: CompileConfig | None = None
-        self.compiled_by, self.programs, self.places = "", Programs(), Places(model, self.devices)
+        self.compiled_by, self.programs, self.buffers = "", Programs(), ProgramBuffers(model, self.devices)
         self.updates: tuple[int, list[Any]] = (0, [])  # of the chunk read tentatively: S, and by layer
         self.records = False
         self.bar: Any = None
@@ -111,7 +111,7 @@ class CompiledPasses:
         self.compiled_by = "recorded" if self.records else repr(sorted(compile_arguments(config).items()))
         programs = programs_of(self.model)
         self.programs = programs.taken(self) if self.records else programs
-        self.places.begin(self.programs, self.records)
+        self.buffers.begin(self.programs, self.records)
         if self.records:
             self.programs.find_weights(self.model)
             self.programs.prepare(self.model)
@@ -134,10 +134,10 @@ class CompiledPasses:
     ) -> torch.Tensor:
         """(R, S), (R,) and (R, S) 1 on tokens -> (R, S, V); blocks are few sizes, so that these are not padded."""
         rows, tokens = padded_size(len(ids)), ids.shape[1]
-        columns = self.places.columns(cache, tokens)
+        columns = self.buffers.columns(cache, tokens)
         masked = None if mask is None else self._padded(mask.bool(), rows, fill=True)
         times = None if timestep is None else self._padded(timestep, rows)
-        held = self.places.denoised(cache, rows, columns)
+        held = self.buffers.denoised(cache, rows, columns)
         inputs = (self._padded(ids, rows), self._lengths(cache, rows), times, masked)
         kind = ("untimed",) * (timestep is None) + ("masked",) * (mask is not None)
         return self._run(denoising, (rows, tokens, columns, *kind), held, *inputs)[: len(ids)]
@@ -151,10 +151,10 @@ class CompiledPasses:
         counts = [ids.shape[1]] * len(ids) if counts is None else list(counts)
         if tentative:
             return self._read(ids, cache, counts, tentative=True)
-        self.places.reuse(cache, ids.shape[1])
+        self.buffers.reuse(cache, ids.shape[1])
         pieces, starts = [], range(0, ids.shape[1], MOST_TOKENS)
         # Of several pieces for all at once, so that one program reads them.
-        columns = self.places.columns(cache, starts[-1] + padded_size(ids.shape[1] - starts[-1])) if starts[1:] else 0
+        columns = self.buffers.columns(cache, starts[-1] + padded_size(ids.shape[1] - starts[-1])) if starts[1:] else 0
         for start in starts:
             piece = ids[:, start : start + MOST_TOKENS]
             own = [min(max(count - start, 0), piece.shape[1]) for count in counts]
@@ -175,8 +175,8 @@ class CompiledPasses:
         # 1. A lone token of each row needs no counts; else what is padded must not count.
         (batch, width), lone = ids.shape, not tentative and min(counts) == ids.shape[1] == 1
         rows, tokens = padded_size(batch), 1 if lone else padded_size(width, 2)
-        columns = max(least_columns, self.places.columns(cache, tokens))
-        held, copied = self.places.held(cache, rows, columns, writes=True)
+        columns = max(least_columns, self.buffers.columns(cache, tokens))
+        held, copied = self.buffers.held(cache, rows, columns, writes=True)
         inputs = [self._padded(ids, rows, tokens), self._lengths(cache, rows)]
         # 2. Read.
         if tentative:
@@ -187,8 +187,8 @@ class CompiledPasses:
             hidden_states = self._run(reading, (rows, tokens, columns), held, *inputs, counted)
         # 3. Keep it.
         if copied:
-            self.places.write_back(cache, held, width, states=not tentative)
-        self.places.write_ids(ids, cache)
+            self.buffers.write_back(cache, held, width, states=not tentative)
+        self.buffers.write_ids(ids, cache)
         cache.sign(self.model.context_tower)
         cache.append(ids, [], counts, tentative)
         return hidden_states[:batch, :width]
@@ -196,10 +196,10 @@ class CompiledPasses:
     def accept(self, cache: TwoTowerCache, counts: list[int]) -> None:
         tokens, updates = self.updates
         rows = padded_size(len(counts))
-        held, copied = self.places.held(cache, rows, None, writes=True)
+        held, copied = self.buffers.held(cache, rows, None, writes=True)
         self._run(accepting, (rows, tokens), (held, updates), self._numbers(counts, rows))
         if copied:
-            self.places.write_back(cache, held, 0)
+            self.buffers.write_back(cache, held, 0)
         cache.accept(counts)
         self.updates = (0, [])
 
@@ -303,10 +303,10 @@ class CompiledPasses:
     def close(self, cache: TwoTowerCache) -> None:
         """Nothing is to be compiled, nor rows copied, soon; what recordings look at is left to the next cache."""
         if not self.records:
-            self.places.scratch = {}
+            self.buffers.scratch = {}
         elif self.programs.has_user(self):  # else rows have come and gone since that asked for no programs
             self.programs.user = None
-            self.places.leave(cache)
+            self.buffers.leave(cache)
         self._close_bar()
 
     def _close_bar(self) -> None:

@@ -57,7 +57,7 @@ class Engine:
         self.drafting: dict[Any, Any] = {}  # strategies' own: what was learnt about drafts
         self.most_rows, self.alone = most_rows, alone
         self.prompts_wait = False
-        self.last_part = "denoise"
+        self.last_call = "denoise"
         self.passes = {"denoiser": 0, "context": 0}  # and of rows, how many took part and how many were there
         self.row_passes, self.row_chances = 0, 0
 
@@ -120,62 +120,55 @@ class Engine:
         for request in {id(row.request): row.request for row in rows if row.request.in_step}.values():
             if any(map(_reads_prompt, request.going_on())):
                 rows = [row for row in rows if row.request is not request]
-        parts = dict.fromkeys(row.request.strategy.part for row in rows)
-        if len(parts) > 1:
-            parts.pop(self.last_part, None)
-        self.last_part = next(iter(parts), self.last_part)
-        return [row for row in rows if row.request.strategy.part == self.last_part]
+        calls = dict.fromkeys(row.request.strategy.denoiser_call for row in rows)
+        if len(calls) > 1:
+            calls.pop(self.last_call, None)
+        self.last_call = next(iter(calls), self.last_call)
+        return [row for row in rows if row.request.strategy.denoiser_call == self.last_call]
 
     def _denoiser_pass(self, rows: list[Row], run: Any) -> None:
-        strategy, part = rows[0].request.strategy, self._part(rows)
-        # Programs are of all positions.
-        leave_out = run is self.run and self.model.may_leave_out_positions()
         groups = [Group(own, self.device) for own in _groups(rows)]
         # Where each group's rows are in the pass; a lone one has all.
-        places: list[Any] = [slice(None)]
+        members: list[Any] = [slice(None)]
         if len(groups) > 1:
-            places = [_places(group.rows, rows, self.device) for group in groups]
-        if strategy.part == "predict_next":
+            members = [_members(group.rows, rows, self.device) for group in groups]
+        if self.last_call == "predict_next":
             newest = uploaded([[row.newest] for row in rows], self.device)
-            logits = run("predict_next", newest, part)[:, None]
+            logits = run("predict_next", newest, self._part(rows))[:, None]
         else:
-            if len(groups) == 1 and leave_out:
-                groups[0].leave_out_settled()
-            timesteps = []
-            for group in groups:
-                steps, request = [row.step for row in group.rows], group.request
-                group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
-                timesteps.append(group.timestep)
-            times, canvases = timesteps[0], [groups[0].canvas[0]]
-            if len(groups) > 1:
-                times, canvases = times.new_empty(len(rows)), self._canvases(rows)
-                for own, at in zip(timesteps, places, strict=True):
-                    times[at] = own
-            if groups[0].places is None:
-                logits = run("denoise", canvases[0], part, times, *canvases[1:])
-            else:
-                logits = run("denoise", canvases[0], part, times, None, groups[0].places)
+            logits = self._denoise(rows, groups, members, run)
         self.passes["denoiser"] += 1
         for row in rows:
-            # A row that keeps in step with others may have nothing open.
-            row.denoiser_forwards += strategy.part == "predict_next" or True in row.canvas.open
+            # A row that keeps in step with others may have nothing open on its canvas, where the mode has some.
+            row.denoiser_forwards += not row.canvas.ids or True in row.canvas.open
         reports = []
-        for group, at in zip(groups, places, strict=True):
+        for group, own in zip(groups, members, strict=True):
             with self.guarded(group.rows):
-                own = logits[at if isinstance(at, slice) else at.to(logits.device)]
-                if strategy.part == "predict_next":
-                    reports.append((group, group.report(group.predict(group.meet(own)))))
-                else:
-                    if group.places is None:
-                        own = own[:, : len(group.rows[0].canvas.ids)]
-                    own = group.meet(own)
-                    reports.append((group, group.denoise_step(own, group.request.strategy.known)))
+                theirs = group.meet(logits[own if isinstance(own, slice) else own.to(logits.device)])
+                reports.append((group, group.request.strategy.choose(group, theirs)))
         for group, values in self._host(reports):
             with self.guarded(group.rows):
-                known = group.request.strategy.known
-                new = strategy.part == "predict_next"
-                written = group.chosen(values, step=0) if new else group.commit(values, known)
-                group.request.strategy.after_denoise(self, group.rows, written)
+                strategy = group.request.strategy
+                strategy.after_denoise(self, group.rows, strategy.chosen(group, values))
+
+    def _denoise(self, rows: list[Row], groups: list[Group], members: list[Any], run: Any) -> torch.Tensor:
+        """Logits (R, S, V) of the rows' canvases, or of a lone group (N, V) of its `positions`."""
+        # Programs are of all positions.
+        if len(groups) == 1 and run is self.run and self.model.may_leave_out_positions():
+            groups[0].leave_out_settled()
+        timesteps = []
+        for group in groups:
+            steps, request = [row.step for row in group.rows], group.request
+            group.timestep = request.rule.timestep(group.canvas[1], steps, request.steps)
+            timesteps.append(group.timestep)
+        times, canvases = timesteps[0], [groups[0].canvas[0]]
+        if len(groups) > 1:
+            times, canvases = times.new_empty(len(rows)), self._canvases(rows)
+            for own, at in zip(timesteps, members, strict=True):
+                times[at] = own
+        if groups[0].positions is None:
+            return run("denoise", canvases[0], self._part(rows), times, *canvases[1:])
+        return run("denoise", canvases[0], self._part(rows), times, None, groups[0].positions)
 
     def _canvases(self, rows: list[Row]) -> list[torch.Tensor]:
         """Of several groups; those of different sizes are padded, and only then masked."""
@@ -247,7 +240,7 @@ class Engine:
             with self.guarded(rows_of_group):
                 own = hidden_states
                 if len(rows_of_group) < len(rows):
-                    own = own[_places(rows_of_group, rows, own.device)]
+                    own = own[_members(rows_of_group, rows, own.device)]
                 if rows_of_group[0].phase == VERIFY:
                     own = own[:, : kept[rows_of_group[0]]]
                 else:
@@ -369,10 +362,10 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _places(some: Sequence[Row], rows: Sequence[Row], device: torch.device) -> torch.Tensor:
+def _members(some: Sequence[Row], rows: Sequence[Row], device: torch.device) -> torch.Tensor:
     """Where some rows are among those of a pass."""
-    places = {row: idx for idx, row in enumerate(rows)}
-    return uploaded([places[row] for row in some], device)
+    number = {row: idx for idx, row in enumerate(rows)}
+    return uploaded([number[row] for row in some], device)
 
 
 def _last(hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

@@ -94,7 +94,7 @@ class Programs(Kept):
 
     def __init__(self) -> None:
         self.model_state: Any = None  # of the model they were compiled for, see [`programs_of`]
-        self.scratch: dict[Any, list[LayerContent]] = {}  # where recordings find copies of rows, see `Places`
+        self.scratch: dict[Any, list[LayerContent]] = {}  # where recordings find copies of rows, see `ProgramBuffers`
         self.weights: dict[str, Weights] = {}  # by part of the model those that were recorded, and their state then
         self.weights_states: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}  # the state that the next pass would find, see `look_ahead`

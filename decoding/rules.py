@@ -26,13 +26,13 @@ class Prediction:
     What one pass predicts for the positions of a block.
 
     Args:
-        logits: (R, S, V) float32, untempered, the mask id at -inf; or (N, V), of `places` alone.
+        logits: (R, S, V) float32, untempered, the mask id at -inf; or (N, V), of `positions` alone.
         tokens: (R, S) the choice at each position.
         scores: (R, S, V) the logits after all logits processors; or (N, V).
         problems: (R, S) int8, why a position can hold no token: [`NOT_A_NUMBER`], [`FORBIDDEN`], [`NO_SCORE`], or 0
             where it can.
         certain: (R, S) bool, whether it was chosen after what is really chosen before it; None when all are.
-        places: (N,) of the R x S positions, those that are predicted; None for all. What follows is 0 elsewhere.
+        positions: (N,) of the R x S positions, those that are predicted; None for all. What follows is 0 elsewhere.
     """
 
     logits: torch.Tensor
@@ -40,41 +40,41 @@ class Prediction:
     scores: torch.Tensor | None = None
     problems: torch.Tensor | None = None
     certain: torch.Tensor | None = None
-    places: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     # Computed where something looks at them, each (R, S).
 
     @cached_property
     def confidence(self) -> torch.Tensor:
         """The probability of each choice by `logits`."""
-        return self._at_places(self.logits.softmax(-1).gather(-1, self._chosen)[..., 0])
+        return self._at_positions(self.logits.softmax(-1).gather(-1, self._chosen)[..., 0])
 
     @cached_property
     def log_prob(self) -> torch.Tensor:
         """The log-probability of each choice by `scores`."""
         assert self.scores is not None
-        return self._at_places(self.scores.gather(-1, self._chosen)[..., 0] - self.scores.logsumexp(-1))
+        return self._at_positions(self.scores.gather(-1, self._chosen)[..., 0] - self.scores.logsumexp(-1))
 
     @cached_property
     def margin(self) -> torch.Tensor:
         """The best probability less the second-best, by `logits`."""
         best = self.logits.softmax(-1).topk(2, dim=-1).values
-        return self._at_places(best[..., 0] - best[..., 1])
+        return self._at_positions(best[..., 0] - best[..., 1])
 
     @cached_property
     def entropy(self) -> torch.Tensor:
         """In nats, by `logits`."""
-        return self._at_places(entropy_of(self.logits))
+        return self._at_positions(entropy_of(self.logits))
 
     @property
     def _chosen(self) -> torch.Tensor:
-        tokens = self.tokens if self.places is None else self.tokens.flatten()[self.places]
+        tokens = self.tokens if self.positions is None else self.tokens.flatten()[self.positions]
         return tokens[..., None]
 
-    def _at_places(self, values: torch.Tensor) -> torch.Tensor:
-        if self.places is None:
+    def _at_positions(self, values: torch.Tensor) -> torch.Tensor:
+        if self.positions is None:
             return values
-        return values.new_zeros(self.tokens.numel()).index_copy(0, self.places, values).view(self.tokens.shape)
+        return values.new_zeros(self.tokens.numel()).index_copy(0, self.positions, values).view(self.tokens.shape)
 
 
 NOT_A_NUMBER, FORBIDDEN, DRAFT_NOT_A_NUMBER, NO_SCORE = 1, 2, 3, 4

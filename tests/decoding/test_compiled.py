@@ -16,9 +16,9 @@ from transformers.utils import logging
 
 from twotower import TwoTowerEngine
 from twotower.cache_twotower import KeyValues, TwoTowerCache
-from twotower.decoding import compiled, places
+from twotower.decoding import buffers, compiled
+from twotower.decoding.buffers import padded_size
 from twotower.decoding.compiled import CompiledPasses, compile_arguments
-from twotower.decoding.places import padded_size
 from twotower.decoding.programs import programs_of
 from twotower.modeling_twotower import TwoTowerForBlockDiffusion
 
@@ -517,7 +517,7 @@ def test_pieces_of_a_long_prompt_are_read_by_one_program(monkeypatch):
     shapes = Shapes()
     monkeypatch.setattr(torch, "compile", shapes)
     monkeypatch.setattr(compiled, "MOST_TOKENS", 128)
-    monkeypatch.setattr(places, "LEAST_COLUMNS", 16)
+    monkeypatch.setattr(buffers, "LEAST_COLUMNS", 16)
     model = small_model("M*")
     model.generate(random_ids(1, 512), mode="ar", max_new_tokens=1, compile=True)
     assert len(shapes.programs) == 1
@@ -528,5 +528,5 @@ def test_engines_copy_rows_to_places_of_their_own(shapes):
     held = [KeyValues(torch.zeros(3, 1, 256, 2), torch.zeros(3, 1, 256, 2))]
     for passes in (CompiledPasses(model), CompiledPasses(model)):
         passes.begin()
-        found.append(passes.places._copied(held, [0], 256)[0].key)
+        found.append(passes.buffers._copied(held, [0], 256)[0].key)
     assert found[0].data_ptr() != found[1].data_ptr()

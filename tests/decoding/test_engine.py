@@ -148,13 +148,13 @@ def test_who_watches_or_replaces_the_head_or_the_pass_sees_all_positions(model, 
 
 def test_positions_of_a_pass_are_asked_for_one_by_one_or_all(model):
     cache = model(random_ids(2, 9), use_cache=True).cache
-    block, places = random_ids(2, 6, seed=4), torch.tensor([11, 0, 7])
-    some = model.denoise(block, cache, 0.5, places=places)
-    torch.testing.assert_close(some, model.denoise(block, cache, 0.5).flatten(0, 1)[places], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="attention_mask and places were both given"):
-        model.denoise(block, cache, 0.5, attention_mask=torch.ones_like(block), places=places)
-    with pytest.raises(ValueError, match=r"places are torch.float32 of shape \(3,\); give int64 of one dimension"):
-        model.denoise(block, cache, 0.5, places=places.float())
+    block, positions = random_ids(2, 6, seed=4), torch.tensor([11, 0, 7])
+    some = model.denoise(block, cache, 0.5, positions=positions)
+    torch.testing.assert_close(some, model.denoise(block, cache, 0.5).flatten(0, 1)[positions], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="attention_mask and positions were both given"):
+        model.denoise(block, cache, 0.5, attention_mask=torch.ones_like(block), positions=positions)
+    with pytest.raises(ValueError, match=r"positions are torch.float32 of shape \(3,\); give int64 of one dimension"):
+        model.denoise(block, cache, 0.5, positions=positions.float())
 
 
 def test_a_long_prompt_is_not_read_with_short_ones_and_waits_a_pass_at_most(model, monkeypatch):

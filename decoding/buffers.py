@@ -28,7 +28,7 @@ def padded_size(count: int, least: int = 1) -> int:
     return max(least, 1 << (count - 1).bit_length())
 
 
-class Places:
+class ProgramBuffers:
     """
     Where an engine's passes find what its cache holds.
 
@@ -95,8 +95,8 @@ class Places:
         self._fitted(whole, room, columns)
         mirror = self.programs.mirrors.get(columns)
         if mirror is None:
-            places = [device if isinstance(layer, KeyValueLayer | MambaLayer) else None for layer in whole.layers]
-            mirror = self.programs.mirrors[columns] = Mirror(places)
+            devices = [device if isinstance(layer, KeyValueLayer | MambaLayer) else None for layer in whole.layers]
+            mirror = self.programs.mirrors[columns] = Mirror(devices)
         if whole.mirror is not mirror:
             mirror.held, whole.mirror = [], mirror
         mirror.pull(whole, range(whole.batch_size) if cache is whole else cache.indices, columns, room)
@@ -269,4 +269,4 @@ def _is_inference(held: LayerContent) -> bool:
     return held is not None and any(part.is_inference() for part in held)
 
 
-__all__ = ["LEAST_COLUMNS", "Places", "padded_size"]
+__all__ = ["LEAST_COLUMNS", "ProgramBuffers", "padded_size"]
