@@ -297,7 +297,7 @@ class TwoTowerCache(Cache):
         self.columns: int | None = None
         self.undoing: list[Callable[[], None]] | None = None  # how to take back what was done in place, oldest first
         # Of the model that has read, once one has.
-        self.dtype: torch.dtype | None = None
+        self.computed_in: torch.dtype | None = None  # not "dtype", by which accelerate would take it for a tensor
         self.embeddings: torch.Tensor | None = None
         self.reader: ref[nn.Module] | None = None  # the context tower that has read, or one like it
         self.kernels: Mapping[str, str] = {}  # operation -> backend, of the tower that read last
@@ -320,9 +320,13 @@ class TwoTowerCache(Cache):
     def sign(self, tower: Any) -> None:
         """Remember which context tower has read, and some of its embeddings in case it is no more."""
         self.kernels = tower.kernels
-        if self.dtype is None:
+        if self.computed_in is None:
             embeddings = tower.embeddings.weight
-            facts = {"dtype": _computed_in(embeddings), "embeddings": _sample(embeddings), "reader": ref(tower)}
+            facts = {
+                "computed_in": _computed_in(embeddings),
+                "embeddings": _sample(embeddings),
+                "reader": ref(tower),
+            }
             for cache in (self,) if self.whole is None else (self, self.whole):
                 cache.__dict__.update(facts)
 
@@ -346,8 +350,10 @@ class TwoTowerCache(Cache):
         embeddings = tower.embeddings.weight
         remedy = "give a cache of this model, or leave past_key_values out"
         dtype = _computed_in(embeddings)
-        if self.dtype not in (None, dtype):
-            raise ValueError(f"past_key_values was read in {self.dtype}, this model computes in {dtype}; {remedy}")
+        if self.computed_in not in (None, dtype):
+            raise ValueError(
+                f"past_key_values was read in {self.computed_in}, this model computes in {dtype}; {remedy}"
+            )
         reader = None if self.reader is None else self.reader()
         # Every pass asks, and comparing weights waits for the device.
         if reader is tower:
@@ -733,7 +739,7 @@ class TwoTowerCache(Cache):
             else None
             for cache in caches
         ]
-        signed = next((cache for cache in caches if cache.dtype is not None), caches[0])
+        signed = next((cache for cache in caches if cache.computed_in is not None), caches[0])
         with ordinary_tensors():
             everything: list[Sequence[KeyValues | MambaState | None]] = [*held, tokens]
             for layer, parts in zip((*self.layers, self.tokens), everything, strict=True):
@@ -748,7 +754,7 @@ class TwoTowerCache(Cache):
                 each = _with_zeros(parts, counts)
                 layer.state = MambaState(*map(torch.cat, zip(*each, strict=True))) if each else None
                 layer.shared = False
-        self.geometry, self.dtype, self.embeddings = signed.geometry, signed.dtype, signed.embeddings
+        self.geometry, self.computed_in, self.embeddings = signed.geometry, signed.computed_in, signed.embeddings
         self.device, self.mirror = signed.device, None
         self._set_lengths([length for each in lengths for length in each])
 

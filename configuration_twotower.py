@@ -1,5 +1,6 @@
 """Configuration of a TwoTower model: a NemotronH backbone, used twice, plus what block diffusion adds."""
 
+import math
 from typing import Any
 
 import torch
@@ -56,12 +57,12 @@ class TwoTowerConfig(NemotronHConfig):
         auto_map = kwargs.pop("auto_map", None)
         check_auto_map(auto_map, "the config")
         _check_dtype(kwargs.get("torch_dtype") or self.dtype)
-        declared_layers = kwargs.get("num_hidden_layers")
+        declared_layers, pattern = kwargs.get("num_hidden_layers"), kwargs.get("hybrid_override_pattern")
         super().__post_init__(**kwargs)
         if auto_map and _is_own_code(auto_map):
             self.auto_map = auto_map
         self.time_step_limit: tuple[float, ...] = tuple(float(limit) for limit in self.time_step_limit)
-        self._check_layers(declared_layers)
+        self._check_layers(declared_layers, pattern)
         self._check_absent()
         self.check()
 
@@ -97,7 +98,7 @@ class TwoTowerConfig(NemotronHConfig):
         except StrictDataclassError as error:
             raise ValueError(f"config: {' '.join(str(error).split())}") from error
 
-    def _check_layers(self, declared_layers: int | None) -> None:
+    def _check_layers(self, declared_layers: int | None, pattern: str | None) -> None:
         kinds = set(LAYER_LETTERS.values())
         if not self.layers_block_type:
             raise ValueError(
@@ -105,6 +106,11 @@ class TwoTowerConfig(NemotronHConfig):
             )
         if unknown := sorted(set(self.layers_block_type) - kinds):
             raise ValueError(f"`layers_block_type` holds unknown layer kinds {unknown}; use {sorted(kinds)}")
+        if pattern is not None and self._pattern_to_list(pattern) != self.layers_block_type:
+            raise ValueError(
+                f"hybrid_override_pattern is {pattern!r}, but layers_block_type {self.layers_block_type}; make them "
+                "agree or drop one of them"
+            )
         if declared_layers is not None and declared_layers != len(self.layers_block_type):
             raise ValueError(
                 f"num_hidden_layers is {declared_layers}, but the layer pattern has {len(self.layers_block_type)} "
@@ -134,8 +140,8 @@ class TwoTowerConfig(NemotronHConfig):
             "block_size timestep_features timestep_max_period timestep_scale layer_norm_epsilon"
         )
         for name in sizes.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
         if self.moe_latent_size is not None and self.moe_latent_size <= 0:
             raise ValueError(f"moe_latent_size is {self.moe_latent_size}; it must be positive, or None")
         limit = self.time_step_limit

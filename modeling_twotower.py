@@ -33,7 +33,7 @@ from .cache_twotower import (
     uploaded,
 )
 from .checkpoints.loading import merge_expert_matrices, register_checkpoint_layout
-from .checkpoints.placement import CONTEXT_PARTS, execution_device, stays_in_place
+from .checkpoints.placement import CONTEXT_PARTS, check_in_place, execution_device, stays_in_place
 from .checkpoints.pretrained import TWOTOWER_PARTS, LoadedTowers, PretrainedInterface, TrainedTowers, check_towers
 from .compat_twotower import (
     CacheOutput,
@@ -282,7 +282,12 @@ class TwoTowerForBlockDiffusion(
                 f"a vocabulary of {new_num_tokens} tokens would lack the mask, token {self.config.mask_token_id}"
             )
         denoisers = [(self.denoiser_tower, self.lm_head)] if self.has_denoiser else []
-        for tower, head in [(self.context_tower, self.context_lm_head), *denoisers]:
+        pairs = [(self.context_tower, self.context_lm_head), *denoisers]
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            check_in_place(
+                "resize_token_embeddings", *(each for tower, head in pairs for each in (tower.embeddings, head))
+            )
+        for tower, head in pairs:
             trained = tower.embeddings.weight.requires_grad, head.weight.requires_grad
             # These modules stay, and with them the hooks on them.
             tower.embeddings = self._get_resized_embeddings(
@@ -662,6 +667,7 @@ class TwoTowerForBlockDiffusion(
     def reset_denoiser(self) -> None:
         """Copy the context tower and its head to the denoiser, and make time conditioning the identity."""
         self.check_denoiser("reset_denoiser")
+        check_in_place("reset_denoiser", self)
         self.denoiser_tower.load_state_dict(self.context_tower.state_dict())
         self.lm_head.load_state_dict(self.context_lm_head.state_dict())
         self.reset_time_conditioning()
@@ -670,6 +676,7 @@ class TwoTowerForBlockDiffusion(
     def reset_time_conditioning(self) -> None:
         """Make time conditioning the identity (gate 1, shift and scale 0): layers compute what the backbone's do."""
         self.check_denoiser("reset_time_conditioning")
+        check_in_place("reset_time_conditioning", self.t_block, self.scale_shift_tables)
         # Not with transformers' initialisers, which leave alone what was loaded from a checkpoint.
         for parameter in self.t_block[1].parameters():
             parameter.zero_()

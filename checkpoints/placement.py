@@ -120,6 +120,16 @@ def stays_in_place(hook: Any) -> bool:
     return not any(getattr(one, "offload", True) for one in getattr(hook, "hooks", (hook,)))
 
 
+def check_in_place(wanted: str, *modules: nn.Module) -> None:
+    """Raise a ValueError that `wanted` changes weights which accelerate has elsewhere, and here nothing to change."""
+    for hooked in (each for module in modules for each in module.modules() if hasattr(each, "_hf_hook")):
+        if any(weight.is_meta for weight in hooked.parameters(recurse=False)):
+            raise ValueError(
+                f"{wanted} changes weights in place, and those of an offloaded module ({type(hooked).__name__}) are "
+                "not here; load the model without a device_map that offloads, change it, and save it"
+            )
+
+
 def _checked(devices: Sequence[Device]) -> list[Device]:
     if isinstance(devices, str | int | torch.device) or len(devices) == 0:
         raise ValueError(f"devices for the towers are {devices!r}; give a list of one or more, such as [0, 1]")
@@ -229,6 +239,7 @@ def _human(size: float) -> str:
 __all__ = [
     "CONTEXT_PARTS",
     "DENOISER_PARTS",
+    "check_in_place",
     "devices_for_towers",
     "execution_device",
     "memory_for_towers",

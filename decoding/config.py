@@ -66,7 +66,13 @@ TOKENS = {
         lambda value: all(map(IS_WHOLE, (isinstance(value, list) and value) or [value])),
     ),
 }
-SHARES = {"top_p": number_that("lie in [0, 1]", 1.0, lambda value: 0 <= value <= 1)}
+SHARES = {
+    "top_p": number_that("lie in [0, 1]", 1.0, lambda value: 0 <= value <= 1),
+    # Beyond these transformers leaves the flag out without a word.
+    "typical_p": number_that("lie in (0, 1]", 1.0, lambda value: 0 < value <= 1),
+    "epsilon_cutoff": number_that("lie in [0, 1)", 0.0, lambda value: 0 <= value < 1),
+    "eta_cutoff": number_that("lie in [0, 1)", 0.0, lambda value: 0 <= value < 1),
+}
 CHECKED = {
     **{name: whole_number_from(least) for name, least in COUNTS.items()},
     **SHARES,
@@ -310,6 +316,9 @@ def check_supported(config: GenerationConfig, strategy: Any) -> None:
     seconds = config.max_time
     if seconds is not None and not (isinstance(seconds, int | float) and seconds == seconds):
         raise ValueError(f"max_time is {seconds!r}; give a number of seconds")
+    decay = config.exponential_decay_length_penalty
+    if decay is not None and config.eos_token_id is None:
+        raise ValueError(f"exponential_decay_length_penalty={decay!r} favours end-of-text; give eos_token_id, too")
     # This rule alone spreads its commits over all the steps there may be, most of which then commit nothing.
     name = strategy.steps_knob
     if name is not None and config.unmasking_rule == "posterior" and getattr(config, name) > MOST_POSTERIOR_STEPS:

@@ -166,6 +166,20 @@ def test_sizes_must_be_positive(name, value):
         tiny_config(**{name: value})
 
 
+def test_a_pattern_and_layers_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"hybrid_override_pattern is 'M\*', but layers_block_type \['moe'\]"):
+        tiny_config(hybrid_override_pattern="M*", layers_block_type=["moe"])
+    agreeing = tiny_config(hybrid_override_pattern="M*", layers_block_type=["linear_attention", "full_attention"])
+    assert agreeing.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["timestep_max_period", "timestep_scale", "layer_norm_epsilon"])
+def test_sizes_must_be_finite(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be positive and finite"):
+        tiny_config(**{name: value})
+
+
 REFUSED = {
     "unknown letters": ({"hybrid_override_pattern": "MXE?"}, r"'MXE\?' holds unknown letters \['\?', 'X'\]"),
     "lower case": ({"hybrid_override_pattern": "m*"}, r"'m\*' holds unknown letters \['m'\]"),

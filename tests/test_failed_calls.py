@@ -81,13 +81,13 @@ def call(model, place: str, failure: Failure, text, **flags):
 def contents(cache: TwoTowerCache) -> list[Any]:
     """Copies of all that a cache holds that counts."""
     if cache.lengths is None:
-        return [None, cache.width, cache.dtype, *(cache.view(layer) for layer in range(len(cache.layers)))]
+        return [None, cache.width, cache.computed_in, *(cache.view(layer) for layer in range(len(cache.layers)))]
     tensors = [cache.lengths]
     for row, length in enumerate(cache.lengths.tolist()):
         tensors.append(cache.ids[row, :length])
         for held in (cache.view(layer) for layer in range(len(cache.layers))):
             tensors += [part[row, :, :length] if isinstance(held, KeyValues) else part[row] for part in held or ()]
-    facts = [cache.width, cache.ragged, cache.tentative, cache.dtype]
+    facts = [cache.width, cache.ragged, cache.tentative, cache.computed_in]
     return [*facts, *(tensor.clone() for tensor in tensors)]
 
 

@@ -67,6 +67,22 @@ def test_a_share_of_probability_is_one(model, value):
     model.generate(IDS, do_sample=True, top_p=np.float32(0.9), max_new_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("typical_p", 2.0), ("typical_p", 0.0), ("epsilon_cutoff", 1.0), ("epsilon_cutoff", -0.1), ("eta_cutoff", 2)],
+)
+def test_a_share_that_transformers_would_ignore_is_refused(model, flag, value):
+    with pytest.raises(ValueError, match=rf"{flag} is {value}; it must lie in [\[(]0, 1"):
+        model.generate(IDS, do_sample=True, **{flag: value})
+
+
+def test_a_growing_pull_to_no_end_of_text_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    with pytest.raises(ValueError, match=r"exponential_decay_length_penalty=\(2, 1.5\) .*; give eos_token_id"):
+        model.generate(IDS, max_new_tokens=4, exponential_decay_length_penalty=(2, 1.5))
+    model.generate(IDS, max_new_tokens=4, exponential_decay_length_penalty=(2, 1.5), eos_token_id=7)
+
+
 @pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
 def test_whole_numbers_of_numpy_and_torch_count(model, kind):
     expected = generate(model, block_size=3, steps_per_block=2).sequences

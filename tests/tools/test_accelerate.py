@@ -1,7 +1,8 @@
 """`accelerate launch` with two processes on a CPU trains as one process does."""
 
 import torch
-from tiny import student_model
+from accelerate.utils import convert_outputs_to_fp32
+from tiny import random_ids, student_model, tiny_model
 from tolerances import GRADIENTS, assert_close
 from tools.processes import SCRIPT, launch
 from tools.train_in_processes import optimizer_of, train
@@ -21,3 +22,13 @@ def test_two_processes_train_as_one(tmp_path):
         moved = result["weights"][name] - start[name]
         assert_close(moved, tensor - start[name], slack=10 * GRADIENTS)
         assert moved.any() == (not name.startswith("context_") and "correction_bias" not in name), name
+
+
+def test_mixed_precision_leaves_the_cache_as_it_is():
+    """What `Accelerator.prepare` makes of `forward` with mixed precision: outputs in float32."""
+    model, ids = tiny_model("all kinds"), random_ids(2, 7)
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    with torch.no_grad():
+        read = model(ids[:, :4])
+        assert read.logits.dtype == read.last_hidden_state.dtype == torch.float32
+        assert_close(model(ids[:, 4:], cache=read.cache).logits, model(ids).logits[:, 4:], torch.bfloat16, slack=5)

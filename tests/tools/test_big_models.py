@@ -90,3 +90,21 @@ def test_another_move_that_is_not_implemented_keeps_its_error(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", refuse)
     with pytest.raises(NotImplementedError, match="no such device"):
         model.to("cpu")
+
+
+CHANGES = {
+    "resize_token_embeddings": lambda model: model.resize_token_embeddings(60),
+    "reset_denoiser": lambda model: model.reset_denoiser(),
+    "reset_time_conditioning": lambda model: model.reset_time_conditioning(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_offloaded_weights_is_refused_before_any_is_made(change):
+    """To their place-holders torch would copy nothing, and say nothing."""
+    model = tiny_model("all kinds")
+    for part in (model.denoiser_tower, model.lm_head, model.t_block, model.scale_shift_tables):
+        accelerate.cpu_offload(part, execution_device="cpu")
+    with pytest.raises(ValueError, match=f"{change} changes weights in place, and those of an offloaded module"):
+        CHANGES[change](model)
+    assert model.context_lm_head.out_features == model.resize_token_embeddings().num_embeddings == 48
