@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 
@@ -744,10 +743,7 @@ class TwoTowerCache(Cache):
             everything: list[Sequence[KeyValues | MambaState | None]] = [*held, tokens]
             for layer, parts in zip((*self.layers, self.tokens), everything, strict=True):
                 if isinstance(layer, KeyValueLayer):
-                    wide = [
-                        [F.pad(part, (0, 0, 0, width - part.shape[2])) for part in each]
-                        for each in _with_zeros(parts, counts)
-                    ]
+                    wide = [[_widened(part, width) for part in each] for each in _with_zeros(parts, counts)]
                     layer.buffers = KeyValues(*map(torch.cat, zip(*wide, strict=True))) if wide else None
         for layer, parts in zip(self.layers, held, strict=True):
             if isinstance(layer, MambaLayer):
@@ -810,6 +806,11 @@ def _exchange_back(tensor: "ref[torch.Tensor]", first: int, second: int) -> None
     """The same of a tensor that may be no more."""
     if (rows := tensor()) is not None:
         exchange_rows(rows, first, second)
+
+
+def _widened(part: torch.Tensor, width: int) -> torch.Tensor:
+    """(R, heads, T, d) with as many columns as `width`; d may be 0, which torch 2.9's `pad` refuses."""
+    return torch.cat([part, part.new_zeros(*part.shape[:2], width - part.shape[2], part.shape[3])], dim=2)
 
 
 def _with_zeros(held: Sequence[KeyValues | MambaState | None], rows: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
