@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -115,8 +115,8 @@ def export(
                 delete_patterns=WEIGHT_FILES,
                 commit_message="Upload TwoTower model",
             )
-        except HTTPError as error:
-            if isinstance(error, OSError):  # the Hub's own, which says what is wrong
+        except (HTTPError, ConnectionError, TimeoutError) as error:  # the latter from hf_xet, which uploads weights
+            if isinstance(error, HfHubHTTPError):  # the Hub's own, which says what is wrong
                 raise
             raise ConnectionError(
                 f"{folder} is whole, but uploading it to {push_to_hub} failed: {str(error) or type(error).__name__}; "

@@ -282,8 +282,10 @@ class TwoTowerGenerationAdapter(SynchronisedPasses, GenerationMixin):
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         super().adjust_generation_fn(*args, **kwargs)
-        flags = self.generation_config.to_dict()
-        self.generation_config: GenerationConfig = TwoTowerGenerationConfig.from_dict(flags)
+        loaded = self.generation_config
+        self.generation_config: GenerationConfig = TwoTowerGenerationConfig.from_dict(loaded.to_dict())
+        if getattr(loaded, "_original_object_hash", None) == hash(loaded):  # so transformers lets it be saved back
+            self.generation_config._original_object_hash = hash(self.generation_config)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any

@@ -297,7 +297,8 @@ def without_effect(given: Mapping[str, Any], config: GenerationConfig, strategy:
 
 def unknown_flags(config: GenerationConfig) -> list[str]:
     """What a config holds, as one may any name, that neither transformers nor the strategies look at."""
-    return [name for name, value in vars(config).items() if value is not None and name not in FLAGS]
+    held = {name: value for name, value in vars(config).items() if not name.startswith("_")}  # transformers' own, too
+    return [name for name, value in held.items() if value is not None and name not in FLAGS]
 
 
 def check_supported(config: GenerationConfig, strategy: Any) -> None:

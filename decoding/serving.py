@@ -342,7 +342,8 @@ class TwoTowerEngine:
         loop = asyncio.get_running_loop()
 
         def report(output: GenerationOutput) -> None:
-            loop.call_soon_threadsafe(callback, output)
+            if not loop.is_closed():  # else nobody is there to be told
+                loop.call_soon_threadsafe(callback, output)
 
         if isinstance(request_id, RequestHandle):
             return request_id.report_to(report)
@@ -500,8 +501,13 @@ class TwoTowerEngine:
                 self._thread = Thread(target=self._run, name="TwoTowerEngine", daemon=True)
                 self._thread.start()
                 # An interpreter that ended within a pass would abort the process.
-                atexit.register(self.stop, timeout=MOST_SECONDS_AT_EXIT)
+                atexit.register(self._stop_at_exit)
         return self
+
+    def _stop_at_exit(self) -> None:
+        # In a forked process the thread is not, and what it held there is held for ever.
+        if self.is_running():
+            self.stop(timeout=MOST_SECONDS_AT_EXIT)
 
     def stop(self, finish: bool = False, timeout: float | None = None, block: bool = True) -> None:
         """
@@ -536,13 +542,13 @@ class TwoTowerEngine:
                     self._work.wait_for(lambda: busy or self._queue or self._stopping)  # noqa: B023
                     if self._stopping and not busy and not self._queue:
                         self._thread = None
-                        atexit.unregister(self.stop)
+                        atexit.unregister(self._stop_at_exit)
                         return
         except BaseException as error:
             with self._work:
                 waiting, self._queue = self._queue, deque()
                 self._thread, self.background_thread_status.fatal_error = None, error
-                atexit.unregister(self.stop)
+                atexit.unregister(self._stop_at_exit)
             for handle, _ in waiting:
                 handle._fail(RuntimeError(f"the engine's thread was ended by {type(error).__name__}; ask again"))
             raise

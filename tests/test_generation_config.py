@@ -246,3 +246,10 @@ def test_a_misspelled_flag_of_a_config_is_told_of(model, kind, warned):
     model.generate(IDS, generation_config=kind(confidence_treshold=0.5, confidence_threshold=0.5, max_new_tokens=2))
     messages = [record.message for record in warned.records]
     assert messages == ["no effect, as generate knows no such flags: confidence_treshold"]
+
+
+@pytest.mark.parametrize("kind", [GenerationConfig, TwoTowerGenerationConfig])
+def test_what_transformers_notes_of_a_config_is_no_misspelled_flag(model, kind, tmp_path, warned):
+    kind(max_new_tokens=2).save_pretrained(tmp_path)
+    model.generate(IDS, generation_config=kind.from_pretrained(tmp_path))
+    assert not warned.records

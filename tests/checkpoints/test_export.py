@@ -186,11 +186,16 @@ class TestModelCard:
         export(model, tmp_path / "folder", push_to_hub="tiny")
         assert 'AutoModelForCausalLM.from_pretrained("lab/tiny"' in uploaded[0]
 
-    def test_an_upload_that_fails_leaves_the_folder_whole_and_says_so(self, model, tmp_path, monkeypatch):
-        def unreachable(name, **_):
-            raise HTTPError("connection refused")
+    @pytest.mark.parametrize(
+        ("step", "kind"),
+        [("create_repo", HTTPError), ("upload_folder", HTTPError), ("upload_folder", ConnectionError)],
+    )
+    def test_an_upload_that_fails_leaves_the_folder_whole_and_says_so(self, model, tmp_path, monkeypatch, step, kind):
+        def unreachable(*_, **__):
+            raise kind("connection refused")
 
-        monkeypatch.setattr(export_module, "create_repo", unreachable)
+        monkeypatch.setattr(export_module, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+        monkeypatch.setattr(export_module, step, unreachable)
         with pytest.raises(OSError, match=r"export is whole, but uploading it to lab/tiny failed: connection refused"):
             export(model, tmp_path / "export", push_to_hub="lab/tiny")
         assert TwoTowerForBlockDiffusion.from_pretrained(tmp_path / "export").num_parameters()

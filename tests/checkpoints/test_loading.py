@@ -491,6 +491,20 @@ def test_a_config_that_cannot_be_stored_leaves_the_folder_as_it_was(place, name,
     assert not (tmp_path / "new").exists()
 
 
+def test_a_published_generation_config_is_saved_back_as_by_transformers_unless_it_was_changed(tmp_path):
+    """One that has temperature without do_sample, as many have."""
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6}))
+    model = TwoTowerForBlockDiffusion.from_pretrained(tmp_path)
+    model.generate(random_ids(1, 3), max_new_tokens=1)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["temperature"] == 0.6
+    model.generation_config.top_p = 0.9
+    with pytest.raises(ValueError, match="top_p"):
+        model.save_pretrained(tmp_path / "changed")
+
+
 def test_generate_on_the_meta_device_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = TwoTowerForBlockDiffusion.from_pretrained(tmp_path, device_map="meta")

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -637,6 +638,20 @@ def test_a_result_handler_is_told_on_its_event_loop_as_by_transformers_manager(m
     assert [output.error for output in told["cancelled"]] == ["CancelledError"]
 
 
+def test_a_handler_whose_event_loop_is_closed_is_left_out(model, caplog):
+    """As of a program that ends, or a client that has gone: the request goes on, and nothing is logged."""
+    told, engine = [], TwoTowerEngine(model, slots=1)
+
+    async def ask():
+        handle = engine.add_request(IDS, streaming=True, mode="ar", max_new_tokens=4)
+        engine.register_result_handler(handle, told.append)
+        return handle
+
+    handle = asyncio.run(ask())
+    assert handle.result().shape == (1, IDS.shape[1] + 4)
+    assert not told and not caplog.records
+
+
 def test_a_second_handler_of_a_request_takes_nothing_from_the_first(model):
     """As of a client that names a request of another's, which is then refused."""
     first, second = [], []
@@ -1006,6 +1021,25 @@ next(iter(handles[-1]))
     # Not `fresh_python`, whose processes end otherwise.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_does_not_wait_for_an_engine_that_it_does_not_have():
+    code = """
+import os, signal, sys, twotower
+model = twotower.TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint())
+engine = twotower.TwoTowerEngine(model).start()
+handles = engine.add_requests([[1] * 50] * 8, mode="ar", max_new_tokens=10**4, eos_token_id=1023)
+next(iter(handles[-1]))
+engine._turn._lock.acquire()  # as in the midst of a step
+if (child := os.fork()) == 0:
+    signal.alarm(30)
+    sys.exit(3)
+engine._turn._lock.release()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
 def test_prompts_of_very_different_lengths_read_in_chunks_or_whole(model, engine):
