@@ -574,7 +574,7 @@ def test_bench_refuses_wrong_options_before_any_work(arguments, message, monkeyp
     assert message in run("bench", *arguments, code=2).stderr
 
 
-@pytest.mark.parametrize("arguments", [("eval",), ("eval", "--rules"), ("eval", "--card", "--dry-run"), ("bench",)])
+@pytest.mark.parametrize("arguments", [("eval",), ("eval", "--rules"), ("bench",)])
 def test_a_closed_standard_output_is_told_of_before_any_work(arguments, monkeypatch):
     monkeypatch.setattr(commands, "_load", lambda _: pytest.fail("loaded a model"))
     monkeypatch.setattr(terminal, "output_console", no_console)
