@@ -183,7 +183,7 @@ def drive(model: TwoTowerForBlockDiffusion, count: int, problems: int, options: 
 # Throughput.
 
 
-def throughput(repeats: float = 3) -> tuple[dict[str, Any], Any]:
+def throughput(repeats: float = 9) -> tuple[dict[str, Any], Any]:
     """Tokens up to the end of each text per second, 96 problems; the ways take turns."""
     model, found = demo_model(), dict[str, Any]()
     prompts = prompts_of(96)
