@@ -1,9 +1,9 @@
 """Decoding: blocks filled by the denoiser, drafts verified by the context tower, or one token at a time by either.
 
 One class per mode. Its methods advance rows by one pass and never loop: the engine runs the passes, and calls `begin`
-for a row that joins and `open` for rows that need a canvas. Of a pass's logits `choose` (the denoiser's) and `read`
-(the context tower's) make tokens on the device; once these were read back, `chosen` and `after_denoise`, or
-`after_read`, put them on canvases and into texts.
+for a row that joins, `open` for rows that need a canvas, `after_denoise` once a denoiser pass has left its mark on
+canvases, and `after_read` with what was read back from the device after a pass of the context tower; on the device
+before, `read` chooses tokens.
 
 Shapes: R rows of a pass, S block, H hidden size, V vocabulary.
 """
@@ -54,14 +54,6 @@ class Strategy:
     denoiser_call = "denoise"  # the model's method that a denoiser pass is a call of
     known = 0  # how many of a canvas's first tokens the text holds already
     after_reading: str | None = None  # what a row waits for once it has been read; by default its next token is chosen
-
-    def choose(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
-        """What a denoiser pass over the rows' canvases commits, see [`Group.report`]; on the device."""
-        return group.denoise_step(logits, self.known)
-
-    def chosen(self, group: Group, values: list[Any]) -> list[Canvas]:
-        """The same once it was read back, on canvases."""
-        return group.commit(values, self.known)
 
     def write_first_stop(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
         """Write what is chosen up to the first stop; rows that go on take `after_writing`'s phase."""
@@ -263,12 +255,6 @@ class MockAr(Strategy):
     def begin(self, row: Row) -> str:
         row.newest = row.unread.pop()
         return READ if row.unread else DENOISE
-
-    def choose(self, group: Group, logits: torch.Tensor) -> torch.Tensor:
-        return group.report(group.predict(logits))
-
-    def chosen(self, group: Group, values: list[Any]) -> list[Canvas]:
-        return group.chosen(values, step=0)
 
     def after_denoise(self, engine: Engine, rows: Sequence[Row], canvases: Sequence[Canvas]) -> None:
         self.write_first_stop(engine, rows, canvases)

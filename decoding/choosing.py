@@ -84,19 +84,21 @@ class Group:
             self.timestep = self.timestep.to(self.device)
         return logits
 
-    def denoise_step(self, logits: torch.Tensor, known: int = 0) -> torch.Tensor:
+    def denoise_step(self, logits: torch.Tensor) -> torch.Tensor:
         """
-        What one denoiser pass over the rows' canvases commits: what the rule and the user say.
+        What one denoiser pass over the rows' canvases commits: what the rule and the user say. Without canvases it
+        chooses the next token.
 
         Args:
             logits: (R, at least S, V) float32, or (N, V) of `positions`, to be written to.
-            known: how many of the canvas's first tokens, a draft's, the text holds already.
 
         Returns:
             What [`Group.commit`] takes, see [`Group.report`].
         """
         request, rule, processors, steps = self.request, self.request.rule, self.request.processors, self.request.steps
-        ids, masked = self.canvas
+        if request.strategy.steps_knob is None:
+            return self.report(self.predict(logits))
+        known, (ids, masked) = request.strategy.known, self.canvas
         if self.positions is None:
             logits = logits[:, : ids.shape[1]]
         numbers = [row.step for row in self.rows]
@@ -407,15 +409,17 @@ class Group:
             self.wide = {name: wide[name] for name in WIDE_RECORDS if name in request.recorded}
         return torch.stack([part.double() for part in parts], dim=1)
 
-    def commit(self, values: list[list[list[float]]], known: int = 0) -> list[Canvas]:
+    def commit(self, values: list[list[list[float]]]) -> list[Canvas]:
         """
-        Fix on the rows' canvases, which are returned, what a denoiser pass committed, and show them.
+        Fix on the rows' canvases, which are returned, what a denoiser pass committed, and show them. Without canvases
+        new ones hold what was chosen.
 
         Args:
             values: what [`report`] became on the host.
-            known: as of [`denoise_step`].
         """
-        request = self.request
+        request, known = self.request, self.request.strategy.known
+        if request.strategy.steps_knob is None:
+            return self.chosen(values, step=0)
         for idx, (row, (tokens, problems, committed, *recorded)) in enumerate(zip(self.rows, values, strict=True)):
             canvas = row.canvas
             for column in (column for column, now in enumerate(committed) if now):

@@ -145,11 +145,10 @@ class Engine:
         for group, own in zip(groups, members, strict=True):
             with self.guarded(group.rows):
                 theirs = group.meet(logits[own if isinstance(own, slice) else own.to(logits.device)])
-                reports.append((group, group.request.strategy.choose(group, theirs)))
+                reports.append((group, group.denoise_step(theirs)))
         for group, values in self._host(reports):
             with self.guarded(group.rows):
-                strategy = group.request.strategy
-                strategy.after_denoise(self, group.rows, strategy.chosen(group, values))
+                group.request.strategy.after_denoise(self, group.rows, group.commit(values))
 
     def _denoise(self, rows: list[Row], groups: list[Group], members: list[Any], run: Any) -> torch.Tensor:
         """Logits (R, S, V) of the rows' canvases, or of a lone group (N, V) of its `positions`."""
