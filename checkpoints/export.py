@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +28,7 @@ from .loading import (
     REMEDY_OF_RENAMED,
     WEIGHT_DTYPES,
     check_no_adapter,
-    not_safetensors,
+    opened_weights,
     renamed_weights,
 )
 
@@ -152,14 +151,11 @@ def _stored_dtype(origin: Path) -> torch.dtype | str:
     sizes: Counter[torch.dtype] = Counter()
     for file in origin.glob(WEIGHT_FILES):
         if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118  # which is no dict
-                        part = tensors.get_slice(name)
-                        if (dtype := WEIGHT_DTYPES.get(part.get_dtype())) is not None:
-                            sizes[dtype] += math.prod(part.get_shape())
-            except SafetensorError as error:
-                raise ValueError(not_safetensors(file, error)) from error
+            with opened_weights(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # which is no dict
+                    part = tensors.get_slice(name)
+                    if (dtype := WEIGHT_DTYPES.get(part.get_dtype())) is not None:
+                        sizes[dtype] += math.prod(part.get_shape())
     return sizes.most_common(1)[0][0] if sizes else "auto"
 
 

@@ -8,7 +8,8 @@ import copy
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,23 +142,26 @@ def _sharded_tensor_names(index: Path, quantized: bool, parts: Sequence[str]) ->
 def _tensor_names(file: Path, quantized: bool) -> set[str]:
     if not file.is_file():
         raise ValueError(f"{file} is missing; download it again")
+    with opened_weights(file) as tensors:
+        names = set(tensors.keys())
+        for name in [] if quantized else sorted(names):
+            dtype = tensors.get_slice(name).get_dtype()
+            if dtype not in WEIGHT_DTYPES:
+                raise ValueError(
+                    f"{file} holds {name} as {dtype}, which would be cast to a weight; give it as one of "
+                    f"{', '.join(WEIGHT_DTYPES)}, or the quantization_config it belongs to"
+                )
+        return names
+
+
+@contextmanager
+def opened_weights(file: Path) -> Iterator[Any]:
+    """The tensors of a safetensors file; a ValueError where it is none, or cut off."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            for name in [] if quantized else sorted(names):
-                dtype = tensors.get_slice(name).get_dtype()
-                if dtype not in WEIGHT_DTYPES:
-                    raise ValueError(
-                        f"{file} holds {name} as {dtype}, which would be cast to a weight; give it as one of "
-                        f"{', '.join(WEIGHT_DTYPES)}, or the quantization_config it belongs to"
-                    )
-            return names
+            yield tensors
     except SafetensorError as error:
-        raise ValueError(not_safetensors(file, error)) from error
-
-
-def not_safetensors(file: Path, error: SafetensorError) -> str:
-    return f"{file} is truncated or no safetensors file ({error}); download it again"
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
 
 
 def is_of(name: str, parts: Sequence[str]) -> bool:
@@ -334,6 +338,7 @@ __all__ = [
     "is_of",
     "load_backbone",
     "merge_expert_matrices",
+    "opened_weights",
     "register_checkpoint_layout",
     "spare_modules",
     "take_text_tokens",

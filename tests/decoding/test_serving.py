@@ -1010,35 +1010,36 @@ def test_a_config_of_a_batch_is_left_as_it_is_and_warned_of_by_nobody(model, war
     assert config.return_dict_in_generate and not warned.records
 
 
-def test_a_process_may_end_while_an_engine_works():
-    code = """
-import twotower
-model = twotower.TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint())
-engine = twotower.TwoTowerEngine(model).start()
-handles = engine.add_requests([[1] * 50] * 8, mode="ar", max_new_tokens=10**4, eos_token_id=1023)
-next(iter(handles[-1]))
-"""
-    # Not `fresh_python`, whose processes end otherwise.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_process_does_not_wait_for_an_engine_that_it_does_not_have():
-    code = """
+BUSY_ENGINE = """
 import os, signal, sys, twotower
 model = twotower.TwoTowerForBlockDiffusion.from_pretrained(twotower.demo_checkpoint())
 engine = twotower.TwoTowerEngine(model).start()
 handles = engine.add_requests([[1] * 50] * 8, mode="ar", max_new_tokens=10**4, eos_token_id=1023)
 next(iter(handles[-1]))
+"""
+
+
+def process_with_a_busy_engine(goes_on=""):
+    # Not `fresh_python`, whose processes end otherwise.
+    code = BUSY_ENGINE + goes_on
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
+
+
+def test_a_process_may_end_while_an_engine_works():
+    done = process_with_a_busy_engine()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_does_not_wait_for_an_engine_that_it_does_not_have():
+    done = process_with_a_busy_engine("""
 engine._turn._lock.acquire()  # as in the midst of a step
 if (child := os.fork()) == 0:
     signal.alarm(30)
     sys.exit(3)
 engine._turn._lock.release()
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
+""")
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
